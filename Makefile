@@ -1,0 +1,46 @@
+# Two commands matter: `make tutorial` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=build/test-artifacts \
+          $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+
+.PHONY: tutorial test lab lint notebooks lock clean
+
+tutorial: $(READY)  ## run the case study and print what came out
+	$(BIN)/python -m helpers tutorial
+
+test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch and again
+	$(BIN)/pytest
+	rm -rf build/test-artifacts
+	$(NBMAKE)
+	$(NBMAKE)
+
+lab: $(READY)  ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(READY)  ## run the notebooks and save their outputs
+	$(BIN)/python -m helpers tutorial --save
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Pin every package, for each Python and platform at once.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --universal --python-version 3.11 --quiet \
+	    --extra notebooks --extra dev --no-emit-index-url --no-annotate \
+	    pyproject.toml --output-file requirements.lock
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) artifacts build *.egg-info

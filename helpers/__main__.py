@@ -1,0 +1,207 @@
+"""The case study from the command line: the steps of the notebooks, without Jupyter.
+
+python -m helpers load prune retrain ...   # see `python -m helpers --help`
+"""
+
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from helpers import benchmark as bench
+from helpers import data, engine, machine, models, onnx_export, runners, training, tutorial
+from helpers.artifacts import Artifacts, atomic_write, sha256, write_json
+from helpers.checks import TutorialError, check
+from helpers.settings import Settings, relative
+from helpers.sparsity import (
+    masks_of,
+    prune_2to4_,
+    sparsity_report,
+    verify_onnx,
+)
+
+app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
+
+
+@app.command()
+def setup() -> None:
+    """Check this machine: versions, GPU, engine builder, runner (notebook 00)."""
+    tutorial.print_setup(Settings.load())
+
+
+@app.command()
+def pretrain() -> None:
+    """Train the dense checkpoint of the quick preset anew into data/pretrained/."""
+    settings = Settings.load("quick")
+    splits = data.load_splits(settings)
+    torch.manual_seed(settings.seed)
+    model = models.create_model(settings.model, settings.num_classes)
+    start = time.perf_counter()
+    history = training.train(model, splits, settings.recipe, settings.seed)
+    minutes = (time.perf_counter() - start) / 60
+    accuracy = training.evaluate(model, splits.test)
+    path = models.pretrained_path(settings)
+    with atomic_write(path) as part:
+        models.save_checkpoint(model, part, settings.model)
+    card = {
+        "command": "python -m helpers pretrain",
+        "sha256": sha256(path),
+        "seed": settings.seed,
+        "minutes": round(minutes, 1),
+        "test": asdict(accuracy),
+        "recipe": asdict(settings.recipe),
+        "history": [asdict(epoch) for epoch in history],
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+    }
+    write_json(path.with_suffix(".json"), card)
+    print(f"{relative(path)}: {accuracy}, trained in {minutes:.1f} minutes")
+
+
+@app.command()
+def load() -> None:
+    """Take the pretrained dense network and measure its accuracy (notebook 01)."""
+    settings = Settings.load()
+    splits = data.load_splits(settings)
+    dense = models.load_pretrained(settings)
+    accuracy = training.evaluate(dense, splits.test)
+    with Artifacts(settings).writing("01_dense.safetensors", test=asdict(accuracy)) as path:
+        models.save_checkpoint(dense, path, settings.model)
+    print(f"dense: {accuracy}")
+
+
+@app.command()
+def prune() -> None:
+    """Prune the dense network 2:4 by magnitude (notebook 02)."""
+    settings = Settings.load()
+    artifacts = Artifacts(settings)
+    model = models.load_checkpoint(artifacts.require("01_dense.safetensors"))
+    masks = prune_2to4_(model)
+    accuracy = training.evaluate(model, data.load_splits(settings).test)
+    facts = {
+        "test": asdict(accuracy),
+        **sparsity_report(model, settings.image_shape).facts(),
+    }
+    with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], **facts) as path:
+        models.save_checkpoint(model, path, settings.model)
+    print(f"pruned, {len(masks)} layers: {accuracy}")
+
+
+@app.command()
+def retrain() -> None:
+    """Repeat the original training with the zeros held; resumable (notebook 03)."""
+    settings = Settings.load()
+    artifacts = Artifacts(settings)
+    model = models.load_checkpoint(artifacts.require("02_pruned.safetensors"))
+    splits = data.load_splits(settings)
+    history = training.train(
+        model,
+        splits,
+        settings.recipe,
+        settings.seed,
+        masks=masks_of(model),
+        progress_file=artifacts.path("03_progress.pt"),
+    )
+    accuracy = training.evaluate(model, splits.test)
+    facts = {"test": asdict(accuracy), "history": [asdict(epoch) for epoch in history]}
+    with artifacts.writing("03_retrained.safetensors", ["02_pruned.safetensors"], **facts) as path:
+        models.save_checkpoint(model, path, settings.model)
+    print(f"retrained: {accuracy}")
+
+
+@app.command()
+def export() -> None:
+    """Export dense and sparse networks to ONNX, FP32 and FP16 (notebook 04)."""
+    settings = Settings.load()
+    artifacts = Artifacts(settings)
+    images, _ = data.first_images(data.load_splits(settings).test, 500)
+    for name, parent in tutorial.NETWORKS.items():
+        model = models.load_checkpoint(artifacts.require(parent))
+        reference = runners.TorchRunner(model)(images)
+        for precision in ("fp32", "fp16"):
+            facts: dict[str, float] = {}
+            file = f"04_{name}_{precision}.onnx"
+            with artifacts.writing(file, [parent], facts=facts) as path:
+                onnx_export.export_onnx(model, path, settings.image_shape, precision == "fp16")
+                logits = runners.OnnxRunner(path)(images)
+                facts["gap"] = onnx_export.relative_gap(logits, reference)
+            print(f"{file}: relative gap to PyTorch {facts['gap']:.1e}")
+    table = verify_onnx(artifacts.path("04_sparse_fp16.onnx"))
+    wanted = table[table.eligible]
+    check(wanted.sparse.all(), f"all {len(wanted)} eligible weights of the ONNX file are 2:4")
+
+
+@app.command()
+def build(
+    target: Annotated[
+        str | None, typer.Option(help="compute capability, such as 8.6; TensorRT-RTX only")
+    ] = None,
+) -> None:
+    """Build an engine from the dense and from the sparse ONNX file (notebook 05)."""
+    settings = Settings.load()
+    artifacts = Artifacts(settings)
+    batches = (min(settings.batches), settings.best_batch, max(settings.batches))
+    for name in tutorial.NETWORKS:
+        facts: dict[str, object] = {}
+        parent = f"04_{name}_fp16.onnx"
+        with artifacts.writing(f"05_{name}.engine", [parent], facts=facts) as path:
+            report = engine.build_engine(
+                artifacts.path(parent), path, settings.image_shape, batches, target=target
+            )
+            facts.update(report.facts())
+        print(f"{name}: {report}")
+
+
+@app.command()
+def benchmark() -> None:
+    """Measure dense and sparse side by side over batch sizes (notebook 06)."""
+    settings = Settings.load()
+    artifacts = Artifacts(settings)
+    contenders = runners.find_runners(artifacts)
+    table = bench.sweep(
+        contenders, settings.image_shape, settings.batches, settings.seconds_per_batch
+    )
+    tutorial.save_benchmark(artifacts, contenders, table)
+    print(table.round(2).to_string(index=False))
+
+
+@app.command(name="tutorial")
+def run_tutorial(
+    save: Annotated[bool, typer.Option(help="write the outputs into notebooks/")] = False,
+) -> None:
+    """Run all notebooks in order and print what came out."""
+    tutorial.run_notebooks(Settings.load(), save)
+    tutorial.print_summary(Settings.load())
+
+
+@app.command()
+def summary() -> None:
+    """Print the figures of the last run and where its files are."""
+    tutorial.print_summary(Settings.load())
+
+
+@app.command()
+def verify(path: Path) -> None:
+    """Check that every eligible weight of an ONNX file is 2:4; exit 1 if not."""
+    table = verify_onnx(path)
+    print(table.to_string(index=False))
+    if not table[table.eligible].sparse.all():
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the reader's ends in one sentence, not a traceback."""
+    try:
+        app()
+    except TutorialError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

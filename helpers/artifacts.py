@@ -1,0 +1,191 @@
+"""Files that one step leaves and the next one needs, each with its provenance.
+
+Beside every artifact lies a JSON sidecar: who made it, when, with which versions
+and seed, its checksum, and the checksums of the artifacts it was made from. A
+step asks for its input with `Artifacts.require`, which refuses a missing, damaged
+or outdated file in one sentence. Used by every notebook.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from helpers.checks import TutorialError
+from helpers.machine import versions
+from helpers.settings import Settings
+
+NOTEBOOKS = {
+    "00": "00_check_your_setup.ipynb",
+    "01": "01_load_pretrained.ipynb",
+    "02": "02_prune_2_4.ipynb",
+    "03": "03_retrain.ipynb",
+    "04": "04_export_onnx.ipynb",
+    "05": "05_build_engine.ipynb",
+    "06": "06_infer_and_benchmark.ipynb",
+}
+
+
+class ArtifactError(TutorialError):
+    """An artifact is missing, damaged or out of date."""
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as a hexadecimal string."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of `path` only if all went well.
+
+    Whatever stood at `path` before stays untouched on any error.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written to.
+    """
+    path = Path(path)
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        part = Path(name)
+        os.fchmod(handle, 0o644)
+        os.close(handle)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise _explained(error, path) from error
+    except Exception as error:
+        # safetensors and onnx report a full disk in exceptions of their own.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise _explained(OSError(errno.ENOSPC, ""), path) from error
+        raise
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, path: Path) -> Exception:
+    """Turn the operating system's refusal to write into a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cause = "the disk is full; free some space"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        cause = "the folder cannot be written to; change its permissions, or set TUTORIAL_ARTIFACTS"
+    else:
+        return error
+    return ArtifactError(
+        f"{path.name} could not be written to {path.parent}: {cause} and run this step "
+        "again. Nothing that was there before has been changed."
+    )
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write `content` as indented JSON, in one piece or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return Path(path)
+
+
+class Artifacts:
+    """The artifacts folder of one preset.
+
+    The first two digits of a name say which notebook makes the file:
+    `02_pruned.safetensors` is the work of `02_prune_2_4.ipynb`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.artifacts_dir
+        self.figures = self.folder / "figures"
+
+    def path(self, name: str) -> Path:
+        """Return where the artifact `name` lies, whether it exists or not."""
+        return self.folder / name
+
+    @contextmanager
+    def writing(self, name: str, parents: Sequence[str] = (), **facts: Any) -> Iterator[Path]:
+        """Yield the path to write the artifact to, then add its sidecar.
+
+        Args:
+            name: file name; its first two digits name the notebook.
+            parents: names of the artifacts it is made from.
+            **facts: whatever else the sidecar should record (accuracy, recipe).
+
+        Raises:
+            ArtifactError: a parent is not usable, or the disk refuses.
+        """
+        checksums = {parent: sha256(self.require(parent)) for parent in parents}
+        with atomic_write(self.path(name)) as part:
+            yield part
+            checksum = sha256(part)
+        sidecar = {
+            "made_by": NOTEBOOKS[name[:2]],
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "preset": self.settings.preset,
+            "seed": self.settings.seed,
+            "sha256": checksum,
+            "parents": checksums,
+            "versions": versions(),
+            "facts": facts,
+        }
+        write_json(self.sidecar(name), sidecar)
+
+    def sidecar(self, name: str) -> Path:
+        """Return the path of the JSON file that describes the artifact `name`."""
+        return self.folder / f"{name}.json"
+
+    def require(self, name: str) -> Path:
+        """Return the path of an artifact that is there, whole and up to date.
+
+        Raises:
+            ArtifactError: names the notebook to run.
+        """
+        self.describe(name)
+        return self.path(name)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return the facts that were recorded with the artifact `name`."""
+        return self.describe(name)["facts"]
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return the whole sidecar of an artifact, after checking the artifact.
+
+        Raises:
+            ArtifactError: the artifact or its sidecar is missing or damaged, or one
+                of its parents has been made anew since.
+        """
+        notebook = NOTEBOOKS[name[:2]]
+        run = f"Run {notebook} first, from top to bottom."
+        path = self.path(name)
+        if not path.exists() or not self.sidecar(name).exists():
+            raise ArtifactError(f"{name} is missing. {run}")
+        try:
+            sidecar = json.loads(self.sidecar(name).read_text())
+            recorded, parents = sidecar["sha256"], sidecar["parents"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{name}.json is damaged. {run}") from error
+        if sha256(path) != recorded:
+            raise ArtifactError(f"{name} is damaged: its checksum has changed. {run}")
+        for parent, checksum in parents.items():
+            if self.describe(parent)["sha256"] != checksum:
+                raise ArtifactError(
+                    f"{name} is out of date: {parent} has been made anew since. {run}"
+                )
+        return sidecar
+
+    def is_current(self, name: str, parents: Sequence[str] = (), **facts: Any) -> bool:
+        """Return whether `name` is whole, stems from these parents and has these facts."""
+        try:
+            sidecar = self.describe(name)
+        except ArtifactError:
+            return False
+        stored = {key: sidecar["facts"].get(key) for key in facts}
+        return set(sidecar["parents"]) == set(parents) and stored == facts

@@ -1,0 +1,68 @@
+"""Checks in plain words, for the reader to see and for the notebooks to rest on.
+
+Every step of the tutorial ends in an executed check; every exercise is compared
+with its answer. Introduced in `00_check_your_setup.ipynb`.
+"""
+
+from types import TracebackType
+from typing import Any
+
+
+class TutorialError(Exception):
+    """Something that the reader can mend; its message says what and how."""
+
+    def _render_traceback_(
+        self,
+        etype: type | None = None,
+        value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+        tb_offset: int | None = None,
+    ) -> list[str]:
+        """Show the sentence alone in a notebook: a traceback would bury it."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class CheckFailed(TutorialError):
+    """A statement of the tutorial does not hold on this run."""
+
+
+def check(holds: Any, statement: str) -> None:
+    """Print `[OK]` and the statement, or stop with it.
+
+    Args:
+        holds: anything with a truth value.
+        statement: what is claimed, in plain words.
+
+    Raises:
+        CheckFailed: the statement does not hold.
+    """
+    if not holds:
+        raise CheckFailed(f"[FAIL] {statement}")
+    print(f"[OK] {statement}")
+
+
+def check_answer(answer: Any, expected: Any, tolerance: float = 0.0) -> None:
+    """Compare the reader's answer to an exercise with the expected one.
+
+    An answer that is still `...` is left alone, so that an untouched notebook runs
+    from top to bottom; a wrong one is told so and stops nothing either.
+
+    Args:
+        answer: a number, text or list; lists compare in any order.
+        expected: the right answer.
+        tolerance: largest difference at which a number still counts as right.
+    """
+    if answer is ...:
+        print("Replace the ... with your answer and run this cell again.")
+    elif _agrees(answer, expected, tolerance):
+        print(f"[OK] {answer} is right.")
+    else:
+        print(f"Not yet: {answer} is not the answer. The hint below may help.")
+
+
+def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
+    if isinstance(expected, int | float) and isinstance(answer, int | float):
+        return abs(answer - expected) <= tolerance
+    if isinstance(expected, list | tuple | set) and isinstance(answer, list | tuple | set):
+        return sorted(answer) == sorted(expected)
+    return answer == expected

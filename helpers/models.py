@@ -1,0 +1,248 @@
+"""The networks of the case study: make, load, save, describe.
+
+Checkpoints are safetensors files with the network's name in their header; nothing
+is ever unpickled. Explained in `01_load_pretrained.ipynb`.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import ResNeXt101_32X8D_Weights
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from helpers.artifacts import sha256
+from helpers.checks import TutorialError
+from helpers.settings import Settings, relative
+
+
+class CheckpointError(TutorialError):
+    """A checkpoint is missing, damaged or of another network."""
+
+
+class SmallResNeXt(ResNet):
+    """A ResNeXt for 28x28 grey images, made of torchvision's own blocks.
+
+    Every stage is a quarter as wide as torchvision's, the stem is a 3x3 convolution
+    and there is no pooling before the first stage. As in ResNeXt-101 32x8d the 1x1
+    convolutions do most of the arithmetic, around grouped 3x3 ones.
+    """
+
+    def __init__(self, blocks: list[int], groups: int, width: int, num_classes: int) -> None:
+        # torchvision's width is counted per 64 channels of a stage; ours has 16.
+        super().__init__(Bottleneck, blocks, groups=groups, width_per_group=4 * width)
+        self.conv1 = nn.Conv2d(1, 64, 3, stride=2, padding=1, bias=False)
+        self.maxpool = nn.Identity()
+        self.fc = nn.Linear(512, num_classes)
+
+    def _make_layer(self, block: type[Bottleneck], planes: int, *args, **kwargs) -> nn.Sequential:
+        return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+def resnext14_8x4d(num_classes: int = 10) -> SmallResNeXt:
+    """Return the network of the quick preset: 14 weighted layers, 0.54 M parameters."""
+    return SmallResNeXt([1, 1, 1, 1], groups=8, width=4, num_classes=num_classes)
+
+
+def create_model(name: str, num_classes: int) -> nn.Module:
+    """Return a network with random weights.
+
+    Args:
+        name: `resnext14_8x4d`, or any classification network of torchvision.
+        num_classes: outputs of the last layer.
+
+    Raises:
+        TutorialError: no network has that name.
+    """
+    if name == "resnext14_8x4d":
+        return resnext14_8x4d(num_classes)
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise TutorialError(
+            f"There is no network {name!r}: it is neither resnext14_8x4d nor one of torchvision's."
+        )
+    return torchvision.models.get_model(name, num_classes=num_classes)
+
+
+def pretrained_path(settings: Settings) -> Path:
+    """Return where the quick preset's pretrained checkpoint lies in the repository."""
+    name = f"{settings.model}_{settings.dataset.lower()}.safetensors"
+    return settings.data_dir / "pretrained" / name
+
+
+def load_pretrained(settings: Settings) -> nn.Module:
+    """Return the trained dense network that the case study starts from.
+
+    quick: the checkpoint in `data/pretrained/`. full: torchvision's `IMAGENET1K_V1`
+    weights. workshop: the same with the last layer restricted to Imagenette's ten
+    classes, which needs no training.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged or cannot be downloaded.
+    """
+    if settings.model == "resnext14_8x4d":
+        path = pretrained_path(settings)
+        card = path.with_suffix(".json")
+        if not path.exists() or not card.exists():
+            raise CheckpointError(
+                f"{relative(path)} is missing. Restore it with `git checkout -- data/pretrained`, "
+                "or train it again with `python -m helpers pretrain`."
+            )
+        if sha256(path) != json.loads(card.read_text())["sha256"]:
+            raise CheckpointError(
+                f"{relative(path)} is damaged: its checksum is not the one in {card.name}. "
+                "Restore it with `git checkout -- data/pretrained`."
+            )
+        return load_checkpoint(path)
+    weights = ResNeXt101_32X8D_Weights.IMAGENET1K_V1
+    model = create_model(settings.model, num_classes=1000)
+    try:
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        name = weights.url.rpartition("/")[2]
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise CheckpointError(
+            f"torchvision's weights {name} could not be downloaded ({error}). Put the file into "
+            f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name} of your cache folder, "
+            "or set TORCH_HOME; the quick preset needs no network."
+        ) from error
+    model.load_state_dict(state)
+    if settings.dataset == "Imagenette":
+        restrict_head_(model, imagenette_indices())
+    return model
+
+
+def imagenette_indices() -> list[int]:
+    """Return the ImageNet class numbers of Imagenette's ten classes, in its order."""
+    categories = ResNeXt101_32X8D_Weights.IMAGENET1K_V1.meta["categories"]
+    names = [names[0] for names in torchvision.datasets.Imagenette._WNID_TO_CLASS.values()]
+    return [categories.index(name) for name in names]
+
+
+def restrict_head_(model: ResNet, classes: list[int]) -> None:
+    """Keep only these rows of the last layer, in place: a classifier of fewer classes."""
+    head = nn.Linear(model.fc.in_features, len(classes))
+    with torch.no_grad():
+        head.weight.copy_(model.fc.weight[classes])
+        head.bias.copy_(model.fc.bias[classes])
+    model.fc = head
+
+
+def save_checkpoint(model: nn.Module, path: Path, name: str) -> None:
+    """Write a network's weights as safetensors, with its name and classes in the header.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite; nothing is written.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    _require_finite(state, "the network")
+    header = {"model": name, "num_classes": str(model.fc.out_features)}
+    save_file(state, path, metadata=header)
+
+
+def load_checkpoint(path: Path) -> nn.Module:
+    """Return the network that `save_checkpoint` wrote, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, of another network, or has
+            NaN or infinite weights.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{relative(path)} is not a readable safetensors file ({error})."
+        ) from error
+    if "model" not in header:
+        raise CheckpointError(
+            f"{relative(path)} does not say which network it is for: its header has no `model`. "
+            "Write checkpoints with helpers.models.save_checkpoint."
+        )
+    model = create_model(header["model"], int(header["num_classes"]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(
+            f"{relative(path)} does not hold the weights of {header['model']}: {detail}"
+        ) from error
+    _require_finite(state, relative(path))
+    return model.eval()
+
+
+def _require_finite(state: dict[str, Tensor], where: str) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{key} of {where} has NaN or infinite values. The training that made it has "
+                "diverged: lower the learning rate, or go back to an earlier checkpoint."
+            )
+
+
+def layer_kind(layer: nn.Module) -> str:
+    """Return what kind of layer this is, in the tutorial's words."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    size = "x".join(map(str, layer.kernel_size))
+    grouped = "grouped " if layer.groups > 1 else ""
+    return f"{grouped}{size} convolution"
+
+
+def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> pd.DataFrame:
+    """Return one row for each convolution and linear layer, in order of execution.
+
+    The columns are `layer`, `kind`, `weight` (its shape), `groups`, `parameters` (of
+    the weight) and `macs`, the multiply-accumulates for one image.
+
+    Args:
+        model: any network.
+        image_shape: channels, height and width of an input image.
+    """
+    rows: list[dict] = []
+
+    def record(name: str, layer: nn.Module, output: Tensor) -> None:
+        # Each number of the output is one dot product of the length of a filter.
+        per_output = layer.weight[0].numel()
+        rows.append(
+            {
+                "layer": name,
+                "kind": layer_kind(layer),
+                "weight": tuple(layer.weight.shape),
+                "groups": getattr(layer, "groups", 1),
+                "parameters": layer.weight.numel(),
+                "macs": per_output * output[0].numel(),
+            }
+        )
+
+    hooks = [
+        layer.register_forward_hook(lambda m, _, out, name=name: record(name, m, out))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    mode = model.training
+    try:
+        weight = next(model.parameters())
+        image = torch.zeros(1, *image_shape, dtype=weight.dtype, device=weight.device)
+        with torch.inference_mode():
+            model.eval()(image)
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    return pd.DataFrame(rows)
+
+
+def shares_by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """Return layers, and per cent of parameters and MACs, for each kind of layer."""
+    grouped = table.groupby("kind")[["parameters", "macs"]].sum()
+    shares = 100 * grouped / grouped.sum()
+    shares.insert(0, "layers", table.groupby("kind").size())
+    shares.columns = ["layers", "parameters, %", "MACs, %"]
+    return shares.sort_values("MACs, %", ascending=False).round(2)

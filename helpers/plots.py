@@ -1,0 +1,234 @@
+"""The tutorial's pictures. Each function draws one figure and returns it.
+
+Dense is grey and sparse is green throughout; what is pruned but not yet retrained
+is orange.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from helpers.artifacts import atomic_write
+from helpers.sparsity import SparsityReport, compress_2to4
+from helpers.training import Accuracy, Epoch
+
+DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
+EMPTY = "#f2f2f0"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, in one piece or not at all."""
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
+    return path
+
+
+def _axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **kwargs)
+    plt.close(figure)  # the notebook shows the returned figure; twice would be once too many
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.1f}") -> None:
+    """Draw a matrix as coloured cells with its numbers; zeros stay empty."""
+    limit = max(np.abs(values).max(), 1e-12)
+    shown = np.ma.masked_equal(values, 0)
+    colours = plt.get_cmap("PiYG").with_extremes(bad=EMPTY)
+    norm = TwoSlopeNorm(0, -1.6 * limit, 1.6 * limit)
+    axis.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
+    for row, column in np.ndindex(values.shape):
+        if values[row, column] != 0:
+            label = text.format(values[row, column])
+            axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=10)
+
+
+def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
+    """Draw a small weight before pruning, after it, and in its compressed form.
+
+    Args:
+        dense: (out, in) weight, at most 8 by 8 to stay readable.
+        sparse: the same weight, 2:4.
+    """
+    compressed = compress_2to4(sparse)
+    rows, width = sparse.shape
+    bits = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in compressed.metadata])
+    positions = bits.reshape(rows, width // 2)
+    figure, axes = _axes(9.5, 3.1, 4, width_ratios=[2, 2, 1, 1])
+    _grid(axes[0], dense.numpy(), "dense weight")
+    _grid(axes[1], sparse.numpy(), "2:4, two of every four kept")
+    _grid(axes[2], compressed.values.numpy(), "values kept")
+    axis = axes[3]
+    _grid(axis, np.zeros_like(positions, dtype=float), "2-bit positions")
+    for row, column in np.ndindex(positions.shape):
+        label = f"{positions[row, column]:02b}"
+        axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=8)
+    for axis, step in zip(axes, (4, 4, 2, 2), strict=True):
+        for border in range(0, axis.collections[0].get_array().shape[1] + 1, step):
+            axis.axvline(border, color="#333333", linewidth=1.2)
+    axes[0].set_xlabel("input channels, in fours", fontsize=9)
+    axes[0].set_ylabel("output channels", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def plot_bytes(per_type: dict[str, tuple[float, float, float]]) -> Figure:
+    """Draw the bytes of a weight dense, and as values and metadata, for each data type.
+
+    Args:
+        per_type: data type to (dense, values, metadata) bytes for one group of four.
+    """
+    figure, (axis,) = _axes(6.5, 1.1 + 0.55 * len(per_type))
+    for row, (dense, values, metadata) in enumerate(per_type.values()):
+        axis.barh(row + 0.2, dense, 0.36, color=DENSE, label="dense" if row == 0 else None)
+        axis.barh(row - 0.2, values, 0.36, color=SPARSE, label="values" if row == 0 else None)
+        axis.barh(
+            row - 0.2, metadata, 0.36, left=values, color=PRUNED,
+            label="2-bit positions" if row == 0 else None,
+        )  # fmt: skip
+        share = f" {(values + metadata) / dense:.1%} of dense"
+        axis.text(values + metadata, row - 0.2, share, va="center", fontsize=9)
+    axis.set_yticks(range(len(per_type)), per_type)
+    axis.set_xlabel("bytes for four weights")
+    axis.set_xlim(0, 1.2 * max(dense for dense, *_ in per_type.values()))
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
+    return figure
+
+
+def plot_shares(shares: pd.DataFrame) -> Figure:
+    """Draw which kinds of layer hold the parameters and the MACs, in per cent.
+
+    Args:
+        shares: as `helpers.models.shares_by_kind` returns it.
+    """
+    figure, (axis,) = _axes(7, 0.9 + 0.5 * len(shares))
+    rows = np.arange(len(shares))[::-1]
+    for offset, column, colour in ((0.2, "parameters, %", DENSE), (-0.2, "MACs, %", SPARSE)):
+        bars = axis.barh(rows + offset, shares[column], 0.36, color=colour, label=column[:-3])
+        axis.bar_label(bars, fmt="%.1f %%", padding=3, fontsize=8)
+    axis.set_yticks(rows, shares.index)
+    axis.set_xlabel("share of all convolutions and linear layers, %")
+    axis.set_xlim(0, 1.15 * shares[["parameters, %", "MACs, %"]].to_numpy().max())
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def plot_layers(report: SparsityReport) -> Figure:
+    """Draw the MACs of every layer, coloured by whether TensorRT may run it sparse.
+
+    Args:
+        report: as `helpers.sparsity.sparsity_report` returns it.
+    """
+    layers = report.layers
+    figure, (axis,) = _axes(9, 3)
+    for eligible, colour, label in ((True, SPARSE, "eligible"), (False, DENSE, "stays dense")):
+        part = layers[layers.eligible == eligible]
+        axis.bar(part.index, part.macs / 1e6, color=colour, label=label)
+    if len(layers) <= 40:
+        axis.set_xticks(layers.index, layers.layer, rotation=60, ha="right", fontsize=8)
+    else:
+        axis.set_xlabel("layer, in order of execution")
+    axis.set_ylabel("million MACs for an image")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_history(history: Sequence[Epoch], dense_top1: float) -> Figure:
+    """Draw loss and validation accuracy over the epochs of a retraining.
+
+    Args:
+        history: as `helpers.training.train` returns it.
+        dense_top1: accuracy of the dense network on the same validation images.
+    """
+    figure, (left, right) = _axes(9, 3, 2)
+    epochs = [epoch.number for epoch in history]
+    left.plot(epochs, [epoch.loss for epoch in history], "o-", color=SPARSE)
+    left.set_ylabel("training loss")
+    right.plot(epochs, [epoch.validation for epoch in history], "o-", color=SPARSE, label="2:4")
+    right.axhline(dense_top1, color=DENSE, linestyle="--", label="dense, before pruning")
+    best = max(history, key=lambda epoch: epoch.validation)
+    right.plot(best.number, best.validation, "*", color=PRUNED, markersize=15, label="kept")
+    right.set_ylabel("validation top-1, %")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.set_xticks(epochs if len(epochs) <= 12 else epochs[:: len(epochs) // 10])
+    figure.tight_layout()
+    return figure
+
+
+def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
+    """Draw test accuracies side by side, with twice their standard error.
+
+    Args:
+        results: accuracy by name, such as dense, pruned and retrained.
+    """
+    colours = {"dense": DENSE, "pruned": PRUNED}
+    figure, (axis,) = _axes(6, 3.2)
+    for place, (name, result) in enumerate(results.items()):
+        axis.bar(
+            place, result.top1, 0.6, yerr=2 * result.standard_error, capsize=4,
+            color=colours.get(name, SPARSE),
+        )  # fmt: skip
+        label = f"{result.top1:.2f} %"
+        axis.text(place, result.top1 + 2 * result.standard_error + 1, label, ha="center")
+    axis.set_xticks(range(len(results)), results)
+    axis.set_ylabel("test top-1, %")
+    axis.set_ylim(0, 110)
+    return figure
+
+
+def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
+    """Draw throughput, and images per joule where measured, against batch size.
+
+    The lower panel of the case study's own figure: sparse over dense, above 1 is a gain.
+
+    Args:
+        table: as `helpers.benchmark.sweep` returns it.
+        title: what ran it, and where.
+    """
+    measures = {"images_per_second": "images/s"}
+    if table.images_per_joule.notna().all():
+        measures["images_per_joule"] = "images/J"
+    figure, (left, right) = _axes(9.5, 3.4, 2)
+    batches = sorted(table.batch.unique())
+    places = np.arange(len(batches))
+    for offset, name, colour in ((-0.2, "dense", DENSE), (0.2, "sparse", SPARSE)):
+        own = table[table.network == name].set_index("batch").loc[batches]
+        left.bar(places + offset, own.images_per_second, 0.38, color=colour, label=name)
+    left.set_ylabel("images/s")
+    left.legend(frameon=False)
+    for marker, (column, label) in zip("os", measures.items(), strict=False):
+        pivot = table.pivot(index="batch", columns="network", values=column).loc[batches]
+        ratio = pivot["sparse"] / pivot["dense"]
+        right.plot(places, ratio, marker + "-", color=SPARSE, label=label)
+        for place, value in zip(places, ratio, strict=True):
+            right.annotate(
+                f"{value:.2f}", (place, value), xytext=(0, 8), ha="center", fontsize=8,
+                textcoords="offset points",
+            )  # fmt: skip
+    right.axhline(1, color=DENSE, linestyle="--")
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, 0.8), max(high, 1.25))
+    right.set_ylabel("sparse / dense")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.set_xticks(places, batches)
+        axis.set_xlabel("batch size")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure

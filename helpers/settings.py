@@ -1,0 +1,163 @@
+"""Which case study to run: the presets, and where its files live.
+
+`Settings.load()` reads the environment once; everything else takes what it needs
+from the frozen result, so the same code serves a laptop and a GPU server. To
+change an experiment, change `PRESETS`. Explained in `00_check_your_setup.ipynb`.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from helpers.checks import TutorialError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; the retraining repeats it unchanged.
+
+    The learning rate rises linearly over `warmup` (a share of all steps), then falls
+    along a half cosine, or by a factor of ten every `step_epochs` epochs.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    momentum: float = 0.9
+    warmup: float = 0.0
+    step_epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One preset, with the folders that this run reads and writes."""
+
+    preset: str
+    model: str
+    dataset: str
+    num_classes: int
+    image_shape: tuple[int, int, int]  # channels, height, width
+    validation_images: int  # held out of the training images
+    recipe: Recipe
+    batches: tuple[int, ...]  # batch sizes of the benchmark
+    best_batch: int  # the engine is tuned for this one
+    seconds_per_batch: float
+    workers: int
+    seed: int = 2024
+    data_dir: Path = Path("data")
+    artifacts_dir: Path = Path("artifacts")
+
+    @classmethod
+    def load(cls, preset: str | None = None) -> "Settings":
+        """Return the settings of this run.
+
+        `TUTORIAL_PRESET` names the preset (default quick), `TUTORIAL_DATA` the data
+        folder (default `data/`), `TUTORIAL_ARTIFACTS` the folder for everything that
+        is written (default `artifacts/`; each preset has a folder of its own in it).
+
+        Raises:
+            TutorialError: no preset has that name.
+        """
+        preset = preset or os.environ.get("TUTORIAL_PRESET") or "quick"
+        if preset not in PRESETS:
+            raise TutorialError(
+                f"There is no preset {preset!r}. Set TUTORIAL_PRESET to one of: "
+                + ", ".join(PRESETS)
+            )
+        root = project_root()
+        data = Path(os.environ.get("TUTORIAL_DATA") or root / "data")
+        artifacts = Path(os.environ.get("TUTORIAL_ARTIFACTS") or root / "artifacts")
+        return replace(
+            PRESETS[preset],
+            data_dir=data.resolve(),
+            artifacts_dir=artifacts.resolve() / preset,
+        )
+
+    def _repr_html_(self) -> str:
+        rows = asdict(self) | {"recipe": self.recipe}
+        for folder in ("data_dir", "artifacts_dir"):
+            rows[folder] = relative(rows[folder])
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{key}</th>"
+            f"<td style='text-align:left'>{value}</td></tr>"
+            for key, value in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+
+def project_root() -> Path:
+    """Return the folder of the project, or the working folder outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "notebooks").is_dir() else Path.cwd()
+
+
+def relative(path: Path) -> str:
+    """Return `path` as the reader would type it from the project's folder."""
+    path = Path(path).resolve()
+    root = project_root()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+_RESNEXT101 = {
+    "model": "resnext101_32x8d",
+    "image_shape": (3, 224, 224),
+    "batches": (1, 8, 32, 64, 128, 256),
+    "best_batch": 256,
+    "seconds_per_batch": 3.0,
+    "workers": 8,
+}
+
+PRESETS = {
+    # A laptop without a GPU: the whole case study in minutes.
+    "quick": Settings(
+        preset="quick",
+        model="resnext14_8x4d",
+        dataset="FashionMNIST",
+        num_classes=10,
+        image_shape=(1, 28, 28),
+        validation_images=5_000,
+        recipe=Recipe(
+            epochs=4,
+            batch_size=128,
+            learning_rate=0.1,
+            weight_decay=5e-4,
+            warmup=0.2,
+        ),
+        batches=(1, 8, 32, 128),
+        best_batch=128,
+        seconds_per_batch=2.0,
+        workers=0,
+    ),
+    # One GPU and one lesson: the real network, ten of its thousand classes.
+    "workshop": Settings(
+        preset="workshop",
+        dataset="Imagenette",
+        num_classes=10,
+        validation_images=1_000,
+        recipe=Recipe(
+            epochs=5,
+            batch_size=64,
+            learning_rate=0.005,
+            weight_decay=1e-4,
+            warmup=0.1,
+        ),
+        **_RESNEXT101,
+    ),
+    # The published result. The recipe is that of the pretrained weights: torchvision's
+    # reference training, 0.1 for each 256 images of a batch.
+    "full": Settings(
+        preset="full",
+        dataset="ImageNet",
+        num_classes=1000,
+        validation_images=25_000,
+        recipe=Recipe(
+            epochs=100,
+            batch_size=256,
+            learning_rate=0.1,
+            weight_decay=1e-4,
+            step_epochs=30,
+        ),
+        **_RESNEXT101,
+    ),
+}

@@ -1,0 +1,108 @@
+"""Is every eligible weight of an ONNX file 2:4? Used in `04_export_onnx.ipynb`."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from helpers.checks import TutorialError
+from helpers.settings import relative
+
+# Operators that leave each group of four where it is, or only move it: the weight
+# is looked for behind them.
+_TRANSPARENT = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose")
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Return an ONNX model, with its external data.
+
+    Raises:
+        TutorialError: the file is missing or is not an ONNX model.
+    """
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except FileNotFoundError as error:
+        raise TutorialError(f"{relative(path)} is missing ({error}).") from error
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TutorialError(f"{relative(path)} is not a valid ONNX model: {reason}") from error
+    return model
+
+
+def verify_onnx(path: Path) -> pd.DataFrame:
+    """Return one row for each weight of the convolutions and matrix products in a file.
+
+    The columns are `node`, `op`, `weight` (its name), `shape` (output channels first),
+    `groups`, `eligible` (by TensorRT's rules), `sparse` (is it 2:4?) and `zeros`, the
+    share of zero weights in per cent.
+
+    Args:
+        path: an ONNX file. Weights are found behind Cast, Transpose, Identity and
+            Q/DQ nodes, in initialisers and in Constant nodes.
+
+    Raises:
+        TutorialError: the file is missing or is not an ONNX model.
+    """
+    graph = load_onnx(path).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    rows = []
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        for side in (1,) if node.op_type == "Conv" else (0, 1):
+            found = _constant(node.input[side], tensors, producers)
+            if found is not None:
+                rows.append(_describe(node, side, *found))
+    columns = ["node", "op", "weight", "shape", "groups", "eligible", "sparse", "zeros"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _constant(
+    name: str, tensors: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
+) -> tuple[str, np.ndarray] | None:
+    """Return the constant that feeds an input, as the node sees it; None if computed."""
+    if name in tensors:
+        return name, numpy_helper.to_array(tensors[name])
+    node = producers.get(name)
+    if node is None:
+        return None
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    if node.op_type == "Constant" and "value" in attributes:
+        return name, numpy_helper.to_array(attributes["value"])
+    if node.op_type not in _TRANSPARENT:
+        return None
+    found = _constant(node.input[0], tensors, producers)
+    if found is not None and node.op_type == "Transpose":
+        found = found[0], found[1].transpose(attributes.get("perm"))
+    return found
+
+
+def _describe(node: onnx.NodeProto, side: int, name: str, weight: np.ndarray) -> dict:
+    """Return the row of a weight: laid out as (out, in, ...) and looked at in fours."""
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    groups = attributes.get("group", 1)
+    if node.op_type == "Gemm":
+        transposed = attributes.get("transB" if side else "transA", 0)
+        weight = weight if bool(transposed) == bool(side) else weight.T
+    elif node.op_type == "MatMul":
+        # The sum runs over the last axis of the left factor, the last but one of the right.
+        weight = weight.swapaxes(-1, -2) if side and weight.ndim > 1 else weight
+        weight = weight.reshape(-1, weight.shape[-1])
+    eligible = groups == 1 and weight.shape[1] % 4 == 0
+    kept = weight != 0
+    in_fours = kept.reshape(len(kept), -1, 4, *kept.shape[2:]) if eligible else None
+    return {
+        "node": node.name,
+        "op": node.op_type,
+        "weight": name,
+        "shape": weight.shape,
+        "groups": groups,
+        "eligible": eligible,
+        "sparse": bool(eligible and (in_fours.sum(axis=2) <= 2).all()),
+        "zeros": round(100 * (1 - kept.mean()), 2),
+    }

@@ -1,0 +1,235 @@
+"""Train, retrain and evaluate. Explained in `03_retrain.ipynb`."""
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from helpers.artifacts import atomic_write
+from helpers.checks import TutorialError
+from helpers.data import Splits
+from helpers.machine import device
+from helpers.settings import Recipe
+from helpers.sparsity.prune import hold_masks
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy over a set of images, with the uncertainty of its size."""
+
+    correct: int
+    total: int
+
+    @property
+    def top1(self) -> float:
+        """Per cent of the images classified correctly."""
+        return 100 * self.correct / self.total
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard error of `top1`, in points."""
+        share = self.correct / self.total
+        return 100 * math.sqrt(share * (1 - share) / self.total)
+
+    def __repr__(self) -> str:
+        return f"{self.top1:.2f} % ± {self.standard_error:.2f} top-1 on {self.total:,} images"
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Return the top-1 accuracy of logits (N, classes) against labels (N)."""
+    return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
+    """Return the top-1 accuracy of a network over a loader, in evaluation mode."""
+    where = device()
+    model = model.to(where, memory_format=torch.channels_last)
+    mode = model.training
+    model.eval()
+    correct = total = 0
+    for images, labels in tqdm(loader, desc="evaluate", leave=False):
+        images = images.to(where, memory_format=torch.channels_last)
+        part = accuracy(model(images), labels.to(where))
+        correct, total = correct + part.correct, total + part.total
+    model.train(mode)
+    return Accuracy(correct, total)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training images gave."""
+
+    number: int  # from 1
+    loss: float  # mean over the epoch
+    validation: float  # top-1 on the validation images, per cent
+    seconds: float
+
+
+@dataclass
+class _Progress:
+    """Everything that a resumed training needs to go on as if never stopped."""
+
+    run: str
+    model: dict[str, Tensor]
+    optimizer: dict
+    scheduler: dict
+    best: dict[str, Tensor]
+    history: list[dict] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    splits: Splits,
+    recipe: Recipe,
+    seed: int,
+    masks: dict[str, Tensor] | None = None,
+    progress_file: Path | None = None,
+) -> list[Epoch]:
+    """Train a network in place and leave it with its best weights.
+
+    The best weights are those of the epoch with the highest accuracy on the
+    validation images; of equal epochs the earlier one.
+
+    Args:
+        model: the network to start from.
+        splits: training and validation images.
+        recipe: the procedure, the same for training and retraining.
+        seed: sets the order and the augmentation of the images.
+        masks: weights to hold at zero, as `prune_2to4_` returned them.
+        progress_file: written after every epoch; a training that was interrupted
+            goes on from it, and it is removed at the end.
+
+    Returns:
+        One `Epoch` for each epoch.
+
+    Raises:
+        TutorialError: the loss is no longer a number.
+
+    Source: the procedure is that of Mishra et al., arXiv 2104.08378: repeat the
+    original training with the zeros fixed.
+    """
+    where = device()
+    model.to(where, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(recipe, len(splits.train)))
+    masks = {name: mask.to(where) for name, mask in (masks or {}).items()}
+    progress = _Progress(_run_id(model, recipe, seed, masks), {}, {}, {}, {})
+    if progress_file is not None and progress_file.exists():
+        progress = _resume(progress_file, progress, model, optimizer, scheduler)
+
+    if masks:
+        hold_masks(optimizer, model, masks)  # ends with the optimizer, when this returns
+    for number in range(len(progress.history) + 1, recipe.epochs + 1):
+        # One seed per epoch, so that a resumed run sees the same images in the same order.
+        torch.manual_seed(seed + number)
+        start = time.perf_counter()
+        loss = _train_epoch(model, splits.train, optimizer, scheduler, f"epoch {number}")
+        validation = evaluate(model, splits.validation).top1
+        epoch = Epoch(number, loss, validation, time.perf_counter() - start)
+        print(
+            f"epoch {number}/{recipe.epochs}: loss {loss:.4f}, "
+            f"validation {validation:.2f} %, {epoch.seconds:.0f} s"
+        )
+        if validation > max((past["validation"] for past in progress.history), default=-1.0):
+            progress.best = copy.deepcopy(model.state_dict())
+        progress.history.append(asdict(epoch))
+        progress.model = model.state_dict()
+        progress.optimizer = optimizer.state_dict()
+        progress.scheduler = scheduler.state_dict()
+        if progress_file is not None:
+            with atomic_write(progress_file) as part:
+                torch.save(vars(progress), part)
+    model.load_state_dict(progress.best)
+    model.eval()
+    return [Epoch(**epoch) for epoch in progress.history]
+
+
+def schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate for each step of a training."""
+    total = recipe.epochs * steps_per_epoch
+    warmup = round(recipe.warmup * total)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if recipe.step_epochs is not None:
+            return 0.1 ** (step // steps_per_epoch // recipe.step_epochs)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+
+    return factor
+
+
+def _train_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    title: str,
+) -> float:
+    """Train for one pass over the loader and return the mean loss."""
+    model.train()
+    where = device()
+    total = torch.zeros((), device=where)
+    for images, labels in tqdm(loader, desc=title, leave=False):
+        images = images.to(where, memory_format=torch.channels_last)
+        loss = F.cross_entropy(model(images), labels.to(where))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        total += loss.detach()
+    mean = float(total) / len(loader)
+    if not math.isfinite(mean):
+        raise TutorialError(
+            f"The loss became {mean} in {title}: the training diverged. Lower "
+            "recipe.learning_rate in helpers/settings.py and run this step again."
+        )
+    return mean
+
+
+def _run_id(model: nn.Module, recipe: Recipe, seed: int, masks: dict[str, Tensor]) -> str:
+    """Return a fingerprint of a training: what it starts from and how it goes."""
+    digest = hashlib.sha256(f"{recipe} {seed} {sorted(masks)}".encode())
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resume(
+    path: Path,
+    fresh: _Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> _Progress:
+    """Load an interrupted training; say so, and start afresh if it was another one."""
+    try:
+        stored = _Progress(**torch.load(path, map_location=device(), weights_only=True))
+    except Exception as error:  # torch.load fails in many ways on a damaged file
+        raise TutorialError(
+            f"{path.name} is damaged ({type(error).__name__}). Delete it and run this step "
+            "again: the training then starts from its first epoch."
+        ) from error
+    if stored.run != fresh.run:
+        print(f"{path.name} is of another training (weights, recipe or seed); starting afresh.")
+        return fresh
+    print(f"Going on after epoch {len(stored.history)}, the last one finished.")
+    model.load_state_dict(stored.model)
+    optimizer.load_state_dict(stored.optimizer)
+    scheduler.load_state_dict(stored.scheduler)
+    return stored

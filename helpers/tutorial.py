@@ -1,0 +1,172 @@
+"""Run the notebooks in order, and sum up what they left behind.
+
+What `make tutorial` and `make notebooks` call.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from hashlib import sha256 as digest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from helpers import engine, machine, runners
+from helpers.artifacts import NOTEBOOKS, Artifacts, atomic_write, write_json
+from helpers.checks import TutorialError
+from helpers.settings import Settings, project_root, relative
+from helpers.training import Accuracy
+
+# The two networks that are exported, built and measured, and their checkpoints.
+NETWORKS = {"dense": "01_dense.safetensors", "sparse": "03_retrained.safetensors"}
+
+
+def print_setup(settings: Settings) -> None:
+    """Print what the tutorial finds on this machine, and which tools it will use."""
+    for fine, line in machine.setup_report(settings):
+        print(f"[{'OK' if fine else 'FAIL'}] {line}")
+    builder = engine.find_builder()
+    print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
+    reason = runners.why_no_tensorrt()
+    print(f"[OK] inference: {'ONNX Runtime, CPU. ' + reason if reason else 'TensorRT, PyCUDA'}")
+
+
+def source_digest(cells: Sequence[Any]) -> str:
+    """Return a checksum over the code of a notebook, to tell outputs of another source."""
+    code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
+    return digest(code.encode()).hexdigest()
+
+
+def run_notebooks(settings: Settings, save: bool = False) -> None:
+    """Run every notebook from top to bottom, one after the other.
+
+    Args:
+        settings: the preset; its artifacts folder receives executed copies.
+        save: write the outputs into `notebooks/` as well, without progress bars.
+
+    Raises:
+        TutorialError: Jupyter is not installed, or a cell failed.
+    """
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+    except ImportError as error:
+        raise TutorialError(
+            f"Notebooks cannot be run here ({error}). Install the project with its notebooks: "
+            "pip install -e '.[notebooks]'. `python -m helpers` runs the same steps without them."
+        ) from error
+    folder = project_root() / "notebooks"
+    os.environ["TUTORIAL_PRESET"] = settings.preset
+    for name in tqdm(NOTEBOOKS.values(), desc="notebooks"):
+        notebook = nbformat.read(folder / name, as_version=4)
+        client = NotebookClient(
+            notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": folder}}
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
+        tidy(notebook)
+        targets = [settings.artifacts_dir / "notebooks" / name]
+        for target in targets + [folder / name] * save:
+            with atomic_write(target) as part:
+                nbformat.write(notebook, part)
+
+
+def tidy(notebook: Any) -> None:
+    """Drop from an executed notebook what only made sense while it ran, in place.
+
+    That is: progress bars, timings of the cells, the kernel's version. The checksum of
+    the code is recorded, so that a test can tell outputs of an older source.
+    """
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            ]
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "tutorial": {"source_sha256": source_digest(notebook.cells)},
+    }
+
+
+def save_benchmark(
+    artifacts: Artifacts, contenders: dict[str, runners.Runner], table: pd.DataFrame
+) -> Path:
+    """Write the measured table as JSON, with the machine that it was measured on."""
+    parents = [
+        name
+        for name in (
+            "05_dense.engine",
+            "05_sparse.engine",
+            "04_dense_fp32.onnx",
+            "04_sparse_fp32.onnx",
+        )
+        if artifacts.sidecar(name).exists()
+    ]
+    content = {
+        "runner": contenders["sparse"].name,
+        "machine": machine.describe(),
+        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
+    }
+    with artifacts.writing("06_benchmark.json", parents) as path:
+        write_json(path, content)
+    return artifacts.path("06_benchmark.json")
+
+
+def summary(settings: Settings) -> dict[str, str]:
+    """Return the key figures of the last run, from the sidecars of its artifacts.
+
+    Raises:
+        ArtifactError: a step has not been run; names its notebook.
+    """
+    artifacts = Artifacts(settings)
+    tests = {
+        name: Accuracy(**artifacts.facts(file)["test"])
+        for name, file in (
+            ("dense", "01_dense.safetensors"),
+            ("pruned", "02_pruned.safetensors"),
+            ("retrained", "03_retrained.safetensors"),
+        )
+    }
+    rows = {f"{name}, test top-1": str(result) for name, result in tests.items()}
+    pruning = artifacts.facts("02_pruned.safetensors")
+    rows["sparse layers"] = (
+        f"{pruning['sparse_layers']} of {pruning['layers']}, with "
+        f"{pruning['parameters_share']:.2f} % of the parameters and "
+        f"{pruning['macs_share']:.2f} % of the MACs"
+    )
+    for precision in ("fp32", "fp16"):
+        gaps = [artifacts.facts(f"04_{name}_{precision}.onnx")["gap"] for name in NETWORKS]
+        rows[f"ONNX gap to PyTorch, {precision.upper()}"] = f"{max(gaps):.1e} of the largest logit"
+    for name in NETWORKS:
+        built = artifacts.facts(f"05_{name}.engine")
+        rows[f"engine, {name}"] = (
+            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, {built['target']}"
+        )
+    benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
+    rows["measured with"] = benchmark["runner"]
+    table = pd.DataFrame(benchmark["rows"]).set_index(["batch", "network"])
+    for batch in table.index.unique("batch"):
+        dense, sparse = (table.loc[(batch, name)] for name in NETWORKS)
+        rows[f"latency p50, batch {batch}"] = (
+            f"dense {dense.p50:.2f} ms, sparse {sparse.p50:.2f} ms: {dense.p50 / sparse.p50:.2f}x"
+        )
+    return rows
+
+
+def print_summary(settings: Settings) -> None:
+    """Print the key figures of the last run and where its files are."""
+    artifacts = Artifacts(settings)
+    for name, value in summary(settings).items():
+        print(f"{name:26} {value}")
+    print(f"\nresults  {relative(artifacts.folder)}")
+    for figure in sorted(artifacts.figures.glob("*.png")):
+        print(f"figure   {relative(figure)}")
