@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.fchmod(handle, 0o644)
         os.close(handle)
         yield part
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
         raise _explained(error, path) from error
     except Exception as error:
@@ -88,9 +89,10 @@ def _explained(error: OSError, path: Path) -> Exception:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write `content` as indented JSON, in one piece or not at all."""
+    """Write `content`, which may hold dataclasses, as JSON; in one piece or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
     with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        part.write_text(text + "\n")
     return Path(path)
 
 
@@ -180,12 +182,3 @@ class Artifacts:
                     f"{name} is out of date: {parent} has been made anew since. {run}"
                 )
         return sidecar
-
-    def is_current(self, name: str, parents: Sequence[str] = (), **facts: Any) -> bool:
-        """Return whether `name` is whole, stems from these parents and has these facts."""
-        try:
-            sidecar = self.describe(name)
-        except ArtifactError:
-            return False
-        stored = {key: sidecar["facts"].get(key) for key in facts}
-        return set(sidecar["parents"]) == set(parents) and stored == facts

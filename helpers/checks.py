@@ -22,7 +22,7 @@ class TutorialError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
-class CheckFailed(TutorialError):
+class CheckError(TutorialError):
     """A statement of the tutorial does not hold on this run."""
 
 
@@ -34,10 +34,10 @@ def check(holds: Any, statement: str) -> None:
         statement: what is claimed, in plain words.
 
     Raises:
-        CheckFailed: the statement does not hold.
+        CheckError: the statement does not hold.
     """
     if not holds:
-        raise CheckFailed(f"[FAIL] {statement}")
+        raise CheckError(f"[FAIL] {statement}")
     print(f"[OK] {statement}")
 
 

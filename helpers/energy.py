@@ -12,7 +12,7 @@ from helpers.checks import TutorialError
 
 
 class EnergyError(TutorialError):
-    """This machine has no energy counter that can be read."""
+    """The energy counter of the GPU cannot be read."""
 
 
 class EnergyCounter:

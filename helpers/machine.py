@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,12 @@ def describe() -> dict[str, Any]:
         "system": platform.system(),
         **gpu(),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """Return what every recorded result carries: date, machine and versions."""
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, "machine": describe(), "versions": versions()}
 
 
 def cpu_name() -> str:

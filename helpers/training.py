@@ -106,8 +106,8 @@ def train(
         recipe: the procedure, the same for training and retraining.
         seed: sets the order and the augmentation of the images.
         masks: weights to hold at zero, as `prune_2to4_` returned them.
-        progress_file: written after every epoch; a training that was interrupted
-            goes on from it, and it is removed at the end.
+        progress_file: written after every epoch. A training that was interrupted goes
+            on from it; one that is finished is loaded from it.
 
     Returns:
         One `Epoch` for each epoch.
@@ -228,7 +228,7 @@ def _resume(
     if stored.run != fresh.run:
         print(f"{path.name} is of another training (weights, recipe or seed); starting afresh.")
         return fresh
-    print(f"Going on after epoch {len(stored.history)}, the last one finished.")
+    print(f"{path.name}: going on after epoch {len(stored.history)}. Delete it to start afresh.")
     model.load_state_dict(stored.model)
     optimizer.load_state_dict(stored.optimizer)
     scheduler.load_state_dict(stored.scheduler)

@@ -37,7 +37,7 @@ def verify_onnx(path: Path) -> pd.DataFrame:
     """Return one row for each weight of the convolutions and matrix products in a file.
 
     The columns are `node`, `op`, `weight` (its name), `shape` (output channels first),
-    `groups`, `eligible` (by TensorRT's rules), `sparse` (is it 2:4?) and `zeros`, the
+    `groups`, `eligible` (by TensorRT's rules), `is_2to4` and `zeros`, the
     share of zero weights in per cent.
 
     Args:
@@ -58,7 +58,7 @@ def verify_onnx(path: Path) -> pd.DataFrame:
             found = _constant(node.input[side], tensors, producers)
             if found is not None:
                 rows.append(_describe(node, side, *found))
-    columns = ["node", "op", "weight", "shape", "groups", "eligible", "sparse", "zeros"]
+    columns = ["node", "op", "weight", "shape", "groups", "eligible", "is_2to4", "zeros"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -103,6 +103,6 @@ def _describe(node: onnx.NodeProto, side: int, name: str, weight: np.ndarray) ->
         "shape": weight.shape,
         "groups": groups,
         "eligible": eligible,
-        "sparse": bool(eligible and (in_fours.sum(axis=2) <= 2).all()),
+        "is_2to4": bool(eligible and (in_fours.sum(axis=2) <= 2).all()),
         "zeros": round(100 * (1 - kept.mean()), 2),
     }
