@@ -28,7 +28,7 @@ app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
 @app.command()
 def setup() -> None:
     """Check this machine: versions, GPU, engine builder, runner (notebook 00)."""
-    tutorial.print_setup(Settings.load())
+    tutorial.check_setup(Settings.load())
 
 
 @app.command()
@@ -88,7 +88,7 @@ def load() -> None:
     splits = data.load_splits(settings)
     dense = models.load_pretrained(settings)
     accuracy = training.evaluate(dense, splits.test)
-    with Artifacts(settings).writing("01_dense.safetensors", test=accuracy) as path:
+    with Artifacts(settings).writing("01_dense.safetensors", facts={"test": accuracy}) as path:
         models.save_checkpoint(dense, path, settings.model)
     print(f"dense: {accuracy}")
 
@@ -105,7 +105,7 @@ def prune() -> None:
         "test": accuracy,
         **sparsity_report(model, settings.image_shape).facts(),
     }
-    with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], **facts) as path:
+    with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], facts) as path:
         models.save_checkpoint(model, path, settings.model)
     print(f"pruned, {len(masks)} layers: {accuracy}")
 
@@ -126,8 +126,8 @@ def retrain() -> None:
         progress_file=artifacts.path("03_progress.pt"),
     )
     accuracy = training.evaluate(model, splits.test)
-    facts = {"test": accuracy, "history": history}
-    with artifacts.writing("03_retrained.safetensors", ["02_pruned.safetensors"], **facts) as path:
+    facts = {"test": accuracy, "recipe": settings.recipe, "history": history}
+    with artifacts.writing("03_retrained.safetensors", ["02_pruned.safetensors"], facts) as path:
         models.save_checkpoint(model, path, settings.model)
     print(f"retrained: {accuracy}")
 
@@ -144,7 +144,7 @@ def export() -> None:
         for precision in ("fp32", "fp16"):
             facts: dict[str, float] = {}
             file = f"04_{name}_{precision}.onnx"
-            with artifacts.writing(file, [parent], facts=facts) as path:
+            with artifacts.writing(file, [parent], facts) as path:
                 onnx_export.export_onnx(model, path, settings.image_shape, precision == "fp16")
                 logits = runners.OnnxRunner(path)(images)
                 facts["gap"] = onnx_export.relative_gap(logits, reference)
@@ -167,7 +167,7 @@ def build(
     for name in tutorial.NETWORKS:
         facts: dict[str, object] = {}
         parent = f"04_{name}_fp16.onnx"
-        with artifacts.writing(f"05_{name}.engine", [parent], facts=facts) as path:
+        with artifacts.writing(f"05_{name}.engine", [parent], facts) as path:
             report = engine.build_engine(
                 artifacts.path(parent), path, settings.image_shape, batches, target=target
             )
@@ -201,6 +201,12 @@ def run_tutorial(
 def summary() -> None:
     """Print the figures of the last run and where its files are."""
     tutorial.print_summary(Settings.load())
+
+
+@app.command()
+def record() -> None:
+    """Keep the figures of the last run as the recorded reference in data/reference/."""
+    print(relative(tutorial.record(Settings.load())))
 
 
 @app.command()

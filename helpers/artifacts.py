@@ -113,13 +113,19 @@ class Artifacts:
         return self.folder / name
 
     @contextmanager
-    def writing(self, name: str, parents: Sequence[str] = (), **facts: Any) -> Iterator[Path]:
+    def writing(
+        self,
+        name: str,
+        parents: Sequence[str] = (),
+        facts: dict[str, Any] | None = None,
+    ) -> Iterator[Path]:
         """Yield the path to write the artifact to, then add its sidecar.
 
         Args:
             name: file name; its first two digits name the notebook.
             parents: names of the artifacts it is made from.
-            **facts: whatever else the sidecar should record (accuracy, recipe).
+            facts: whatever else the sidecar should record (accuracy, recipe); entries
+                added while the artifact is written are recorded too.
 
         Raises:
             ArtifactError: a parent is not usable, or the disk refuses.
@@ -136,7 +142,7 @@ class Artifacts:
             "sha256": checksum,
             "parents": checksums,
             "versions": versions(),
-            "facts": facts,
+            "facts": facts or {},
         }
         write_json(self.sidecar(name), sidecar)
 

@@ -107,11 +107,11 @@ class EngineReport:
 
 
 # TensorRT 10 and 11, then TensorRT 8; the last report in a log is the final one.
-_ELIGIBLE = re.compile(
+ELIGIBLE = re.compile(
     r"\(Sparsity\) (?:Found \d+ layer\(s\) eligible to use sparse tactics"
     r"|Layers eligible for sparse math)(?:: (?P<names>.*))?"
 )
-_CHOSEN = re.compile(
+CHOSEN = re.compile(
     r"\(Sparsity\) (?:Chose \d+ layer\(s\) using sparse tactics"
     r"|TRT inference plan picked sparse implementation for layers)(?:: (?P<names>.*))?"
 )
@@ -196,8 +196,8 @@ def build_engine(
         sparse_flag=sparse,
         megabytes=plan.nbytes / 1e6,
         seconds=seconds,
-        eligible=sparse_layers(logger.lines, _ELIGIBLE),
-        chosen=sparse_layers(logger.lines, _CHOSEN),
+        eligible=sparse_layers(logger.lines, ELIGIBLE),
+        chosen=sparse_layers(logger.lines, CHOSEN),
         log=tuple(logger.lines),
     )
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from helpers.artifacts import atomic_write
-from helpers.sparsity import SparsityReport, compress_2to4
+from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training import Accuracy, Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
@@ -36,6 +36,17 @@ def _axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figu
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
+
+
+def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
+    """Draw normalised images (N, C, H, W) in a row, each under its caption."""
+    figure, axes = _axes(1.1 * len(images), 1.6, len(images))
+    for axis, image, caption in zip(axes, images, captions, strict=True):
+        low, high = image.min(), image.max()
+        axis.imshow(((image - low) / (high - low)).permute(1, 2, 0), cmap="gray_r")
+        axis.set_title(caption, fontsize=8)
+        axis.axis("off")
+    return figure
 
 
 def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.1f}") -> None:
@@ -86,26 +97,28 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
     return figure
 
 
-def plot_bytes(per_type: dict[str, tuple[float, float, float]]) -> Figure:
-    """Draw the bytes of a weight dense, and as values and metadata, for each data type.
+def plot_bytes(per_type: dict[str, tuple[Compressed, int]]) -> Figure:
+    """Draw the memory of a weight, dense and compressed, for each data type.
 
     Args:
-        per_type: data type to (dense, values, metadata) bytes for one group of four.
+        per_type: data type to the compressed weight and its dense size in bytes.
     """
-    figure, (axis,) = _axes(6.5, 1.1 + 0.55 * len(per_type))
-    for row, (dense, values, metadata) in enumerate(per_type.values()):
-        axis.barh(row + 0.2, dense, 0.36, color=DENSE, label="dense" if row == 0 else None)
-        axis.barh(row - 0.2, values, 0.36, color=SPARSE, label="values" if row == 0 else None)
-        axis.barh(
-            row - 0.2, metadata, 0.36, left=values, color=PRUNED,
-            label="2-bit positions" if row == 0 else None,
-        )  # fmt: skip
-        share = f" {(values + metadata) / dense:.1%} of dense"
-        axis.text(values + metadata, row - 0.2, share, va="center", fontsize=9)
+    figure, (axis,) = _axes(7, 1.1 + 0.55 * len(per_type))
+    labels = ["dense", "values", "2-bit positions"]
+    for row, (compressed, dense) in enumerate(per_type.values()):
+        values, metadata = compressed.values.nbytes, compressed.metadata.nbytes
+        for place, width, left, colour, label in (
+            (0.2, dense, 0, DENSE, labels[0]),
+            (-0.2, values, 0, SPARSE, labels[1]),
+            (-0.2, metadata, values, PRUNED, labels[2]),
+        ):
+            axis.barh(row + place, width, 0.36, left=left, color=colour, label=label)
+        share = f" {compressed.nbytes / dense:.2%} of dense"
+        axis.text(compressed.nbytes, row - 0.2, share, va="center", fontsize=9)
+        labels = [None] * 3  # one entry each in the legend
     axis.set_yticks(range(len(per_type)), per_type)
-    axis.set_xlabel("bytes for four weights")
-    axis.set_xlim(0, 1.2 * max(dense for dense, *_ in per_type.values()))
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
+    axis.set_xlabel("bytes")
+    figure.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
     return figure
 
 

@@ -23,14 +23,16 @@ from helpers.training import Accuracy
 NETWORKS = {"dense": "01_dense.safetensors", "sparse": "03_retrained.safetensors"}
 
 
-def print_setup(settings: Settings) -> None:
-    """Print what the tutorial finds on this machine, and which tools it will use."""
+def check_setup(settings: Settings) -> None:
+    """Print what the tutorial finds on this machine, and record it for the next steps."""
     for fine, line in machine.setup_report(settings):
         print(f"[{'OK' if fine else 'FAIL'}] {line}")
     builder = engine.find_builder()
     print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
     reason = runners.why_no_tensorrt()
     print(f"[OK] inference: {'ONNX Runtime, CPU. ' + reason if reason else 'TensorRT, PyCUDA'}")
+    with Artifacts(settings).writing("00_setup.json") as path:
+        write_json(path, {"machine": machine.describe(), "builder": builder.name})
 
 
 def source_digest(cells: Sequence[Any]) -> str:
@@ -160,6 +162,19 @@ def summary(settings: Settings) -> dict[str, str]:
             f"dense {dense.p50:.2f} ms, sparse {sparse.p50:.2f} ms: {dense.p50 / sparse.p50:.2f}x"
         )
     return rows
+
+
+def record(settings: Settings) -> Path:
+    """Write the figures of the last run to `data/reference/`, with their provenance.
+
+    Notebook 06 shows them beside the reader's own, and the README's table is made of them.
+    """
+    benchmark = json.loads(Artifacts(settings).require("06_benchmark.json").read_text())
+    where = "gpu" if machine.gpu() else "cpu"
+    return write_json(
+        settings.data_dir / "reference" / f"{settings.preset}_{where}.json",
+        {"summary": summary(settings), "benchmark": benchmark, **machine.provenance()},
+    )
 
 
 def print_summary(settings: Settings) -> None:
