@@ -8,10 +8,11 @@ final figures. Explained in `01_load_pretrained.ipynb`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.models import ResNeXt101_32X8D_Weights
@@ -70,13 +71,14 @@ def load_splits(settings: Settings) -> Splits:
 def _loader(dataset: Dataset, settings: Settings, shuffle: bool = False) -> DataLoader:
     return DataLoader(
         dataset,
-        batch_size=settings.recipe.batch_size if shuffle else 500 if settings.workers == 0 else 128,
+        # An engine takes no batch above the largest of its profile, so neither do we.
+        batch_size=settings.recipe.batch_size if shuffle else max(settings.batches),
         shuffle=shuffle,
         drop_last=shuffle,  # a last batch of one image would upset batch norm
         num_workers=settings.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=settings.workers > 0,
-        collate_fn=_as_is if settings.workers == 0 else None,
+        collate_fn=_collate,
     )
 
 
@@ -109,8 +111,9 @@ class InMemoryImages(Dataset):
         return images, self.labels[indices]
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
+def _collate(batch: Any) -> tuple[Tensor, Tensor]:
+    """Pass a whole batch of `InMemoryImages` on; stack single images."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
 def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
