@@ -49,18 +49,19 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
     """Return the top-1 accuracy of a network over a loader, in evaluation mode."""
     where = device()
-    model = model.to(where, memory_format=torch.channels_last)
+    # Moved outside inference mode: weights made inside it could not be trained any more.
+    model.to(where, memory_format=torch.channels_last)
     mode = model.training
     model.eval()
     correct = total = 0
-    for images, labels in tqdm(loader, desc="evaluate", leave=False):
-        images = images.to(where, memory_format=torch.channels_last)
-        part = accuracy(model(images), labels.to(where))
-        correct, total = correct + part.correct, total + part.total
+    with torch.inference_mode():
+        for images, labels in tqdm(loader, desc="evaluate", leave=False):
+            images = images.to(where, memory_format=torch.channels_last)
+            part = accuracy(model(images), labels.to(where))
+            correct, total = correct + part.correct, total + part.total
     model.train(mode)
     return Accuracy(correct, total)
 
