@@ -26,6 +26,7 @@ lint: $(READY)
 
 notebooks: $(READY)  ## run the notebooks and save their outputs
 	$(BIN)/python -m helpers tutorial --save
+	cp artifacts/quick/figures/02_pattern.png docs/images/pattern.png
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
