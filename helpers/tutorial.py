@@ -5,6 +5,7 @@ What `make tutorial` and `make notebooks` call.
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from hashlib import sha256 as digest
 from pathlib import Path
@@ -53,6 +54,7 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
     """
     try:
         import nbformat
+        from jupyter_client import AsyncKernelManager
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
     except ImportError as error:
@@ -64,13 +66,18 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
     os.environ["TUTORIAL_PRESET"] = settings.preset
     for name in tqdm(NOTEBOOKS.values(), desc="notebooks"):
         notebook = nbformat.read(folder / name, as_version=4)
-        client = NotebookClient(
-            notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": folder}}
-        )
-        try:
-            client.execute()
-        except CellExecutionError as error:
-            raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
+        with tempfile.TemporaryDirectory() as sockets:
+            # Sockets in a private folder: over TCP anybody on the machine could listen.
+            kernel = AsyncKernelManager(
+                kernel_name="python3", transport="ipc", ip=str(Path(sockets) / "kernel")
+            )
+            client = NotebookClient(
+                notebook, km=kernel, timeout=None, resources={"metadata": {"path": folder}}
+            )
+            try:
+                client.execute()
+            except CellExecutionError as error:
+                raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
         tidy(notebook)
         targets = [settings.artifacts_dir / "notebooks" / name]
         for target in targets + [folder / name] * save:

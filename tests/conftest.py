@@ -1,0 +1,134 @@
+"""What several test modules share."""
+
+import urllib.request
+from dataclasses import replace
+from urllib.error import URLError
+
+import hypothesis
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from helpers import onnx_export, sparsity
+from helpers.data import InMemoryImages, Splits
+from helpers.settings import PRESETS, Settings
+
+# The first call into torch is slow, and a test suite should not depend on the day.
+hypothesis.settings.register_profile("tutorial", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("tutorial")
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """The quick preset, writing to a temporary folder."""
+    for name in ("TUTORIAL_PRESET", "TUTORIAL_DATA", "TUTORIAL_ARTIFACTS"):
+        monkeypatch.delenv(name, raising=False)
+    return replace(Settings.load("quick"), artifacts_dir=tmp_path / "artifacts")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Let every download fail at once, on a machine with a network too."""
+
+    def unreachable(*_, **__):
+        raise URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+
+
+# --- for training and everything after it: tiny, and nothing downloaded ---
+
+SHAPE = (1, 28, 28)  # that of the quick preset
+
+
+@pytest.fixture
+def tiny_splits() -> Splits:
+    """Ten noisy patterns in the shape of Fashion-MNIST: 128, 64 and 64 images."""
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.randn(10, 1, 4, 4, generator=generator).repeat_interleave(7, 2)
+    patterns = patterns.repeat_interleave(7, 3)  # blocks of 7 by 7 pixels
+
+    def loader(count: int, train: bool = False) -> DataLoader:
+        labels = torch.arange(count) % 10
+        noise = torch.randn(count, *SHAPE, generator=generator)
+        return DataLoader(
+            InMemoryImages(patterns[labels] + 0.5 * noise, labels, flip=train),
+            batch_size=32 if train else 64,
+            shuffle=train,
+            drop_last=train,
+            collate_fn=lambda batch: batch,
+        )
+
+    return Splits(loader(128, train=True), loader(64), loader(64), [*"0123456789"])
+
+
+def _tiny_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=4, bias=False),  # one input channel: stays dense
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+@pytest.fixture
+def tiny_net() -> nn.Module:
+    """Three weighted layers with fixed random weights; "3" and "8" can be sparse."""
+    return _tiny_net()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """The tiny network pruned 2:4, in evaluation mode, and its ONNX files by precision."""
+    model = _tiny_net()
+    model(torch.randn(64, *SHAPE))  # gives the batch norms statistics other than 0 and 1
+    model.eval()
+    sparsity.prune_2to4_(model)
+    folder = tmp_path_factory.mktemp("onnx")
+    files = {
+        name: onnx_export.export_onnx(model, folder / f"{name}.onnx", SHAPE, name == "fp16")
+        for name in ("fp32", "fp16")
+    }
+    return model, files
+
+
+@pytest.fixture
+def tiny_settings(monkeypatch, tmp_path) -> Settings:
+    """The quick preset cut down to two epochs and small batches, with its files in `tmp_path`."""
+    quick = PRESETS["quick"]
+    tiny = replace(
+        quick,
+        recipe=replace(quick.recipe, epochs=2, batch_size=32),
+        batches=(1, 4),
+        best_batch=4,
+        seconds_per_batch=0.01,
+    )
+    monkeypatch.setitem(PRESETS, "quick", tiny)
+    monkeypatch.delenv("TUTORIAL_PRESET", raising=False)
+    monkeypatch.setenv("TUTORIAL_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setenv("TUTORIAL_DATA", str(tmp_path / "data"))
+    return Settings.load()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for the modules that measure: it moves only when a test moves it."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock = Clock()
+    for module in ("helpers.benchmark", "helpers.energy"):
+        monkeypatch.setattr(f"{module}.time", clock)
+    return clock

@@ -1,0 +1,323 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from helpers import artifacts as module
+from helpers.artifacts import NOTEBOOKS, ArtifactError, Artifacts, atomic_write, sha256, write_json
+from helpers.machine import versions
+from helpers.settings import project_root
+
+DENSE, PRUNED, RETRAINED = (
+    "01_dense.safetensors",
+    "02_pruned.safetensors",
+    "03_retrained.safetensors",
+)
+
+
+@pytest.fixture
+def artifacts(settings):
+    return Artifacts(settings)
+
+
+def write(artifacts, name, content, parents=()):
+    with artifacts.writing(name, parents) as path:
+        path.write_text(content)
+
+
+@pytest.fixture
+def chain(artifacts):
+    """Three artifacts, each made from the one before."""
+    write(artifacts, DENSE, "dense")
+    write(artifacts, PRUNED, "pruned", [DENSE])
+    write(artifacts, RETRAINED, "retrained", [PRUNED])
+    return artifacts
+
+
+def refusal(artifacts, name):
+    with pytest.raises(ArtifactError) as error:
+        artifacts.require(name)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is required must be there, whole and up to date.
+
+
+def test_an_artifact_that_is_whole_is_returned(chain):
+    assert chain.require(RETRAINED).read_text() == "retrained"
+
+
+def test_every_notebook_named_exists():
+    assert all((project_root() / "notebooks" / name).is_file() for name in NOTEBOOKS.values())
+
+
+def test_a_missing_artifact_names_the_notebook_that_makes_it(artifacts):
+    assert refusal(artifacts, PRUNED) == (
+        "02_pruned.safetensors is missing. Run 02_prune_2_4.ipynb first, from top to bottom."
+    )
+
+
+def test_a_missing_sidecar_counts_as_missing(chain):
+    chain.sidecar(DENSE).unlink()
+    assert refusal(chain, DENSE).startswith("01_dense.safetensors is missing. Run 01_")
+
+
+@pytest.mark.parametrize("content", ["retraine", "retrained!", "Retrained", ""])
+def test_a_truncated_or_changed_artifact_is_refused(chain, content):
+    chain.path(RETRAINED).write_text(content)
+    message = refusal(chain, RETRAINED)
+    assert message.startswith("03_retrained.safetensors is damaged")
+    assert "Run 03_retrain.ipynb" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'{"a": 1}'])
+def test_a_damaged_sidecar_is_refused(chain, content):
+    chain.sidecar(PRUNED).write_bytes(content)
+    message = refusal(chain, PRUNED)
+    assert message.startswith("02_pruned.safetensors.json is damaged. Run 02_prune_2_4.ipynb")
+
+
+def test_a_child_is_outdated_when_its_parent_is_made_anew_with_other_bytes(chain):
+    write(chain, DENSE, "dense, trained again")
+    message = refusal(chain, PRUNED)
+    assert message.startswith("02_pruned.safetensors is out of date: 01_dense.safetensors")
+    assert "Run 02_prune_2_4.ipynb" in message
+
+
+def test_a_grandchild_sends_the_reader_to_the_first_step_to_repeat(chain):
+    write(chain, DENSE, "dense, trained again")
+    message = refusal(chain, RETRAINED)
+    assert message.startswith("02_pruned.safetensors is out of date")
+    assert "Run 02_prune_2_4.ipynb" in message
+
+
+def test_a_child_stays_good_when_its_parent_is_made_anew_with_the_same_bytes(chain):
+    write(chain, DENSE, "dense")
+    assert chain.require(RETRAINED) == chain.path(RETRAINED)
+
+
+def test_a_child_is_refused_when_its_parent_is_gone(chain):
+    chain.path(DENSE).unlink()
+    assert refusal(chain, PRUNED).startswith("01_dense.safetensors is missing. Run 01_")
+
+
+def test_nothing_is_made_from_a_damaged_parent(chain):
+    chain.path(DENSE).write_text("damaged")
+    with pytest.raises(ArtifactError, match=r"01_dense\.safetensors is damaged"):
+        write(chain, PRUNED, "new", [DENSE])
+    assert chain.path(PRUNED).read_text() == "pruned"
+
+
+# The sidecar.
+
+
+def test_the_sidecar_records_where_an_artifact_comes_from(chain):
+    sidecar = json.loads(chain.sidecar(PRUNED).read_text())
+    assert sidecar["made_by"] == "02_prune_2_4.ipynb"
+    assert sidecar["preset"] == "quick"
+    assert sidecar["seed"] == chain.settings.seed
+    assert sidecar["sha256"] == sha256(chain.path(PRUNED))
+    assert sidecar["parents"] == {DENSE: sha256(chain.path(DENSE))}
+    assert sidecar["versions"] == versions()
+
+
+def test_facts_added_inside_the_block_are_recorded(artifacts):
+    facts = {"before": 1}
+    with artifacts.writing(DENSE, facts=facts) as path:
+        path.write_text("dense")
+        facts["inside"] = 2
+    assert artifacts.facts(DENSE) == {"before": 1, "inside": 2}
+
+
+def test_an_artifact_without_facts_has_none(chain):
+    assert chain.facts(DENSE) == {}
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    y: float
+
+
+def test_dataclasses_are_written_as_objects(artifacts):
+    with artifacts.writing(DENSE, facts={"points": [Point(1, 2.5)]}) as path:
+        path.write_text("dense")
+    assert artifacts.facts(DENSE) == {"points": [{"x": 1, "y": 2.5}]}
+
+
+def test_json_keeps_letters_readable(tmp_path):
+    path = write_json(tmp_path / "facts.json", {"accuracy": "91.97 % ± 0.27"})
+    assert "±" in path.read_text()
+    assert json.loads(path.read_text()) == {"accuracy": "91.97 % ± 0.27"}
+
+
+def test_what_json_cannot_hold_leaves_the_old_file(tmp_path):
+    path = write_json(tmp_path / "facts.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["facts.json"]
+
+
+# In one piece or not at all.
+
+
+def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
+    target = tmp_path / "deep" / "folder" / "file"
+    for content in ("old", "new"):
+        with atomic_write(target) as part:
+            part.write_text(content)
+        assert target.read_text() == content
+    assert names(target.parent) == ["file"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with atomic_write(target) as part:
+        part.write_text("new")
+        assert target.read_text() == "old"
+        assert part.parent == target.parent  # one file system, so that replacing is atomic
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), OSError(errno.EIO, "broken"), KeyboardInterrupt(), SystemExit(1)]
+)
+def test_any_exception_leaves_the_old_file_and_no_other(tmp_path, error):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic_write(target) as part:
+        part.write_text("half of the new")
+        raise error
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_failed_step_leaves_its_artifact_as_it_was(chain):
+    before = chain.describe(PRUNED)
+    listing = names(chain.folder)
+    with pytest.raises(ZeroDivisionError), chain.writing(PRUNED, [DENSE]) as path:
+        path.write_text("half")
+        _ = 1 / 0
+    assert chain.describe(PRUNED) == before
+    assert chain.path(PRUNED).read_text() == "pruned"
+    assert names(chain.folder) == listing
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors"])
+def test_a_full_disk_is_told_in_one_sentence(chain, error):
+    listing = names(chain.folder)
+    with pytest.raises(ArtifactError) as caught, chain.writing(PRUNED, [DENSE]) as path:
+        path.write_text("half")
+        raise error
+    message = str(caught.value)
+    assert message.startswith("02_pruned.safetensors could not be written to")
+    assert "the disk is full; free some space" in message
+    assert "\n" not in message
+    assert chain.require(PRUNED).read_text() == "pruned"
+    assert names(chain.folder) == listing
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_device_that_is_full_is_told_so(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match="the disk is full"),
+        atomic_write(tmp_path / "file"),
+        open("/dev/full", "w") as device,
+    ):
+        device.write("anything")
+    assert names(tmp_path) == []
+
+
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from helpers.artifacts import ArtifactError, atomic_write
+from helpers.models import resnext14_8x4d, save_checkpoint
+
+target = Path(sys.argv[1]) / "01_dense.safetensors"
+target.write_text("old")
+try:
+    with atomic_write(target) as part:
+        save_checkpoint(resnext14_8x4d(), part, "resnext14_8x4d")
+except ArtifactError as error:
+    print(error)
+assert target.read_text() == "old"
+assert [path.name for path in target.parent.iterdir()] == [target.name]
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path):
+    mount = f"mount -t tmpfs -o size=200k tmpfs '{tmp_path}'"
+    own_mounts = [shutil.which("unshare") or "unshare", "--mount", "sh", "-c"]
+    try:
+        subprocess.run([*own_mounts, mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system is not permitted here")
+    script = f'{mount} && exec "$0" -c "$1" "$2"'
+    run = subprocess.run(
+        [*own_mounts, script, sys.executable, ON_A_FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=project_root(),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "01_dense.safetensors could not be written" in run.stdout
+    assert "the disk is full" in run.stdout
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("call", ["mkdir", "mkstemp"])
+def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
+    artifacts, monkeypatch, call, code
+):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "mkstemp": (tempfile, "mkstemp")}[call], refuse)
+    with pytest.raises(ArtifactError) as caught:
+        write(artifacts, DENSE, "dense")
+    message = str(caught.value)
+    assert "01_dense.safetensors could not be written" in message
+    assert "change its permissions, or set TUTORIAL_ARTIFACTS" in message
+    assert "\n" not in message
+
+
+def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, monkeypatch):
+    def full(path, _):
+        with atomic_write(path):
+            raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", full)
+        with pytest.raises(ArtifactError, match="disk is full"):
+            write(chain, PRUNED, "pruned anew", [DENSE])
+    assert "Run 02_prune_2_4.ipynb" in refusal(chain, PRUNED)
+
+
+def test_sha256_is_that_of_the_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

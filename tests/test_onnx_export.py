@@ -1,0 +1,111 @@
+import copy
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+
+from helpers import models, sparsity
+from helpers.onnx_export import export_onnx, fold_batch_norm, relative_gap
+
+SHAPE = (1, 28, 28)
+TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+GAPS = {"fp32": 1e-5, "fp16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def pruned_resnext() -> nn.Module:
+    torch.manual_seed(0)
+    model = models.create_model("resnext14_8x4d", 10)
+    model(torch.randn(16, *SHAPE))  # gives the batch norms statistics other than 0 and 1
+    sparsity.prune_2to4_(model)
+    return model.eval()
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(count))
+
+
+def test_folding_batch_norm_keeps_outputs_and_zeros(pruned_resnext):
+    folded = fold_batch_norm(pruned_resnext)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    torch.testing.assert_close(folded(images(4)), pruned_resnext(images(4)), rtol=1e-4, atol=1e-5)
+    names = sparsity.eligible_layers(pruned_resnext)
+    assert len(names) > 5
+    for name in names:
+        kept = pruned_resnext.get_submodule(name).weight != 0
+        assert torch.equal(folded.get_submodule(name).weight != 0, kept)
+
+
+def test_folding_leaves_the_network_as_it_was(tiny_net):
+    before = copy.deepcopy(tiny_net.train().state_dict())
+    folded = fold_batch_norm(tiny_net)
+    assert tiny_net.training
+    assert not folded.training
+    assert all(torch.equal(before[key], value) for key, value in tiny_net.state_dict().items())
+    assert isinstance(tiny_net[1], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+class TestExportedFile:
+    def test_takes_images_of_any_batch_and_gives_logits_in_its_type(self, exported, precision):
+        path = exported[1][precision]
+        graph = onnx.load(path).graph
+        (taken,), (given,) = graph.input, graph.output
+        assert (taken.name, given.name) == ("images", "logits")
+        for tensor, sizes in ((taken, SHAPE), (given, (10,))):
+            kind = tensor.type.tensor_type
+            assert kind.elem_type == TYPES[precision]
+            batch, *rest = kind.shape.dim
+            assert batch.dim_param
+            assert not batch.dim_value
+            assert tuple(size.dim_value for size in rest) == sizes
+
+    @pytest.mark.parametrize("batch", [1, 2, 5])
+    def test_gives_the_logits_of_the_network(self, exported, precision, batch):
+        model, files = exported
+        session = onnxruntime.InferenceSession(files[precision])
+        x = images(batch).numpy().astype("float16" if precision == "fp16" else "float32")
+        (logits,) = session.run(["logits"], {"images": x})
+        assert logits.shape == (batch, 10)
+        with torch.inference_mode():
+            reference = model(images(batch))
+        assert relative_gap(torch.from_numpy(logits), reference) < GAPS[precision]
+
+    def test_is_one_file_with_all_weights_in_the_type(self, exported, precision):
+        path = exported[1][precision]
+        weights = onnx.load(path, load_external_data=False).graph.initializer
+        assert {path.name for path in path.parent.iterdir()} == {"fp32.onnx", "fp16.onnx"}
+        assert all(w.data_location == TensorProto.DEFAULT for w in weights)
+        floats = {w.data_type for w in weights} - {TensorProto.INT64}
+        assert floats == {TYPES[precision]}
+
+    def test_holds_every_eligible_weight_2to4(self, pruned_resnext, tmp_path, precision):
+        path = export_onnx(pruned_resnext, tmp_path / "r.onnx", SHAPE, precision == "fp16")
+        graph = onnx.load(path).graph
+        assert "BatchNormalization" not in {node.op_type for node in graph.node}
+        weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in graph.initializer}
+        names = sparsity.eligible_layers(pruned_resnext)
+        found = [weights[f"{name}.weight"] for name in names]
+        assert len(found) == len(names) > 5
+        assert all(map(sparsity.is_2to4, found))
+        table = sparsity.verify_onnx(path)
+        assert len(table[table.eligible]) == len(names)
+        assert table[table.eligible].is_2to4.all()
+
+
+def test_exporting_leaves_the_network_as_it_was(tiny_net, tmp_path):
+    before = copy.deepcopy(tiny_net.train().state_dict())
+    export_onnx(tiny_net, tmp_path / "net.onnx", SHAPE, half=True)
+    assert tiny_net.training
+    for key, value in tiny_net.state_dict().items():
+        assert torch.equal(before[key], value)
+        assert before[key].dtype == value.dtype
+
+
+def test_the_gap_is_relative_to_the_largest_logit():
+    reference = torch.tensor([[1.0, -4.0], [2.0, 0.0]])
+    assert relative_gap(reference, reference) == 0
+    assert relative_gap(reference + torch.tensor([0.0, 1.0]), reference) == 0.25

@@ -1,0 +1,252 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from helpers import sparsity, training
+from helpers.checks import TutorialError
+from helpers.settings import Recipe
+from helpers.training import Accuracy, accuracy, evaluate, schedule, train
+
+RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=0.1, weight_decay=5e-4, warmup=0.2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on networks this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
+
+
+def scripted(monkeypatch, model: nn.Module, shares: list[int]) -> list[dict]:
+    """Let `evaluate` say these per cent, one after the other; return the weights it saw."""
+    seen: list[dict] = []
+
+    def fake(*_: object) -> Accuracy:
+        seen.append(weights_of(model))
+        return Accuracy(shares[len(seen) - 1], 100)
+
+    monkeypatch.setattr(training, "evaluate", fake)
+    return seen
+
+
+# --- accuracy ---------------------------------------------------------------------------
+
+
+def test_accuracy_and_its_binomial_standard_error():
+    result = Accuracy(8_000, 10_000)
+    assert result.top1 == pytest.approx(80)
+    assert result.standard_error == pytest.approx(0.4)  # 100 * sqrt(0.8 * 0.2 / 10,000)
+    assert repr(result) == "80.00 % ± 0.40 top-1 on 10,000 images"
+
+
+def test_accuracy_counts_the_largest_logit_of_each_image():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert accuracy(logits, torch.tensor([1, 2, 2])) == Accuracy(2, 3)
+
+
+def test_evaluate_sums_up_unequal_batches():
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    logits = torch.eye(3)[torch.tensor([0, 1, 2, 1, 2])].reshape(5, 3, 1, 1)
+    loader = DataLoader(TensorDataset(logits, labels), batch_size=3)
+    assert evaluate(nn.Flatten(), loader) == Accuracy(3, 5)
+
+
+def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, tiny_splits):
+    before = weights_of(tiny_net.train())
+    evaluate(tiny_net, tiny_splits.test)
+    assert tiny_net.training
+    assert same(before, tiny_net.state_dict()), "batch norm's statistics moved"
+
+
+# --- training ---------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_accuracy_rises(tiny_net, tiny_splits):
+    before = evaluate(tiny_net, tiny_splits.test)
+    history = train(tiny_net, tiny_splits, dataclasses.replace(RECIPE, epochs=6), seed=1)
+    assert [epoch.number for epoch in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1].loss < 0.9 * history[0].loss
+    assert evaluate(tiny_net, tiny_splits.test).top1 > before.top1
+
+
+def test_the_masks_are_held_through_the_training(tiny_net, tiny_splits):
+    masks = sparsity.prune_2to4_(tiny_net)
+    before = weights_of(tiny_net)
+    train(tiny_net, tiny_splits, RECIPE, seed=1, masks=masks)
+    assert set(masks) == {"3", "8"}
+    for name, mask in masks.items():
+        weight = tiny_net.get_submodule(name).weight
+        assert (weight[~mask] == 0).all()
+        assert not torch.equal(weight, before[f"{name}.weight"]), "nothing was trained"
+
+
+def test_without_masks_the_zeros_are_lost(tiny_net, tiny_splits):
+    sparsity.prune_2to4_(tiny_net)
+    train(tiny_net, tiny_splits, RECIPE, seed=1)
+    assert not sparsity.is_2to4(tiny_net[3].weight)
+
+
+@pytest.mark.parametrize(("shares", "best"), [([50, 90, 70], 2), ([50, 90, 90], 2), ([0, 0, 0], 1)])
+def test_the_best_epochs_weights_are_left_and_of_equal_ones_the_earlier(
+    monkeypatch, tiny_net, tiny_splits, shares, best
+):
+    seen = scripted(monkeypatch, tiny_net, shares)
+    history = train(tiny_net, tiny_splits, RECIPE, seed=1)
+    assert [epoch.validation for epoch in history] == shares
+    assert same(tiny_net.state_dict(), seen[best - 1])
+    assert not same(tiny_net.state_dict(), seen[-1])
+    assert not tiny_net.training
+
+
+def test_the_seed_decides_the_result(tiny_net, tiny_splits):
+    nets = [copy.deepcopy(tiny_net) for _ in range(3)]
+    for net, seed in zip(nets, (1, 1, 2), strict=True):
+        train(net, tiny_splits, RECIPE, seed)
+    assert same(nets[0].state_dict(), nets[1].state_dict())
+    assert not same(nets[0].state_dict(), nets[2].state_dict())
+
+
+def test_a_loss_that_is_no_number_stops_the_training_in_one_sentence(tiny_net, tiny_splits):
+    with pytest.raises(TutorialError, match=r"The loss became nan in epoch 1.*learning_rate"):
+        train(tiny_net, tiny_splits, dataclasses.replace(RECIPE, learning_rate=1e30), seed=1)
+
+
+# --- resuming ---------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, where: str, epoch: int) -> None:
+    """Let the training stop in the middle of an epoch, after its weights have moved."""
+    real, calls = getattr(training, where), []
+
+    def stopping(*args: object) -> object:
+        result = real(*args)
+        calls.append(where)
+        if len(calls) == epoch:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(training, where, stopping)
+
+
+@pytest.mark.parametrize("where", ["_train_epoch", "evaluate"])
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_an_interrupted_training_ends_in_the_same_bits(
+    monkeypatch, tiny_net, tiny_splits, tmp_path, where, finished
+):
+    masks = sparsity.prune_2to4_(tiny_net)
+    straight, stopped, resumed = (copy.deepcopy(tiny_net) for _ in range(3))
+    one = train(straight, tiny_splits, RECIPE, 1, masks, tmp_path / "straight.pt")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, where, finished + 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, tiny_splits, RECIPE, 1, masks, tmp_path / "stopped.pt")
+    assert (tmp_path / "stopped.pt").exists() == (finished > 0)
+    two = train(resumed, tiny_splits, RECIPE, 1, masks, tmp_path / "stopped.pt")
+
+    assert same(straight.state_dict(), resumed.state_dict())
+    assert [(e.loss, e.validation) for e in one] == [(e.loss, e.validation) for e in two]
+    # The best epoch may be an early one, so compare where both training runs ended, too.
+    ends = [torch.load(tmp_path / f"{name}.pt") for name in ("straight", "stopped")]
+    assert same(ends[0]["model"], ends[1]["model"])
+    momenta = [[s["momentum_buffer"] for s in end["optimizer"]["state"].values()] for end in ends]
+    assert all(map(torch.equal, *momenta))
+
+
+def test_an_interrupted_training_goes_on_with_the_very_same_network(
+    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys
+):
+    """As in a notebook whose cell is interrupted and run again."""
+    straight = copy.deepcopy(tiny_net)
+    train(straight, tiny_splits, RECIPE, seed=1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "_train_epoch", 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
+    train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert same(straight.state_dict(), tiny_net.state_dict())
+
+
+def test_a_finished_training_is_loaded_and_not_repeated(
+    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys
+):
+    again = copy.deepcopy(tiny_net)
+    file = tmp_path / "progress.pt"
+    history = train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
+    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("it was repeated"))
+    assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
+    assert same(again.state_dict(), tiny_net.state_dict())
+    assert not again.training
+    assert "progress.pt: going on after epoch 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["recipe", "seed", "weights", "masks"])
+def test_the_progress_of_another_training_is_not_taken(
+    tiny_net, tiny_splits, tmp_path, capsys, changed
+):
+    file = tmp_path / "progress.pt"
+    fresh = copy.deepcopy(tiny_net)
+    train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
+    recipe, seed, masks = RECIPE, 1, None
+    if changed == "recipe":
+        recipe = dataclasses.replace(RECIPE, learning_rate=0.05)
+    elif changed == "seed":
+        seed = 2
+    elif changed == "weights":
+        with torch.no_grad():
+            fresh[8].bias += 1
+    else:
+        masks = {"3": sparsity.mask_2to4(fresh[3].weight)}
+    alone = copy.deepcopy(fresh)
+
+    train(fresh, tiny_splits, recipe, seed, masks, file)
+    assert "progress.pt is of another training" in capsys.readouterr().out
+    train(alone, tiny_splits, recipe, seed, masks)
+    assert same(fresh.state_dict(), alone.state_dict())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_damaged_progress_file_is_refused_in_one_sentence(
+    tiny_net, tiny_splits, tmp_path, content
+):
+    file = tmp_path / "progress.pt"
+    if content is None:  # a good file that was cut off
+        train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
+        content = file.read_bytes()[:2000]
+    file.write_bytes(content)
+    with pytest.raises(TutorialError, match=r"progress\.pt is damaged .*Delete it"):
+        train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
+
+
+# --- the learning rate --------------------------------------------------------------------
+
+
+def test_the_schedule_warms_up_and_ends_at_zero_along_a_cosine():
+    factor = schedule(dataclasses.replace(RECIPE, epochs=2, warmup=0.2), steps_per_epoch=10)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(4) == 1
+    assert factor(12) == pytest.approx(0.5)  # half of the remaining 16 steps
+    assert factor(20) == pytest.approx(0)
+    assert all(factor(step) > factor(step + 1) for step in range(4, 20))
+
+
+def test_the_schedule_falls_by_ten_every_few_epochs():
+    recipe = dataclasses.replace(RECIPE, epochs=90, warmup=0, step_epochs=30)
+    factor = schedule(recipe, steps_per_epoch=4)
+    assert [factor(4 * epoch) for epoch in (0, 29, 30, 60)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert factor(4 * 30 - 1) == 1
