@@ -50,7 +50,7 @@ def main() -> None:
         megabytes = {"onnx": onnx_file.stat().st_size / 1e6, "engine": built.megabytes}
 
     result = {
-        "what": "ResNeXt-101 32x8d at 224x224, random weights, FP16; seconds of one run of each step",
+        "what": "ResNeXt-101 32x8d at 224x224, random weights, FP16; seconds of one run",
         "command": "python benchmarks/real_network.py",
         "report": report.facts(),
         "eligible_in_onnx": int(table.eligible.sum()),

@@ -181,6 +181,8 @@ def benchmark() -> None:
     settings = Settings.load()
     artifacts = Artifacts(settings)
     contenders = runners.find_runners(artifacts)
+    # The dense network against itself shows how much of any ratio is chance.
+    contenders["dense again"] = runners.find_runners(artifacts)["dense"]
     table = bench.sweep(
         contenders, settings.image_shape, settings.batches, settings.seconds_per_batch
     )

@@ -99,7 +99,7 @@ def sweep(
     Returns:
         One row for each runner and batch: `network`, `batch`, `p50`, `p90`, `p99` and
         `mean` in milliseconds, `runs`, `images_per_second`, and `images_per_joule`
-        where a GPU with an energy counter ran it (NaN elsewhere).
+        where there is a GPU with an energy counter.
     """
     counter = _gpu_energy()
     generator = torch.Generator().manual_seed(seed)
@@ -108,10 +108,11 @@ def sweep(
         images = torch.randn(batch, *image_shape, generator=generator)
         results = time_in_turns(list(runners.values()), images, seconds)
         for (name, runner), result in zip(runners.items(), results, strict=True):
-            joules = joules_per_call(runner.run, counter) if counter else float("nan")
             row = {"network": name, **vars(result)}
             row["images_per_second"] = result.images_per_second
-            rows.append(row | {"images_per_joule": batch / joules})
+            if counter is not None:
+                row["images_per_joule"] = batch / joules_per_call(runner.run, counter)
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -198,8 +198,8 @@ def layer_kind(layer: nn.Module) -> str:
 def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> pd.DataFrame:
     """Return one row for each convolution and linear layer, in order of execution.
 
-    The columns are `layer`, `kind`, `weight` (its shape), `groups`, `parameters` (of
-    the weight) and `macs`, the multiply-accumulates for one image.
+    The columns are `layer`, `kind`, `weight` (its shape, such as 64x32x1x1), `groups`,
+    `parameters` (of the weight) and `macs`, the multiply-accumulates for one image.
 
     Args:
         model: any network.
@@ -214,7 +214,7 @@ def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> pd.DataF
             {
                 "layer": name,
                 "kind": layer_kind(layer),
-                "weight": tuple(layer.weight.shape),
+                "weight": "x".join(map(str, layer.weight.shape)),
                 "groups": getattr(layer, "groups", 1),
                 "parameters": layer.weight.numel(),
                 "macs": per_output * output[0].numel(),

@@ -49,7 +49,7 @@ def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
     return figure
 
 
-def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.1f}") -> None:
+def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.2f}") -> None:
     """Draw a matrix as coloured cells with its numbers; zeros stay empty."""
     limit = max(np.abs(values).max(), 1e-12)
     shown = np.ma.masked_equal(values, 0)
@@ -59,7 +59,7 @@ def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.1f}") -> N
     for row, column in np.ndindex(values.shape):
         if values[row, column] != 0:
             label = text.format(values[row, column])
-            axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=8)
+            axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=7)
     axis.invert_yaxis()
     axis.set_aspect("equal")
     axis.set_xticks([])
@@ -79,7 +79,7 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
     rows, width = sparse.shape
     bits = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in compressed.metadata])
     positions = bits.reshape(rows, width // 2)
-    figure, axes = _axes(9.5, 3.1, 4, width_ratios=[2, 2, 1, 1])
+    figure, axes = _axes(11, 3.4, 4, width_ratios=[2, 2, 1, 1])
     _grid(axes[0], dense.numpy(), "dense weight")
     _grid(axes[1], sparse.numpy(), "2:4, two of every four kept")
     _grid(axes[2], compressed.values.numpy(), "values kept")
@@ -198,7 +198,7 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
             color=colours.get(name, SPARSE),
         )  # fmt: skip
         label = f"{result.top1:.2f} %"
-        axis.text(place, result.top1 + 2 * result.standard_error + 1, label, ha="center")
+        axis.text(place, result.top1 + 2 * result.standard_error + 2, label, ha="center")
     axis.set_xticks(range(len(results)), results)
     axis.set_ylabel("test top-1, %")
     axis.set_ylim(0, 110)
@@ -215,7 +215,7 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
         title: what ran it, and where.
     """
     measures = {"images_per_second": "images/s"}
-    if table.images_per_joule.notna().all():
+    if "images_per_joule" in table:
         measures["images_per_joule"] = "images/J"
     figure, (left, right) = _axes(9.5, 3.4, 2)
     batches = sorted(table.batch.unique())

@@ -188,6 +188,13 @@ class TensorRTRunner(Runner):
         return torch.from_numpy(self.logits.astype(np.float32))
 
 
+def network_files() -> dict[str, str]:
+    """Return the artifacts that the best runner of this machine takes, dense and sparse."""
+    if why_no_tensorrt():
+        return {name: f"04_{name}_fp32.onnx" for name in ("dense", "sparse")}
+    return {name: f"05_{name}.engine" for name in ("dense", "sparse")}
+
+
 def find_runners(artifacts: Artifacts) -> dict[str, Runner]:
     """Return the dense and the sparse network on the best runner of this machine.
 
@@ -198,14 +205,8 @@ def find_runners(artifacts: Artifacts) -> dict[str, Runner]:
         ArtifactError: an engine or ONNX file is missing; names its notebook.
         RunnerError: an engine was built for another GPU or version.
     """
-    if not why_no_tensorrt():
-        return {
-            name: TensorRTRunner(artifacts.require(f"05_{name}.engine"))
-            for name in ("dense", "sparse")
-        }
-    return {
-        name: OnnxRunner(artifacts.require(f"04_{name}_fp32.onnx")) for name in ("dense", "sparse")
-    }
+    runner = OnnxRunner if why_no_tensorrt() else TensorRTRunner
+    return {name: runner(artifacts.require(file)) for name, file in network_files().items()}
 
 
 def why_no_tensorrt() -> str:

@@ -110,21 +110,12 @@ def save_benchmark(
     artifacts: Artifacts, contenders: dict[str, runners.Runner], table: pd.DataFrame
 ) -> Path:
     """Write the measured table as JSON, with the machine that it was measured on."""
-    parents = [
-        name
-        for name in (
-            "05_dense.engine",
-            "05_sparse.engine",
-            "04_dense_fp32.onnx",
-            "04_sparse_fp32.onnx",
-        )
-        if artifacts.sidecar(name).exists()
-    ]
     content = {
         "runner": contenders["sparse"].name,
         "machine": machine.describe(),
-        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
+        "rows": table.to_dict("records"),
     }
+    parents = list(runners.network_files().values())
     with artifacts.writing("06_benchmark.json", parents) as path:
         write_json(path, content)
     return artifacts.path("06_benchmark.json")
