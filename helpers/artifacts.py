@@ -58,9 +58,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         part = Path(name)
-        os.fchmod(handle, 0o644)
         os.close(handle)
         yield part
+        part.chmod(0o644)  # a temporary file is its owner's alone
         part.replace(path)
     except OSError as error:
         raise _explained(error, path) from error
@@ -177,9 +177,13 @@ class Artifacts:
             raise ArtifactError(f"{name} is missing. {run}")
         try:
             sidecar = json.loads(self.sidecar(name).read_text())
-            recorded, parents = sidecar["sha256"], sidecar["parents"]
-        except (ValueError, KeyError, TypeError) as error:
+            recorded, facts = sidecar["sha256"], sidecar["facts"]
+            parents = dict(sidecar["parents"].items())
+            known = all(parent[:2] in NOTEBOOKS for parent in parents)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{name}.json is damaged. {run}") from error
+        if not known or not isinstance(facts, dict):
+            raise ArtifactError(f"{name}.json is damaged. {run}")
         if sha256(path) != recorded:
             raise ArtifactError(f"{name} is damaged: its checksum has changed. {run}")
         for parent, checksum in parents.items():

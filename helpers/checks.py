@@ -64,5 +64,5 @@ def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(expected, int | float) and isinstance(answer, int | float):
         return abs(answer - expected) <= tolerance
     if isinstance(expected, list | tuple | set) and isinstance(answer, list | tuple | set):
-        return sorted(answer) == sorted(expected)
+        return sorted(map(repr, answer)) == sorted(map(repr, expected))
     return answer == expected

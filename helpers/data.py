@@ -128,8 +128,9 @@ def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         train = datasets.FashionMNIST(folder, train=True, download=True)
         test = datasets.FashionMNIST(folder, train=False, download=True)
     except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"Fashion-MNIST could not be read from {relative(raw)} ({error}). The four .gz files "
+            f"Fashion-MNIST could not be read from {relative(raw)} ({reason}). The four .gz files "
             "belong there: `git checkout -- data/FashionMNIST` restores them. Delete any file "
             "there that does not end in .gz, see that the disk has 60 MB free, and run this again."
         ) from error
@@ -167,14 +168,19 @@ def _imagenette(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         return datasets.Imagenette(folder, split, "320px", download=True, transform=transform)
 
     try:
-        train = part("train", augment)
-        return train, part("train", plain), part("val", plain), [c[0] for c in train.classes]
-    except (RuntimeError, OSError) as error:
+        train, held, test = part("train", augment), part("train", plain), part("val", plain)
+    except (RuntimeError, OSError, KeyError) as error:
         raise DataError(
             f"Imagenette could not be read from {relative(folder)} or downloaded ({error}). "
             "Unpack imagenette2-320.tgz there, or set TUTORIAL_DATA to the folder that holds "
             "imagenette2-320/."
         ) from error
+    if not len(train.classes) == len(test.classes) == 10:
+        raise DataError(
+            f"Imagenette in {relative(folder)} has {len(train.classes)} classes to train and "
+            f"{len(test.classes)} to test; there should be ten. Unpack imagenette2-320.tgz again."
+        )
+    return train, held, test, [names[0] for names in train.classes]
 
 
 def _imagenet(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:

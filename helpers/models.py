@@ -86,34 +86,45 @@ def load_pretrained(settings: Settings) -> nn.Module:
     """
     if settings.model == "resnext14_8x4d":
         path = pretrained_path(settings)
-        card = path.with_suffix(".json")
-        if not path.exists() or not card.exists():
-            raise CheckpointError(
-                f"{relative(path)} is missing. Restore it with `git checkout -- data/pretrained`, "
-                "or train it again with `python -m helpers pretrain`."
-            )
-        if sha256(path) != json.loads(card.read_text())["sha256"]:
-            raise CheckpointError(
-                f"{relative(path)} is damaged: its checksum is not the one in {card.name}. "
-                "Restore it with `git checkout -- data/pretrained`."
-            )
+        _require_shipped(path)
         return load_checkpoint(path)
     weights = ResNeXt101_32X8D_Weights.IMAGENET1K_V1
     model = create_model(settings.model, num_classes=1000)
     try:
         state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
+        model.load_state_dict(state)
+    except Exception as error:  # torch.load fails in many ways on a damaged file
         name = weights.url.rpartition("/")[2]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"torchvision's weights {name} could not be downloaded ({error}). Put the file into "
-            f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name} of your cache folder, "
-            "or set TORCH_HOME; the quick preset needs no network."
+            f"torchvision's weights {name} could not be downloaded or read ({reason}). Put the "
+            f"whole file into hub/checkpoints/ below TORCH_HOME, which is now "
+            f"{relative(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
+            "no network."
         ) from error
-    model.load_state_dict(state)
     if settings.dataset == "Imagenette":
         restrict_head_(model, imagenette_indices())
     return model
+
+
+def _require_shipped(path: Path) -> None:
+    """Compare the checkpoint in the repository with its card."""
+    card = path.with_suffix(".json")
+    restore = "Restore it with `git checkout -- data/pretrained`."
+    if not path.exists() or not card.exists():
+        missing = card if path.exists() else path
+        raise CheckpointError(
+            f"{relative(missing)} is missing. {restore} "
+            "Or train the network again with `python -m helpers pretrain`."
+        )
+    try:
+        recorded = json.loads(card.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{relative(card)} is damaged. {restore}") from error
+    if sha256(path) != recorded:
+        raise CheckpointError(
+            f"{relative(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
+        )
 
 
 def imagenette_indices() -> list[int]:
@@ -160,10 +171,10 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise CheckpointError(
             f"{relative(path)} is not a readable safetensors file ({error})."
         ) from error
-    if "model" not in header:
+    if "model" not in header or not header.get("num_classes", "").isdecimal():
         raise CheckpointError(
-            f"{relative(path)} does not say which network it is for: its header has no `model`. "
-            "Write checkpoints with helpers.models.save_checkpoint."
+            f"{relative(path)} does not say which network it is for: its header lacks `model` or "
+            "`num_classes`. Write checkpoints with helpers.models.save_checkpoint."
         )
     model = create_model(header["model"], int(header["num_classes"]))
     try:

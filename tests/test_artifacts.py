@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from helpers import artifacts as module
 from helpers.artifacts import NOTEBOOKS, ArtifactError, Artifacts, atomic_write, sha256, write_json
 from helpers.machine import versions
+from helpers.models import resnext14_8x4d, save_checkpoint
 from helpers.settings import project_root
 
 DENSE, PRUNED, RETRAINED = (
@@ -91,6 +92,13 @@ def test_a_damaged_sidecar_is_refused(chain, content):
     assert message.startswith("02_pruned.safetensors.json is damaged. Run 02_prune_2_4.ipynb")
 
 
+@pytest.mark.parametrize("change", [{"parents": None}, {"parents": []}, {"parents": {"no": "x"}}])
+def test_a_sidecar_with_damaged_parents_is_refused(chain, change):
+    sidecar = json.loads(chain.sidecar(PRUNED).read_text())
+    chain.sidecar(PRUNED).write_text(json.dumps(sidecar | change))
+    assert refusal(chain, PRUNED).startswith("02_pruned.safetensors.json is damaged")
+
+
 def test_a_child_is_outdated_when_its_parent_is_made_anew_with_other_bytes(chain):
     write(chain, DENSE, "dense, trained again")
     message = refusal(chain, PRUNED)
@@ -145,6 +153,12 @@ def test_facts_added_inside_the_block_are_recorded(artifacts):
 
 def test_an_artifact_without_facts_has_none(chain):
     assert chain.facts(DENSE) == {}
+
+
+def test_a_checkpoint_may_be_read_by_everybody(artifacts):
+    with artifacts.writing(DENSE) as path:
+        save_checkpoint(resnext14_8x4d(), path, "resnext14_8x4d")
+    assert artifacts.require(DENSE).stat().st_mode & 0o777 == 0o644
 
 
 @dataclass(frozen=True)

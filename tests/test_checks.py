@@ -56,6 +56,12 @@ def test_a_wrong_answer_stops_nothing(capsys, answer, expected, tolerance):
     assert capsys.readouterr().out.startswith("Not yet:")
 
 
+@pytest.mark.parametrize("answer", [[..., ...], ["two", 1], [None, 1]])
+def test_a_list_of_anything_stops_nothing(capsys, answer):
+    check_answer(answer, [1, 2])
+    assert "[OK]" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "kind", [TutorialError, CheckError, ArtifactError, DataError, CheckpointError]
 )

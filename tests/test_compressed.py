@@ -50,6 +50,12 @@ def test_smallest_and_largest_numbers_survive():
     assert torch.equal(decompress_2to4(compress_2to4(weight)), weight)
 
 
+@pytest.mark.parametrize("value", [1e-50, 1e50])
+def test_numbers_that_only_fp64_can_hold_survive(value):
+    weight = torch.tensor([[0, 0, 0, value, 0, 0, value, 1]], dtype=torch.float64)
+    assert torch.equal(decompress_2to4(compress_2to4(weight)), weight)
+
+
 def test_metadata_holds_four_positions_in_a_byte_lowest_first():
     compressed = compress_2to4(torch.tensor([[0.0, 5.0, 0.0, 7.0, 1.0, 0.0, 0.0, 2.0]]))
     assert compressed.values.tolist() == [[5, 7, 1, 2]]

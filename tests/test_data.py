@@ -197,6 +197,10 @@ def test_missing_images_without_a_network_are_told(settings, tmp_path, no_networ
     assert "git checkout -- data/FashionMNIST" in message
 
 
+def test_missing_images_are_told_in_one_line(settings, tmp_path, no_network):
+    assert "\n" not in refusal(replace(settings, data_dir=tmp_path))
+
+
 # Photographs.
 
 
@@ -292,6 +296,18 @@ def test_an_imagenette_with_an_empty_class_is_refused(imagenette, part):
     for path in (imagenette.data_dir / "imagenette2-320" / part / WNIDS[3]).iterdir():
         path.unlink()
     assert refusal(imagenette).startswith("Imagenette could not be read from")
+
+
+@pytest.mark.parametrize("parts", [("train",), ("val",), ("train", "val")])
+def test_an_imagenette_that_lacks_a_class_is_refused(imagenette, parts):
+    for part in parts:
+        shutil.rmtree(imagenette.data_dir / "imagenette2-320" / part / WNIDS[0])
+    assert "Imagenette" in refusal(imagenette)
+
+
+def test_an_imagenette_with_a_strange_folder_is_refused(imagenette):
+    (imagenette.data_dir / "imagenette2-320" / "train" / ".ipynb_checkpoints").mkdir()
+    assert "Imagenette" in refusal(imagenette)
 
 
 @pytest.fixture(scope="module")

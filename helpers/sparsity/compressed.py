@@ -53,7 +53,8 @@ def compress_2to4(weight: Tensor) -> Compressed:
             "multiple of eight."
         )
     # Where a group has fewer than two non-zeros the mask fills up with zeros.
-    keep = groups_of_four(mask_2to4(weight.float()))
+    ranked = weight if weight.is_floating_point() else weight.float()
+    keep = groups_of_four(mask_2to4(ranked))
     lanes = torch.arange(4, device=weight.device).view(1, 1, 4, 1)
     order = torch.where(keep, lanes, 4).sort(dim=2).values[:, :, :2]
     values = groups_of_four(weight).gather(2, order)

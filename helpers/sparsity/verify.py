@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pandas as pd
-from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from helpers.checks import TutorialError
@@ -25,10 +24,10 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
-    except FileNotFoundError as error:
-        raise TutorialError(f"{relative(path)} is missing ({error}).") from error
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError as error:
+        raise TutorialError(f"{relative(path)} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # protobuf and ONNX raise classes without a common base
+        reason = str(error).partition("\n")[0]
         raise TutorialError(f"{relative(path)} is not a valid ONNX model: {reason}") from error
     return model
 
@@ -77,9 +76,35 @@ def _constant(
     if node.op_type not in _TRANSPARENT:
         return None
     found = _constant(node.input[0], tensors, producers)
-    if found is not None and node.op_type == "Transpose":
-        found = found[0], found[1].transpose(attributes.get("perm"))
-    return found
+    if found is None:
+        return None
+    source, weight = found
+    if node.op_type == "Transpose":
+        weight = weight.transpose(attributes.get("perm"))
+    if node.op_type == "DequantizeLinear" and np.issubdtype(weight.dtype, np.integer):
+        weight = _centred(weight, node, attributes.get("axis", 1), tensors, producers)
+    return source, weight
+
+
+def _centred(
+    weight: np.ndarray,
+    node: onnx.NodeProto,
+    axis: int,
+    tensors: dict[str, onnx.TensorProto],
+    producers: dict[str, onnx.NodeProto],
+) -> np.ndarray:
+    """Return stored integers less their zero point, so that what means zero is zero."""
+    if len(node.input) < 3 or not node.input[2]:
+        return weight
+    found = _constant(node.input[2], tensors, producers)
+    if found is None:
+        return weight
+    zero_point = found[1].astype(np.int32)
+    if zero_point.ndim == 1 and zero_point.size > 1:
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        zero_point = zero_point.reshape(shape)
+    return weight.astype(np.int32) - zero_point
 
 
 def _describe(node: onnx.NodeProto, side: int, name: str, weight: np.ndarray) -> dict:

@@ -1,0 +1,344 @@
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from helpers import models
+from helpers.artifacts import sha256
+from helpers.checks import TutorialError
+from helpers.models import (
+    CheckpointError,
+    create_model,
+    imagenette_indices,
+    layer_table,
+    load_checkpoint,
+    load_pretrained,
+    pretrained_path,
+    restrict_head_,
+    save_checkpoint,
+    shares_by_kind,
+)
+from helpers.settings import Settings
+
+NAME = "resnext14_8x4d"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model(NAME, 10).eval()
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(model, path, NAME)
+    return path
+
+
+def refusal(action, *arguments):
+    with pytest.raises(CheckpointError) as error:
+        action(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# The network of the quick preset.
+
+
+def test_the_small_network_has_543562_parameters(model):
+    assert sum(parameter.numel() for parameter in model.parameters()) == 543_562
+
+
+@pytest.mark.parametrize("classes", [10, 3])
+def test_the_small_network_gives_one_logit_for_each_class(classes):
+    logits = create_model(NAME, classes).eval()(torch.zeros(2, 1, 28, 28))
+    assert logits.shape == (2, classes)
+
+
+def test_the_small_network_has_14_weighted_layers_and_3_shortcuts(model):
+    layers = layer_table(model, (1, 28, 28)).layer
+    shortcuts = layers.str.contains("downsample")
+    assert (~shortcuts).sum() == 14
+    assert shortcuts.sum() == 3
+
+
+def test_a_network_of_torchvision_is_made_by_name():
+    with torch.device("meta"):
+        assert create_model("resnet18", 7).fc.out_features == 7
+
+
+def test_an_unknown_network_is_refused_by_name():
+    with pytest.raises(TutorialError, match=r"^There is no network 'resnext15'"):
+        create_model("resnext15", 10)
+
+
+# The checkpoint in the repository.
+
+
+def test_the_shipped_checkpoint_is_small_and_as_its_card_says():
+    path = pretrained_path(Settings.load("quick"))
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert path.stat().st_size < 12e6
+    assert sha256(path) == card["sha256"]
+    assert card["test"]["total"] == 10_000
+    assert 100 * card["test"]["correct"] / card["test"]["total"] >= 91.0
+
+
+def test_the_shipped_checkpoint_is_loaded_ready_to_predict():
+    model = load_pretrained(Settings.load("quick"))
+    assert not model.training
+    assert model(torch.zeros(1, 1, 28, 28)).isfinite().all()
+
+
+@pytest.fixture
+def copied(settings, tmp_path):
+    source = pretrained_path(Settings.load("quick")).parent
+    shutil.copytree(source, tmp_path / "data" / "pretrained")
+    return replace(settings, data_dir=tmp_path / "data")
+
+
+def test_a_damaged_pretrained_file_is_refused(copied):
+    path = pretrained_path(copied)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    message = refusal(load_pretrained, copied)
+    assert "resnext14_8x4d_fashionmnist.safetensors is damaged" in message
+    assert "git checkout -- data/pretrained" in message
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_missing_pretrained_file_is_told(copied, suffix):
+    pretrained_path(copied).with_suffix(suffix).unlink()
+    message = refusal(load_pretrained, copied)
+    assert "is missing" in message
+    assert "python -m helpers pretrain" in message
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_card_is_told(copied, content):
+    pretrained_path(copied).with_suffix(".json").write_text(content)
+    message = refusal(load_pretrained, copied)
+    assert "is damaged" in message
+    assert "git checkout -- data/pretrained" in message
+
+
+# Saving and loading.
+
+
+def test_a_saved_network_is_loaded_unchanged(model, checkpoint):
+    loaded = load_checkpoint(checkpoint)
+    assert not loaded.training
+    state = loaded.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    images = torch.randn(2, 1, 28, 28)
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_a_channels_last_network_is_saved_and_loaded(model, checkpoint):
+    save_checkpoint(model.to(memory_format=torch.channels_last), checkpoint, NAME)
+    assert torch.equal(load_checkpoint(checkpoint).conv1.weight, model.conv1.weight)
+
+
+def test_the_number_of_classes_is_kept(tmp_path):
+    save_checkpoint(create_model(NAME, 3), tmp_path / "three", NAME)
+    assert load_checkpoint(tmp_path / "three").fc.out_features == 3
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(model, path, "resnet18")
+    message = refusal(load_checkpoint, path)
+    assert message.startswith("model.safetensors does not hold the weights of resnet18: ")
+
+
+def test_a_checkpoint_of_an_unknown_network_is_refused(model, tmp_path):
+    save_checkpoint(model, tmp_path / "model.safetensors", "resnext15")
+    with pytest.raises(TutorialError, match="There is no network 'resnext15'"):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_weight_of_another_shape_is_refused(checkpoint):
+    state = load_file(checkpoint)
+    state["fc.bias"] = torch.zeros(11)
+    save_file(state, checkpoint, metadata={"model": NAME, "num_classes": "10"})
+    assert "fc.bias" in refusal(load_checkpoint, checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"x" * 1000])
+def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    message = refusal(load_checkpoint, path)
+    assert message.startswith("model.safetensors is not a readable safetensors file")
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert "is not a readable safetensors file" in refusal(load_checkpoint, checkpoint)
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    assert "is not a readable" in refusal(load_checkpoint, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("header", [None, {"format": "pt"}])
+def test_a_checkpoint_that_does_not_name_its_network_is_refused(checkpoint, header):
+    save_file(load_file(checkpoint), checkpoint, metadata=header)
+    message = refusal(load_checkpoint, checkpoint)
+    assert "does not say which network it is for" in message
+
+
+@pytest.mark.parametrize("classes", [{}, {"num_classes": "ten"}])
+def test_a_checkpoint_that_does_not_tell_its_classes_is_refused(checkpoint, classes):
+    save_file(load_file(checkpoint), checkpoint, metadata={"model": NAME, **classes})
+    assert "model.safetensors" in refusal(load_checkpoint, checkpoint)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_diverged_network_is_not_saved(model, tmp_path, value):
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[0, 0] = value
+    message = refusal(save_checkpoint, model, tmp_path / "model.safetensors", NAME)
+    assert message.startswith("layer1.0.conv1.weight of the network has NaN or infinite values")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_with_nan_is_not_loaded(checkpoint):
+    state = load_file(checkpoint)
+    state["bn1.running_var"][0] = torch.nan
+    save_file(state, checkpoint, metadata={"model": NAME, "num_classes": "10"})
+    message = refusal(load_checkpoint, checkpoint)
+    assert message.startswith("bn1.running_var of model.safetensors has NaN or infinite values")
+
+
+# The real network.
+
+
+def test_imagenette_is_ten_classes_of_imagenet():
+    assert imagenette_indices() == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+
+
+def test_a_restricted_head_keeps_the_logits_of_its_classes(model):
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    before = model(images)
+    restrict_head_(model, [7, 0, 3])
+    assert model.fc.out_features == 3
+    torch.testing.assert_close(model(images), before[:, [7, 0, 3]])
+
+
+@pytest.fixture
+def stand_in():
+    """The workshop with a smaller network, which is made in a moment."""
+    return replace(Settings.load("workshop"), model="resnet18")
+
+
+def serve(monkeypatch, state):
+    weights = models.ResNeXt101_32X8D_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: state)
+
+
+def test_the_workshop_takes_its_ten_rows_of_the_pretrained_head(stand_in, monkeypatch):
+    torch.manual_seed(1)
+    state = create_model("resnet18", 1000).state_dict()
+    serve(monkeypatch, state)
+    model = load_pretrained(stand_in)
+    assert torch.equal(model.fc.weight, state["fc.weight"][imagenette_indices()])
+    assert torch.equal(model.fc.bias, state["fc.bias"][imagenette_indices()])
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+
+
+def test_the_full_preset_keeps_all_thousand_classes(stand_in, monkeypatch):
+    serve(monkeypatch, create_model("resnet18", 1000).state_dict())
+    assert load_pretrained(replace(stand_in, dataset="ImageNet")).fc.out_features == 1000
+
+
+def test_missing_pretrained_weights_without_a_network_are_told(
+    stand_in, monkeypatch, tmp_path, no_network
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    message = refusal(load_pretrained, stand_in)
+    assert "resnext101_32x8d-8ba56ff5.pth could not be downloaded" in message
+    assert "TORCH_HOME" in message
+    assert str(tmp_path) not in message
+
+
+def zip_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zip_file({"conv1.weight": torch.zeros(100)})[:300],
+        b"",
+        b"hello world" * 30,
+        zip_file({"conv1.weight": torch.zeros(100)}),
+    ],
+    ids=["truncated", "empty", "no checkpoint", "another network"],
+)
+def test_damaged_pretrained_weights_are_told(stand_in, monkeypatch, tmp_path, no_network, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "resnext101_32x8d-8ba56ff5.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert "resnext101_32x8d-8ba56ff5.pth" in refusal(load_pretrained, stand_in)
+
+
+# The table of layers.
+
+
+@pytest.fixture
+def three_layers():
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1, stride=2),
+        nn.Flatten(),
+        nn.Linear(6 * 3 * 2, 10),
+    )
+
+
+def test_macs_are_those_counted_by_hand(three_layers):
+    table = layer_table(three_layers, (4, 6, 4))
+    assert table.layer.tolist() == ["0", "2", "4"]
+    assert table.kind.tolist() == ["grouped 3x3 convolution", "1x1 convolution", "linear"]
+    assert table.weight.tolist() == ["8x2x3x3", "6x8x1x1", "10x36"]
+    assert table.groups.tolist() == [2, 1, 1]
+    assert table.parameters.tolist() == [144, 48, 360]
+    # positions x output channels x length of a filter
+    assert table.macs.tolist() == [24 * 8 * (2 * 9), 6 * 6 * 8, 10 * 36]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_network_as_it_was(model, training):
+    model.train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layer_table(model, (1, 28, 28))
+    assert model.training == training
+    assert not any(layer._forward_hooks for layer in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_counting_removes_its_hooks_when_the_image_does_not_fit(three_layers):
+    with pytest.raises(RuntimeError):
+        layer_table(three_layers, (3, 6, 4))
+    assert not any(layer._forward_hooks for layer in three_layers.modules())
+
+
+def test_shares_add_up_to_a_hundred_per_cent(model):
+    shares = shares_by_kind(layer_table(model, (1, 28, 28)))
+    assert shares["layers"].sum() == 17
+    assert shares["parameters, %"].sum() == pytest.approx(100, abs=0.05)
+    assert shares["MACs, %"].sum() == pytest.approx(100, abs=0.05)
+    assert shares.index[0] == "1x1 convolution"
