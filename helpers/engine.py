@@ -164,7 +164,8 @@ def build_engine(
     parser = trt.OnnxParser(network, logger)
     if not Path(onnx_path).exists():
         raise EngineError(f"{relative(onnx_path)} is missing. Run 04_export_onnx.ipynb first.")
-    if not parser.parse_from_file(str(onnx_path)):
+    # An empty file parses, as a network of nothing.
+    if not parser.parse_from_file(str(onnx_path)) or network.num_outputs == 0:
         reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
         raise EngineError(
             f"{relative(onnx_path)} is not an ONNX file that {builder.name} can read: {reason}"
@@ -270,6 +271,7 @@ def _make_progress_bar(trt: ModuleType) -> Any:
 
         def phase_finish(self, phase: str) -> None:
             if phase == self.root and self.bar is not None:
+                self.bar.update(self.bar.total - self.bar.n)
                 self.bar.close()
                 self.root = self.bar = None
 

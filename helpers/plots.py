@@ -43,7 +43,7 @@ def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
     figure, axes = _axes(1.1 * len(images), 1.6, len(images))
     for axis, image, caption in zip(axes, images, captions, strict=True):
         low, high = image.min(), image.max()
-        axis.imshow(((image - low) / (high - low)).permute(1, 2, 0), cmap="gray_r")
+        axis.imshow(((image - low) / (high - low)).permute(1, 2, 0).numpy(), cmap="gray_r")
         axis.set_title(caption, fontsize=8)
         axis.axis("off")
     return figure

@@ -80,11 +80,12 @@ class Epoch:
 class _Progress:
     """Everything that a resumed training needs to go on as if never stopped."""
 
-    run: str
-    model: dict[str, Tensor]
-    optimizer: dict
-    scheduler: dict
-    best: dict[str, Tensor]
+    procedure: str
+    start: str  # checksum of the weights it began with
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
+    scheduler: dict = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
 
 
@@ -96,13 +97,14 @@ def train(
     masks: dict[str, Tensor] | None = None,
     progress_file: Path | None = None,
 ) -> list[Epoch]:
-    """Train a network in place and leave it with its best weights.
+    """Train a network and leave it with its best weights.
 
     The best weights are those of the epoch with the highest accuracy on the
-    validation images; of equal epochs the earlier one.
+    validation images; of equal epochs the earlier one. A copy is trained: until the
+    end the network stays as it was, so that an interrupted call can be repeated.
 
     Args:
-        model: the network to start from.
+        model: the network to start from; it receives the best weights at the end.
         splits: training and validation images.
         recipe: the procedure, the same for training and retraining.
         seed: sets the order and the augmentation of the images.
@@ -120,36 +122,36 @@ def train(
     original training with the zeros fixed.
     """
     where = device()
-    model.to(where, memory_format=torch.channels_last)
+    trained = copy.deepcopy(model).to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        trained.parameters(),
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(recipe, len(splits.train)))
     masks = {name: mask.to(where) for name, mask in (masks or {}).items()}
-    progress = _Progress(_run_id(model, recipe, seed, masks), {}, {}, {}, {})
+    progress = _Progress(f"{recipe} {seed} {sorted(masks)}", _checksum(model.state_dict()))
     if progress_file is not None and progress_file.exists():
-        progress = _resume(progress_file, progress, model, optimizer, scheduler)
+        progress = _resume(progress_file, progress, trained, optimizer, scheduler)
 
     if masks:
-        hold_masks(optimizer, model, masks)  # ends with the optimizer, when this returns
+        hold_masks(optimizer, trained, masks)  # ends with the optimizer, when this returns
     for number in range(len(progress.history) + 1, recipe.epochs + 1):
         # One seed per epoch, so that a resumed run sees the same images in the same order.
         torch.manual_seed(seed + number)
         start = time.perf_counter()
-        loss = _train_epoch(model, splits.train, optimizer, scheduler, f"epoch {number}")
-        validation = evaluate(model, splits.validation).top1
+        loss = _train_epoch(trained, splits.train, optimizer, scheduler, f"epoch {number}")
+        validation = evaluate(trained, splits.validation).top1
         epoch = Epoch(number, loss, validation, time.perf_counter() - start)
         print(
             f"epoch {number}/{recipe.epochs}: loss {loss:.4f}, "
             f"validation {validation:.2f} %, {epoch.seconds:.0f} s"
         )
         if validation > max((past["validation"] for past in progress.history), default=-1.0):
-            progress.best = copy.deepcopy(model.state_dict())
+            progress.best = copy.deepcopy(trained.state_dict())
         progress.history.append(asdict(epoch))
-        progress.model = model.state_dict()
+        progress.model = trained.state_dict()
         progress.optimizer = optimizer.state_dict()
         progress.scheduler = scheduler.state_dict()
         if progress_file is not None:
@@ -203,11 +205,11 @@ def _train_epoch(
     return mean
 
 
-def _run_id(model: nn.Module, recipe: Recipe, seed: int, masks: dict[str, Tensor]) -> str:
-    """Return a fingerprint of a training: what it starts from and how it goes."""
-    digest = hashlib.sha256(f"{recipe} {seed} {sorted(masks)}".encode())
-    for value in model.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+def _checksum(state: dict[str, Tensor]) -> str:
+    """Return a checksum of all weights of a network."""
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -226,7 +228,11 @@ def _resume(
             f"{path.name} is damaged ({type(error).__name__}). Delete it and run this step "
             "again: the training then starts from its first epoch."
         ) from error
-    if stored.run != fresh.run:
+    # A finished training may be asked for again by a network that it has already changed.
+    if stored.procedure != fresh.procedure or fresh.start not in (
+        stored.start,
+        _checksum(stored.best),
+    ):
         print(f"{path.name} is of another training (weights, recipe or seed); starting afresh.")
         return fresh
     print(f"{path.name}: going on after epoch {len(stored.history)}. Delete it to start afresh.")

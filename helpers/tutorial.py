@@ -54,9 +54,9 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
     """
     try:
         import nbformat
-        from jupyter_client import AsyncKernelManager
         from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError
+        from nbclient.exceptions import CellExecutionError, DeadKernelError
+        from traitlets.config import Config
     except ImportError as error:
         raise TutorialError(
             f"Notebooks cannot be run here ({error}). Install the project with its notebooks: "
@@ -68,16 +68,18 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
         notebook = nbformat.read(folder / name, as_version=4)
         with tempfile.TemporaryDirectory() as sockets:
             # Sockets in a private folder: over TCP anybody on the machine could listen.
-            kernel = AsyncKernelManager(
-                kernel_name="python3", transport="ipc", ip=str(Path(sockets) / "kernel")
-            )
+            ipc = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")})
             client = NotebookClient(
-                notebook, km=kernel, timeout=None, resources={"metadata": {"path": folder}}
+                notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
             )
             try:
                 client.execute()
             except CellExecutionError as error:
                 raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
+            except DeadKernelError as error:
+                raise TutorialError(
+                    f"{name} stopped: its kernel died, as it does when the memory runs out."
+                ) from error
         tidy(notebook)
         targets = [settings.artifacts_dir / "notebooks" / name]
         for target in targets + [folder / name] * save:

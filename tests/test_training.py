@@ -31,11 +31,11 @@ def same(one: dict, other: dict) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
 
 
-def scripted(monkeypatch, model: nn.Module, shares: list[int]) -> list[dict]:
+def scripted(monkeypatch, shares: list[int]) -> list[dict]:
     """Let `evaluate` say these per cent, one after the other; return the weights it saw."""
     seen: list[dict] = []
 
-    def fake(*_: object) -> Accuracy:
+    def fake(model: nn.Module, _: DataLoader) -> Accuracy:
         seen.append(weights_of(model))
         return Accuracy(shares[len(seen) - 1], 100)
 
@@ -94,6 +94,14 @@ def test_the_masks_are_held_through_the_training(tiny_net, tiny_splits):
         assert not torch.equal(weight, before[f"{name}.weight"]), "nothing was trained"
 
 
+def test_a_network_can_be_trained_after_it_was_evaluated_and_pruned(tiny_splits):
+    model = nn.Sequential(nn.Conv2d(1, 8, 28), nn.Flatten(), nn.Linear(8, 10))
+    evaluate(model, tiny_splits.test)  # moves the weights, which must stay trainable
+    masks = sparsity.prune_2to4_(model)
+    train(model, tiny_splits, RECIPE, seed=1, masks=masks)
+    assert sparsity.is_2to4(model[2].weight)
+
+
 def test_without_masks_the_zeros_are_lost(tiny_net, tiny_splits):
     sparsity.prune_2to4_(tiny_net)
     train(tiny_net, tiny_splits, RECIPE, seed=1)
@@ -104,7 +112,7 @@ def test_without_masks_the_zeros_are_lost(tiny_net, tiny_splits):
 def test_the_best_epochs_weights_are_left_and_of_equal_ones_the_earlier(
     monkeypatch, tiny_net, tiny_splits, shares, best
 ):
-    seen = scripted(monkeypatch, tiny_net, shares)
+    seen = scripted(monkeypatch, shares)
     history = train(tiny_net, tiny_splits, RECIPE, seed=1)
     assert [epoch.validation for epoch in history] == shares
     assert same(tiny_net.state_dict(), seen[best - 1])
@@ -171,23 +179,26 @@ def test_an_interrupted_training_goes_on_with_the_very_same_network(
     monkeypatch, tiny_net, tiny_splits, tmp_path, capsys
 ):
     """As in a notebook whose cell is interrupted and run again."""
-    straight = copy.deepcopy(tiny_net)
+    before, straight = weights_of(tiny_net), copy.deepcopy(tiny_net)
     train(straight, tiny_splits, RECIPE, seed=1)
     with monkeypatch.context() as patch:
         interrupt(patch, "_train_epoch", 2)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
+    assert same(tiny_net.state_dict(), before)
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     assert "going on after epoch 1" in capsys.readouterr().out
     assert same(straight.state_dict(), tiny_net.state_dict())
 
 
+@pytest.mark.parametrize("asked_by", ["a fresh network", "the trained one"])
 def test_a_finished_training_is_loaded_and_not_repeated(
-    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys
+    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys, asked_by
 ):
-    again = copy.deepcopy(tiny_net)
+    fresh = copy.deepcopy(tiny_net)
     file = tmp_path / "progress.pt"
     history = train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
+    again = fresh if asked_by == "a fresh network" else copy.deepcopy(tiny_net)
     monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("it was repeated"))
     assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
     assert same(again.state_dict(), tiny_net.state_dict())

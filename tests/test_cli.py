@@ -1,0 +1,166 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from helpers import __main__ as cli
+from helpers import data
+from helpers.artifacts import NOTEBOOKS, Artifacts, sha256
+from helpers.models import create_model, load_checkpoint, save_checkpoint
+from helpers.settings import project_root
+from helpers.sparsity import eligible_layers, is_2to4
+
+COMMANDS = [
+    "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
+    "pretrain", "control", "record", "tutorial",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on networks this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny_settings, tiny_splits):
+    """Run the command line in this process; return exit status, output and errors."""
+    monkeypatch.setattr(data, "load_splits", lambda _: tiny_splits)
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["helpers", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return (exit.value.code or 0, *capsys.readouterr())
+
+    return main
+
+
+def test_help_lists_the_commands():
+    result = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    listed = [line.strip(" │").partition(" ")[0] for line in result.output.splitlines()]
+    assert set(COMMANDS) <= set(listed)
+    assert {info.name or info.callback.__name__ for info in cli.app.registered_commands} == set(
+        COMMANDS
+    )
+
+
+def test_an_unknown_preset_is_one_sentence_and_exit_1():
+    result = subprocess.run(
+        [sys.executable, "-m", "helpers", "setup"],
+        cwd=project_root(),
+        env=os.environ | {"TUTORIAL_PRESET": "enormous"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("TutorialError: There is no preset 'enormous'.")
+    assert line.endswith("quick, workshop, full")
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "number"),
+    [
+        ("prune", "01_dense.safetensors", "01"),
+        ("retrain", "02_pruned.safetensors", "02"),
+        ("export", "01_dense.safetensors", "01"),
+        ("build", "04_dense_fp16.onnx", "04"),
+        ("summary", "01_dense.safetensors", "01"),
+        ("record", "06_benchmark.json", "06"),
+    ],
+)
+def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, number):
+    status, _, errors = run(command)
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line == f"ArtifactError: {missing} is missing. Run {NOTEBOOKS[number]} first, " + (
+        "from top to bottom."
+    )
+
+
+def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tiny_net, tmp_path):
+    status, table, _ = run("verify", exported[1]["fp16"])
+    assert status == 0
+    assert "is_2to4" in table
+    cli.onnx_export.export_onnx(tiny_net, tmp_path / "dense.onnx", (1, 28, 28))
+    status, table, errors = run("verify", tmp_path / "dense.onnx")
+    assert status == 1
+    assert "is_2to4" in table
+    assert errors == ""
+
+
+def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"no")
+    status, _, errors = run("verify", tmp_path / "x.onnx")
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("TutorialError: x.onnx is not a valid ONNX model")
+
+
+def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(tmp_path):
+    model = create_model("resnext14_8x4d", 10)
+    for attempt in range(10):
+        save_checkpoint(model, tmp_path / f"{attempt}.safetensors", "resnext14_8x4d")
+    assert len({sha256(path) for path in tmp_path.iterdir()}) == 1
+
+
+def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
+    artifacts = Artifacts(tiny_settings)
+    said = {}
+    for command in (
+        "setup", "pretrain", "control", "load", "prune", "retrain", "export", "build",
+        "benchmark", "summary", "record",
+    ):  # fmt: skip
+        status, said[command], errors = run(command)
+        assert status == 0, errors
+
+    card = json.loads(
+        (tiny_settings.data_dir / "pretrained/resnext14_8x4d_fashionmnist.json").read_text()
+    )
+    assert artifacts.facts("01_dense.safetensors")["test"] == card["test"]
+    assert len(card["history"]) == tiny_settings.recipe.epochs
+    control = tiny_settings.data_dir / "reference" / "quick_dense_control.json"
+    assert len(json.loads(control.read_text())["history"]) == tiny_settings.recipe.epochs
+
+    assert "[OK] engines:" in said["setup"]
+    assert "dense:" in said["load"]
+    assert "pruned, 12 layers:" in said["prune"]
+    assert "all 12 eligible weights of the ONNX file are 2:4" in said["export"]
+    retrained = load_checkpoint(artifacts.require("03_retrained.safetensors"))
+    assert all(is_2to4(layer.weight) for layer in eligible_layers(retrained).values())
+    gaps = [artifacts.facts(f"04_{n}_fp32.onnx")["gap"] for n in ("dense", "sparse")]
+    assert max(gaps) < 1e-4
+    for name in ("dense", "sparse"):
+        assert artifacts.facts(f"05_{name}.engine")["sparse_flag"]
+        assert artifacts.require(f"05_{name}.engine").stat().st_size > 10_000
+    rows = json.loads(artifacts.require("06_benchmark.json").read_text())["rows"]
+    measured = {(row["network"], row["batch"]) for row in rows}
+    assert {(n, b) for n in ("dense", "sparse") for b in tiny_settings.batches} <= measured
+    assert "latency p50, batch 4" in said["summary"]
+    assert (tiny_settings.data_dir / "reference" / said["record"].strip()).exists()
+
+    # A second run over what is there changes nothing but dates and times.
+    status, again, _ = run("retrain")
+    assert status == 0
+    assert "03_progress.pt: going on after epoch 2" in again
+    repeated = load_checkpoint(artifacts.require("03_retrained.safetensors")).state_dict()
+    assert all(torch.equal(repeated[key], value) for key, value in retrained.state_dict().items())
+
+    # A step repeated makes those after it outdated, and they say so.
+    with artifacts.writing("01_dense.safetensors", facts={"test": card["test"]}) as path:
+        path.write_bytes(artifacts.path("02_pruned.safetensors").read_bytes())
+    status, _, errors = run("retrain")
+    assert status == 1
+    assert "02_pruned.safetensors is out of date" in errors

@@ -1,0 +1,203 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from helpers import models, plots, sparsity
+from helpers.artifacts import ArtifactError
+from helpers.sparsity import compress_2to4, mask_2to4
+from helpers.training import Accuracy, Epoch
+
+
+def texts(axis) -> list[str]:
+    return [text.get_text() for text in axis.texts]
+
+
+def labels(ticks) -> list[str]:
+    return [tick.get_text() for tick in ticks]
+
+
+def legend(axis) -> list[str]:
+    return labels(axis.get_legend().get_texts())
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left_to_pyplot():
+    """A figure that pyplot keeps would be shown twice in a notebook."""
+    yield
+    assert plt.get_fignums() == []
+
+
+def test_images_are_drawn_in_a_row_each_under_its_caption():
+    images = torch.rand(3, 1, 5, 4)
+    figure = plots.show_images(images, ["coat", "bag", "shirt"])
+    assert isinstance(figure, Figure)
+    assert [axis.get_title() for axis in figure.axes] == ["coat", "bag", "shirt"]
+    for axis, image in zip(figure.axes, images, strict=True):
+        shown = axis.images[0].get_array()
+        assert shown.shape[:2] == (5, 4)
+        assert (shown.min(), shown.max()) == (0, 1)
+        assert np.argmax(shown) == image.argmax()
+
+
+def test_compression_shows_weights_values_and_positions():
+    dense = torch.tensor([[1.0, -3.0, 2.0, -0.5, 4.0, 0.1, 0.2, -5.0]])
+    figure = plots.draw_compression(dense, dense * mask_2to4(dense))
+    before, after, values, positions = figure.axes
+    assert [float(text) for text in texts(before)] == pytest.approx(dense[0].tolist())
+    assert [float(text) for text in texts(after)] == [-3, 2, 4, -5], "zeros stay empty"
+    assert texts(values) == texts(after)
+    assert texts(positions) == ["01", "10", "00", "11"]
+    borders = [line.get_xdata()[0] for line in before.lines]
+    assert borders == [0, 4, 8], "a line between any two groups of four"
+    assert [line.get_xdata()[0] for line in values.lines] == [0, 2, 4]
+
+
+def test_bytes_are_drawn_as_bars_with_their_share():
+    weight = torch.randn(8, 8)
+    half = compress_2to4((weight * mask_2to4(weight)).half())
+    figure = plots.plot_bytes({"FP16": (half, 128), "again": (half, 128)})
+    (axis,) = figure.axes
+    assert [bar.get_width() for bar in axis.patches] == 2 * [128, 64, 8]
+    assert [bar.get_x() for bar in axis.patches] == 2 * [0, 0, 64], "positions beside values"
+    assert texts(axis) == 2 * [" 56.25% of dense"]
+    assert labels(axis.get_yticklabels()) == ["FP16", "again"]
+    assert labels(figure.legends[0].get_texts()) == ["dense", "values", "2-bit positions"]
+
+
+def test_shares_are_two_bars_for_each_kind_of_layer():
+    shares = pd.DataFrame(
+        {"layers": [2, 1], "parameters, %": [60.0, 40.0], "MACs, %": [90.0, 10.0]},
+        index=["1x1 convolution", "linear"],
+    )
+    (axis,) = plots.plot_shares(shares).axes
+    assert [bar.get_width() for bar in axis.patches] == [60, 40, 90, 10]
+    assert texts(axis) == ["60.0 %", "40.0 %", "90.0 %", "10.0 %"]
+    assert labels(axis.get_yticklabels()) == ["1x1 convolution", "linear"]
+    heights = [bar.get_y() for bar in axis.patches]
+    assert heights[0] > heights[1], "the first kind stands on top"
+
+
+def test_layers_are_coloured_by_eligibility():
+    model = models.create_model("resnext14_8x4d", 10)
+    report = sparsity.sparsity_report(model, (1, 28, 28))
+    (axis,) = plots.plot_layers(report).axes
+    sparse = [bar for bar in axis.patches if to_hex(bar.get_facecolor()) == plots.SPARSE]
+    assert len(sparse) == len(report.eligible)
+    assert len(axis.patches) == len(report.layers)
+    assert labels(axis.get_xticklabels()) == list(report.layers.layer)
+    assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(
+        report.layers.macs.sum() / 1e6
+    )
+    assert legend(axis) == ["eligible", "stays dense"]
+
+
+def test_many_layers_are_not_named_one_by_one():
+    layers = pd.DataFrame({"layer": map(str, range(41)), "macs": 1e6, "eligible": True})
+    (axis,) = plots.plot_layers(sparsity.SparsityReport(layers, 1)).axes
+    assert len(axis.patches) == 41
+    assert axis.get_xlabel() == "layer, in order of execution"
+
+
+def history(*validation: float) -> list[Epoch]:
+    return [Epoch(n, 1 / n, share, 1.0) for n, share in enumerate(validation, 1)]
+
+
+def test_a_history_is_drawn_with_the_epoch_that_was_kept():
+    left, right = plots.plot_history(history(50, 90, 90), dense_top1=92).axes
+    assert list(left.lines[0].get_ydata()) == [1, 1 / 2, 1 / 3]
+    epochs, dense, kept = right.lines
+    assert list(epochs.get_ydata()) == [50, 90, 90]
+    assert list(dense.get_ydata()) == [92, 92]
+    assert (kept.get_xdata()[0], kept.get_ydata()[0]) == (2, 90), "of equal epochs the earlier"
+    assert legend(right) == ["2:4", "dense, before pruning", "kept"]
+    assert list(right.get_xticks()) == [1, 2, 3]
+
+
+def test_a_long_history_has_few_ticks():
+    left, _ = plots.plot_history(history(*range(1, 101)), dense_top1=92).axes
+    assert len(left.get_xticks()) == 10
+
+
+def test_accuracies_are_bars_with_twice_their_standard_error():
+    results = {
+        "dense": Accuracy(90, 100),
+        "pruned": Accuracy(50, 100),
+        "retrained": Accuracy(88, 100),
+    }
+    (axis,) = plots.plot_accuracy(results).axes
+    assert [bar.get_height() for bar in axis.patches] == [90, 50, 88]
+    assert [to_hex(bar.get_facecolor()) for bar in axis.patches] == [
+        plots.DENSE, plots.PRUNED, plots.SPARSE,
+    ]  # fmt: skip
+    assert texts(axis) == ["90.00 %", "50.00 %", "88.00 %"]
+    assert labels(axis.get_xticklabels()) == list(results)
+    (low, high) = axis.collections[1].get_segments()[0][:, 1]  # the error bar of the second
+    assert (low, high) == pytest.approx((40, 60))
+
+
+def sweep_table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "network": ["dense", "sparse", "dense", "sparse"],
+            "batch": [8, 8, 1, 1],
+            "images_per_second": [100.0, 150.0, 40.0, 20.0],
+            "images_per_joule": [2.0, 6.0, 1.0, 3.0],
+        }
+    )
+
+
+def test_a_sweep_shows_throughput_and_the_ratio_in_order_of_batch_size():
+    figure = plots.plot_sweep(sweep_table(), "on a GPU")
+    left, right = figure.axes
+    assert figure.get_suptitle() == "on a GPU"
+    assert [bar.get_height() for bar in left.patches] == [40, 100, 20, 150]
+    assert legend(left) == ["dense", "sparse"]
+    assert texts(right) == ["0.50", "1.50", "3.00", "3.00"]
+    assert legend(right) == ["images/s", "images/J"]
+    for axis in (left, right):
+        assert labels(axis.get_xticklabels()) == ["1", "8"]
+
+
+def test_a_control_in_the_sweep_is_left_out_of_the_picture():
+    table = sweep_table()
+    control = table[table.network == "dense"].assign(network="dense again")
+    left, right = plots.plot_sweep(pd.concat([table, control]), "on a GPU").axes
+    assert len(left.patches) == 4
+    assert texts(right) == ["0.50", "1.50", "3.00", "3.00"]
+
+
+def test_a_sweep_without_energy_shows_no_energy():
+    _, right = plots.plot_sweep(sweep_table().drop(columns="images_per_joule"), "on a CPU").axes
+    assert texts(right) == ["0.50", "1.50"]
+    assert legend(right) == ["images/s"]
+
+
+def test_save_writes_a_png(tmp_path):
+    path = tmp_path / "figures" / "a.png"
+    figure = plots.plot_history(history(1, 2), 3)
+    assert plots.save(figure, path) == path
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 500
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), OSError(28, "No space left on device")])
+def test_a_figure_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"the old one")
+
+    def half_a_file(part, **_: object) -> None:
+        part.write_bytes(b"half of the new")
+        raise error
+
+    figure = plots.plot_history(history(1, 2), 3)
+    monkeypatch.setattr(figure, "savefig", half_a_file)
+    with pytest.raises(ArtifactError if isinstance(error, OSError) else RuntimeError):
+        plots.save(figure, path)
+    assert path.read_bytes() == b"the old one"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

@@ -1,0 +1,179 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import runners
+from helpers.artifacts import ArtifactError, Artifacts
+from helpers.data import first_images
+from helpers.engine import build_engine
+from helpers.onnx_export import relative_gap
+from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner, find_runners
+from helpers.training import Accuracy
+
+SHAPE = (1, 28, 28)
+GAPS = {"fp32": 1e-5, "fp16": 1e-2}
+
+needs_gpu = pytest.mark.skipif(
+    bool(runners.why_no_tensorrt()), reason=runners.why_no_tensorrt() or "-"
+)
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.fixture
+def reference(exported):
+    """The logits of the exported network, in PyTorch and without any runner."""
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return exported[0](x)
+
+    return logits
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_the_torch_runner_gives_the_logits_of_the_network(exported, reference):
+    runner = TorchRunner(exported[0])
+    tolerance = GAPS["fp32" if runner.device.type == "cpu" else "fp16"]
+    for batch in (1, 5):
+        logits = runner(images(batch))
+        assert logits.dtype == torch.float32
+        assert logits.device.type == "cpu"
+        assert relative_gap(logits, reference(images(batch))) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_onnx_runner_gives_the_logits_of_the_network(exported, reference, precision):
+    runner = OnnxRunner(exported[1][precision])
+    assert runner.name.endswith(f"CPU, {precision.upper()}")
+    assert runner.dtype == {"fp32": np.float32, "fp16": np.float16}[precision]
+    for batch in (1, 5):
+        logits = runner(images(batch))
+        assert logits.dtype == torch.float32
+        assert relative_gap(logits, reference(images(batch))) < GAPS[precision]
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_loading_running_and_fetching_are_three_steps(no_gpu, exported, reference, kind):
+    model, files = exported
+    runner = TorchRunner(model) if kind == "torch" else OnnxRunner(files["fp32"])
+    runner.load(images(2))
+    runner.run()
+    first = runner.fetch()
+    runner.load(images(3))
+    assert torch.equal(runner.fetch(), first), "loading alone changes no result"
+    runner.run()
+    assert runner.fetch().shape == (3, 10)
+    assert relative_gap(first, reference(images(2))) < GAPS["fp32"]
+    assert relative_gap(runner.fetch(), reference(images(3))) < GAPS["fp32"]
+
+
+def test_a_runner_evaluates_as_the_network_does(exported, reference, tiny_splits):
+    x, labels = first_images(tiny_splits.test, 64)
+    correct = int((reference(x).argmax(1) == labels).sum())
+    assert OnnxRunner(exported[1]["fp32"]).evaluate(tiny_splits.test) == Accuracy(correct, 64)
+
+
+def test_the_torch_runner_folds_batch_norm_in_a_copy(tiny_net):
+    runner = TorchRunner(tiny_net.train())
+    runner(images(2))
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in runner.model.modules())
+    assert tiny_net.training
+    assert all(p.dtype == torch.float32 for p in tiny_net.parameters())
+    assert type(tiny_net[1]).__name__ == "BatchNorm2d"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"this is no model"])
+def test_a_file_that_onnx_runtime_cannot_load_is_refused(tmp_path, content):
+    path = tmp_path / "04_net.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunnerError, match=r"^04_net\.onnx cannot be loaded by ONNX Runtime"):
+        OnnxRunner(path)
+
+
+# --- TensorRT ------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_an_engine_is_not_run_and_the_reason_is_one_sentence(no_gpu, tmp_path):
+    with pytest.raises(RunnerError, match="No NVIDIA GPU was found") as raised:
+        TensorRTRunner(tmp_path / "05_sparse.engine")
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).count(". ") == 0
+
+
+def test_with_a_gpu_and_without_pycuda_the_reason_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    with pytest.raises(RunnerError, match=r"PyCUDA does not load .*conda env create"):
+        TensorRTRunner(tmp_path / "05_sparse.engine")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_gives_the_logits_of_the_network_on_the_gpu(
+    exported, reference, tmp_path, precision
+):
+    plan = tmp_path / "net.engine"
+    build_engine(exported[1][precision], plan, SHAPE, (1, 4, 8))
+    runner = TensorRTRunner(plan)
+    for batch in (1, 5, 8, 1):
+        logits = runner(images(batch))
+        assert logits.shape == (batch, 10)
+        # TF32 is allowed in an FP32 engine, and has the ten bits of FP16.
+        assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_an_engine_of_another_make_is_refused_on_the_gpu(tmp_path):
+    (tmp_path / "05_x.engine").write_bytes(b"no engine at all" * 100)
+    with pytest.raises(RunnerError, match=r"05_x\.engine cannot be loaded .*05_build_engine"):
+        TensorRTRunner(tmp_path / "05_x.engine")
+
+
+# --- which runner --------------------------------------------------------------------------
+
+
+def put(artifacts: Artifacts, name: str, content: bytes) -> None:
+    with artifacts.writing(name) as path:
+        path.write_bytes(content)
+
+
+def test_on_a_cpu_both_networks_run_in_onnx_runtime_in_fp32(no_gpu, tiny_settings, exported):
+    artifacts = Artifacts(tiny_settings)
+    for name in ("dense", "sparse"):
+        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
+    found = find_runners(artifacts)
+    assert list(found) == ["dense", "sparse"]
+    assert all(isinstance(runner, OnnxRunner) for runner in found.values())
+    assert found["dense"].name == found["sparse"].name
+    assert "FP32" in found["dense"].name
+
+
+@pytest.mark.parametrize("there", [[], ["dense"], ["sparse"]])
+def test_on_a_cpu_a_missing_onnx_file_names_its_notebook(no_gpu, tiny_settings, exported, there):
+    artifacts = Artifacts(tiny_settings)
+    for name in there:
+        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
+    missing = "sparse" if there == ["dense"] else "dense"
+    with pytest.raises(
+        ArtifactError, match=rf"04_{missing}_fp32\.onnx is missing\. Run 04_export_onnx\.ipynb"
+    ):
+        find_runners(artifacts)
+
+
+def test_on_a_gpu_the_engines_are_asked_for(monkeypatch, tiny_settings):
+    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "")
+    with pytest.raises(ArtifactError, match=r"05_dense\.engine is missing\. Run 05_build_engine"):
+        find_runners(Artifacts(tiny_settings))

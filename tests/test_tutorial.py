@@ -1,0 +1,251 @@
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from nbformat import v4
+
+from helpers import engine, machine, runners, tutorial
+from helpers.artifacts import ArtifactError, Artifacts, write_json
+from helpers.checks import TutorialError
+from helpers.tutorial import run_notebooks, source_digest, summary, tidy
+
+# --- notebooks -----------------------------------------------------------------------------
+
+WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}
+
+
+def executed() -> v4.nbbase.NotebookNode:
+    """A notebook as Jupyter leaves it: with a progress bar, times and a kernel's version."""
+    code = v4.new_code_cell("print(1)", execution_count=1)
+    code.outputs = [
+        v4.new_output("display_data", WIDGET),
+        v4.new_output("stream", text="1\n"),
+        v4.new_output("display_data", {"text/plain": "a figure"}),
+    ]
+    code.metadata = {"execution": {"iopub.execute_input": "2026"}, "tags": ["kept"]}
+    metadata = {"language_info": {"name": "python", "version": "3.11.7"}, "widgets": {"state": {}}}
+    return v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), code], metadata=metadata)
+
+
+def test_tidying_drops_progress_bars_and_timings_and_nothing_else():
+    notebook = executed()
+    tidy(notebook)
+    title, code = notebook.cells
+    assert title.source == "# Title"
+    assert [output.output_type for output in code.outputs] == ["stream", "display_data"]
+    assert code.outputs[1].data["text/plain"] == "a figure"
+    assert code.metadata == {"tags": ["kept"]}
+    assert code.execution_count == 1
+    assert "widgets" not in notebook.metadata
+    assert notebook.metadata["language_info"] == {"name": "python"}
+
+
+def test_tidying_records_the_checksum_of_the_code():
+    notebook = executed()
+    tidy(notebook)
+    recorded = notebook.metadata["tutorial"]["source_sha256"]
+    assert recorded == source_digest(notebook.cells) == hashlib.sha256(b"print(1)").hexdigest()
+
+
+def test_the_checksum_is_of_the_code_alone():
+    def digest(*cells) -> str:
+        return source_digest(cells)
+
+    code, text = v4.new_code_cell, v4.new_markdown_cell
+    same = digest(code("a"), code("b"))
+    assert digest(text("words"), code("a", execution_count=5), code("b")) == same
+    assert digest(code("a"), code("c")) != same
+    assert digest(code("b"), code("a")) != same
+    assert digest(code("ab")) != same
+
+
+@pytest.fixture
+def notebooks(monkeypatch, tmp_path):
+    """Let the tutorial consist of these notebooks, each of one code cell."""
+    monkeypatch.setenv("TUTORIAL_PRESET", "quick")  # run_notebooks sets it; this puts it back
+    folder = tmp_path / "project" / "notebooks"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tutorial, "project_root", lambda: folder.parent)
+
+    def make(**sources: str) -> Path:
+        names = {name: f"{name}.ipynb" for name in sources}
+        monkeypatch.setattr(tutorial, "NOTEBOOKS", names)
+        for name, source in sources.items():
+            notebook = v4.new_notebook(cells=[v4.new_code_cell(source)])
+            (folder / names[name]).write_text(json.dumps(notebook))
+        return folder
+
+    return make
+
+
+def test_the_notebooks_are_run_in_their_folder_and_saved_on_request(
+    notebooks, tiny_settings, tmp_path
+):
+    source = "import os\nprint(os.getcwd(), os.environ['TUTORIAL_PRESET'])"
+    folder = notebooks(n00_first=source)
+    before = (folder / "n00_first.ipynb").read_text()
+
+    run_notebooks(tiny_settings)
+    assert (folder / "n00_first.ipynb").read_text() == before, "saved without being asked to"
+    copy = tiny_settings.artifacts_dir / "notebooks" / "n00_first.ipynb"
+    assert json.loads(copy.read_text())["cells"][0]["outputs"]
+
+    run_notebooks(tiny_settings, save=True)
+    saved = json.loads((folder / "n00_first.ipynb").read_text())
+    (cell,) = saved["cells"]
+    assert "".join(cell["outputs"][0]["text"]) == f"{folder} quick\n"
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    assert saved["metadata"]["tutorial"]["source_sha256"] == digest
+
+
+def test_a_cell_that_fails_stops_the_run_in_one_sentence(notebooks, tiny_settings):
+    failing = "from helpers.checks import check\ncheck(False, 'water runs uphill')"
+    folder = notebooks(n00_fails=failing, n01_never="print(1)")
+    before = (folder / "n00_fails.ipynb").read_text()
+    with pytest.raises(TutorialError) as raised:
+        run_notebooks(tiny_settings, save=True)
+    message = str(raised.value)
+    assert message == "n00_fails.ipynb stopped: CheckError: [FAIL] water runs uphill"
+    assert (folder / "n00_fails.ipynb").read_text() == before
+    assert not (tiny_settings.artifacts_dir / "notebooks").exists()
+
+
+def test_a_kernel_that_dies_stops_the_run_in_one_sentence(notebooks, tiny_settings):
+    notebooks(n00_dies="import os\nos._exit(1)")  # as when the memory runs out
+    with pytest.raises(TutorialError, match=r"^n00_dies\.ipynb stopped"):
+        run_notebooks(tiny_settings)
+
+
+def test_every_kernel_is_ended_with_its_notebook(notebooks, tiny_settings, tmp_path):
+    note = f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    notebooks(n00_first=note)
+    run_notebooks(tiny_settings)
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)  # asks whether the process is there, and sends nothing
+
+
+def test_without_jupyter_the_reader_is_told_how_to_get_it(monkeypatch, tiny_settings):
+    monkeypatch.setitem(sys.modules, "nbclient", None)
+    with pytest.raises(TutorialError, match=r"pip install -e '\.\[notebooks\]'"):
+        run_notebooks(tiny_settings)
+
+
+# --- setup ---------------------------------------------------------------------------------
+
+
+def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
+    found = engine.Builder("TensorRT-RTX", json, "1.7", "the test says so")
+    monkeypatch.setattr(engine, "find_builder", lambda: found)
+    monkeypatch.setattr(machine, "setup_report", lambda _: [(True, "Python"), (False, "onnx")])
+    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "No GPU.")
+    tutorial.check_setup(tiny_settings)
+    assert capsys.readouterr().out.splitlines() == [
+        "[OK] Python",
+        "[FAIL] onnx",
+        "[OK] engines: TensorRT-RTX 1.7 (the test says so)",
+        "[OK] inference: ONNX Runtime, CPU. No GPU.",
+    ]
+    record = json.loads(Artifacts(tiny_settings).require("00_setup.json").read_text())
+    assert record == {"machine": machine.describe(), "builder": "TensorRT-RTX"}
+
+
+# --- the summary ---------------------------------------------------------------------------
+
+PRUNING = {"sparse_layers": 9, "layers": 14, "parameters_share": 90.5, "macs_share": 80.25}
+BUILT = {"megabytes": 1.5, "builder": "TensorRT-RTX", "version": "1.7", "target": "8.6"}
+RUN = {
+    "01_dense.safetensors": {"test": {"correct": 92, "total": 100}},
+    "02_pruned.safetensors": {"test": {"correct": 50, "total": 100}, **PRUNING},
+    "03_retrained.safetensors": {"test": {"correct": 91, "total": 100}},
+    "04_dense_fp32.onnx": {"gap": 1e-6},
+    "04_sparse_fp32.onnx": {"gap": 3e-6},
+    "04_dense_fp16.onnx": {"gap": 2e-3},
+    "04_sparse_fp16.onnx": {"gap": 1e-3},
+    "05_dense.engine": BUILT,
+    "05_sparse.engine": BUILT | {"megabytes": 1.25},
+}
+
+
+@pytest.fixture
+def finished(tiny_settings, monkeypatch) -> Artifacts:
+    """The artifacts of a whole run on a CPU, all of them made up."""
+    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "No GPU.")
+    artifacts = Artifacts(tiny_settings)
+    for name, facts in RUN.items():
+        with artifacts.writing(name, facts=facts) as path:
+            path.write_text(name)
+    rows = pd.DataFrame(
+        {
+            "network": ["dense", "sparse", "dense", "sparse"],
+            "batch": [1, 1, 8, 8],
+            "p50": [2.0, 1.0, 5.0, 10.0],
+        }
+    )
+
+    tutorial.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
+    return artifacts
+
+
+def test_the_summary_gives_the_key_figures_of_every_step(finished):
+    rows = summary(finished.settings)
+    assert rows["dense, test top-1"].startswith("92.00 %")
+    assert rows["pruned, test top-1"].startswith("50.00 %")
+    assert rows["retrained, test top-1"].startswith("91.00 %")
+    assert rows["sparse layers"] == (
+        "9 of 14, with 90.50 % of the parameters and 80.25 % of the MACs"
+    )
+    assert rows["ONNX gap to PyTorch, FP32"] == "3.0e-06 of the largest logit"
+    assert rows["ONNX gap to PyTorch, FP16"] == "2.0e-03 of the largest logit"
+    assert rows["engine, dense"] == "1.50 MB, TensorRT-RTX 1.7, 8.6"
+    assert rows["engine, sparse"] == "1.25 MB, TensorRT-RTX 1.7, 8.6"
+    assert rows["measured with"] == "made up"
+    assert rows["latency p50, batch 1"] == "dense 2.00 ms, sparse 1.00 ms: 2.00x"
+    assert rows["latency p50, batch 8"] == "dense 5.00 ms, sparse 10.00 ms: 0.50x"
+
+
+@pytest.mark.parametrize("name", [*RUN, "06_benchmark.json"])
+def test_a_summary_of_half_a_run_names_the_notebook_that_is_missing(finished, name):
+    finished.path(name).unlink()
+    with pytest.raises(ArtifactError) as raised:
+        summary(finished.settings)
+    assert str(raised.value).startswith(f"{name} is missing. Run {name[:2]}_")
+
+
+def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys):
+    write_json(finished.figures / "02_pattern.png", "stands for a picture")
+    tutorial.print_summary(finished.settings)
+    printed = capsys.readouterr().out
+    for name, value in summary(finished.settings).items():
+        assert f"{name:26} {value}" in printed
+    assert "results  quick" in printed
+    assert "figure   02_pattern.png" in printed
+
+
+def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished, monkeypatch):
+    content = json.loads(finished.path("06_benchmark.json").read_text())
+    parents = finished.describe("06_benchmark.json")["parents"]
+    assert set(parents) == {"04_dense_fp32.onnx", "04_sparse_fp32.onnx"}
+    assert content["machine"] == machine.describe()
+    assert content["rows"][0] == {"network": "dense", "batch": 1, "p50": 2.0}
+
+    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "")
+    gpu = {"sparse": SimpleNamespace(name="an engine")}
+    tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}))
+    parents = finished.describe("06_benchmark.json")["parents"]
+    assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
+
+
+def test_the_figures_of_a_run_can_be_kept_as_reference(finished, monkeypatch):
+    monkeypatch.setattr(machine, "gpu", dict)
+    path = tutorial.record(finished.settings)
+    assert path == finished.settings.data_dir / "reference" / "quick_cpu.json"
+    kept = json.loads(path.read_text())
+    assert kept["summary"] == summary(finished.settings)
+    assert kept["benchmark"]["runner"] == "made up"
+    assert {"date", "machine", "versions"} <= set(kept)
