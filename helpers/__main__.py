@@ -216,7 +216,10 @@ def verify(path: Path) -> None:
     """Check that every eligible weight of an ONNX file is 2:4; exit 1 if not."""
     table = verify_onnx(path)
     print(table.to_string(index=False))
-    if not table[table.eligible].is_2to4.all():
+    wanted = table[table.eligible]
+    if wanted.empty:
+        raise TutorialError(f"{relative(path)} has no weight that could be 2:4.")
+    if not wanted.is_2to4.all():
         raise typer.Exit(1)
 
 

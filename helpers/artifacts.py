@@ -80,6 +80,8 @@ def _explained(error: OSError, path: Path) -> Exception:
         cause = "the disk is full; free some space"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         cause = "the folder cannot be written to; change its permissions, or set TUTORIAL_ARTIFACTS"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        cause = "a file stands where the folder should be; move it, or set TUTORIAL_ARTIFACTS"
     else:
         return error
     return ArtifactError(

@@ -61,8 +61,13 @@ def check_answer(answer: Any, expected: Any, tolerance: float = 0.0) -> None:
 
 
 def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
+    if hasattr(answer, "item"):  # a number as PyTorch or NumPy hold it
+        answer = answer.item()
     if isinstance(expected, int | float) and isinstance(answer, int | float):
         return abs(answer - expected) <= tolerance
     if isinstance(expected, list | tuple | set) and isinstance(answer, list | tuple | set):
-        return sorted(map(repr, answer)) == sorted(map(repr, expected))
+        answer, expected = list(answer), list(expected)
+        return len(answer) == len(expected) and all(
+            answer.count(item) == expected.count(item) for item in expected
+        )
     return answer == expected

@@ -127,8 +127,8 @@ def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
     try:
         train = datasets.FashionMNIST(folder, train=True, download=True)
         test = datasets.FashionMNIST(folder, train=False, download=True)
-    except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"Fashion-MNIST could not be read from {relative(raw)} ({reason}). The four .gz files "
             "belong there: `git checkout -- data/FashionMNIST` restores them. Delete any file "

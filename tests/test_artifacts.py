@@ -237,10 +237,11 @@ FULL = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("Could not write the model: No space left on device"),
 ]
 
 
-@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors"])
+@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors", "other"])
 def test_a_full_disk_is_told_in_one_sentence(chain, error):
     listing = names(chain.folder)
     with pytest.raises(ArtifactError) as caught, chain.writing(PRUNED, [DENSE]) as path:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from helpers.artifacts import ArtifactError
@@ -31,6 +32,9 @@ def test_an_untouched_answer_is_asked_for(capsys):
         ([3, 1], [1, 3], 0),
         ((3, 1), [1, 3], 0),
         ({1, 3}, [1, 3], 0),
+        ([1.0, 3], [1, 3], 0),
+        ([True, "a"], [1, "a"], 0),
+        (list(np.array([3, 1])), [1, 3], 0),
     ],
 )
 def test_a_right_answer_is_told_so(capsys, answer, expected, tolerance):

@@ -57,11 +57,12 @@ def test_pyproject_and_environment_name_the_same_packages():
 
 
 @pytest.mark.parametrize("name", declared(*EXTRAS))
-def test_pyproject_and_environment_agree_on_the_lower_bound(name):
+def test_pyproject_and_environment_agree_on_the_bounds(name):
     bound = declared(*EXTRAS)[name].specifier
     assert bound == conda()[name].specifier
-    (only,) = bound
-    assert only.operator == ">=", "the exact versions are the lock's business"
+    operators = {part.operator for part in bound}
+    assert ">=" in operators
+    assert "==" not in operators, "the exact versions are the lock's business"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_every_package_says_what_it_is_for():
     lines = CONDA_TEXT.partition("dependencies:")[2].splitlines()
     packages = [line for line in lines if re.match(r"\s+- [a-z]", line) and ">=" in line]
     assert len(packages) == len(conda())
-    assert all(re.search(r">=[\d.]+ +# \w", line) for line in packages)
+    assert all(re.search(r">=[\d.,<]+ +# \w", line) for line in packages)
 
 
 @pytest.mark.parametrize("name", declared("notebooks", "dev"))

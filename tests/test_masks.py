@@ -69,6 +69,11 @@ def test_mask_keeps_the_lowest_index_on_ties(values, kept, dtype):
     assert mask[0].nonzero().flatten().tolist() == kept
 
 
+def test_fp64_is_ranked_at_its_own_precision():
+    weight = torch.tensor([[1.0, 1 + 1e-12, 1 + 2e-12, 0.5]], dtype=torch.float64)
+    assert mask_2to4(weight).tolist() == [[False, True, True, False]]
+
+
 def test_groups_run_along_the_input_channels():
     weight = torch.zeros(1, 4, 2, 2)
     weight[0, 1], weight[0, 3] = 1, 2  # the same two channels at all four kernel positions

@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import runners
 from helpers.artifacts import ArtifactError, Artifacts
 from helpers.data import first_images
-from helpers.engine import build_engine
+from helpers.engine import Builder, build_engine
 from helpers.onnx_export import relative_gap
 from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner, find_runners
 from helpers.training import Accuracy
@@ -116,6 +117,118 @@ def test_with_a_gpu_and_without_pycuda_the_reason_says_how_to_get_it(monkeypatch
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     with pytest.raises(RunnerError, match=r"PyCUDA does not load .*conda env create"):
         TensorRTRunner(tmp_path / "05_sparse.engine")
+
+
+class FakeGpu:
+    """PyCUDA, TensorRT and an engine in one: device memory is an array for each address.
+
+    It knows only the calls that the two interfaces document, and computes with PyTorch.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.memory, self.shape, self.address = model, {}, None, {}
+
+    # PyCUDA: destination first, as memcpy does it.
+    def pagelocked_empty(self, shape: tuple, dtype: type) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
+
+    def mem_alloc(self, nbytes: int) -> int:
+        self.memory[address := 4096 * (len(self.memory) + 1)] = np.zeros(nbytes, np.uint8)
+        return address
+
+    def memcpy_htod_async(self, to: int, source: np.ndarray, stream: object) -> None:
+        self.memory[to][:] = source.view(np.uint8).ravel()
+
+    def memcpy_dtoh_async(self, to: np.ndarray, source: int, stream: object) -> None:
+        to[...] = self.memory[source].view(to.dtype).reshape(to.shape)
+
+    def Stream(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(handle=7, synchronize=lambda: None)
+
+    # TensorRT: builder's module, runtime, engine and context.
+    class Logger:
+        WARNING = "warning"
+
+        def __init__(self, severity: str) -> None:
+            assert severity == self.WARNING
+
+    def Runtime(self, logger: Logger) -> "FakeGpu":  # noqa: N802
+        return self
+
+    def deserialize_cuda_engine(self, plan: bytes) -> "FakeGpu | None":
+        return self if plan == b"an engine" else None
+
+    def create_execution_context(self) -> "FakeGpu":
+        return self
+
+    def get_tensor_dtype(self, name: str) -> type:
+        return np.float16
+
+    def nptype(self, dtype: type) -> type:
+        return dtype
+
+    def set_input_shape(self, name: str, shape: tuple) -> bool:
+        self.shape = shape if name == "images" else None
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple:
+        return (self.shape[0], 10) if name == "logits" else self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.address[name] = address
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if stream_handle != 7:
+            return False
+        images = self.memory[self.address["images"]].view(np.float16).reshape(self.shape)
+        with torch.inference_mode():
+            logits = self.model(torch.from_numpy(images).float()).half().numpy()
+        self.memory[self.address["logits"]][:] = logits.view(np.uint8).ravel()
+        return True
+
+
+@pytest.fixture
+def fake_gpu(exported, monkeypatch) -> FakeGpu:
+    gpu = FakeGpu(exported[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
+    package = SimpleNamespace(driver=gpu, autoprimaryctx=None)
+    for name, module in {
+        "pycuda": package,
+        "pycuda.driver": gpu,
+        "pycuda.autoprimaryctx": 0,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    builder = Builder("TensorRT", gpu, "11.4", "the test says so")
+    monkeypatch.setattr(runners, "find_builder", lambda: builder)
+    return gpu
+
+
+def test_the_tensorrt_runner_moves_images_and_logits_in_the_engines_type(
+    fake_gpu, reference, tmp_path
+):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan)
+    assert runner.name == "TensorRT 11.4, a fake GPU"
+    for batch in (1, 5, 2):
+        logits = runner(images(batch))
+        assert logits.dtype == torch.float32
+        assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+
+
+def test_an_engine_that_does_not_load_or_run_is_refused(fake_gpu, tmp_path, monkeypatch):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"of another version")
+    with pytest.raises(RunnerError, match=r"05_sparse\.engine cannot be loaded by TensorRT 11\.4"):
+        TensorRTRunner(plan)
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan)
+    runner.load(images(1))
+    monkeypatch.setattr(fake_gpu, "execute_async_v3", lambda _: False)
+    with pytest.raises(RunnerError, match="refused to run"):
+        runner.run()
 
 
 @pytest.mark.gpu

@@ -72,6 +72,15 @@ def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, ti
     assert same(before, tiny_net.state_dict()), "batch norm's statistics moved"
 
 
+def test_a_network_can_be_trained_after_it_was_evaluated(tiny_splits):
+    model = nn.Sequential(nn.Conv2d(1, 8, 26), nn.Conv2d(8, 10, 3), nn.Flatten())
+    evaluate(model, tiny_splits.test)  # lays the weights out anew
+    images, labels = next(iter(tiny_splits.train))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
 # --- training ---------------------------------------------------------------------------
 
 
@@ -92,14 +101,6 @@ def test_the_masks_are_held_through_the_training(tiny_net, tiny_splits):
         weight = tiny_net.get_submodule(name).weight
         assert (weight[~mask] == 0).all()
         assert not torch.equal(weight, before[f"{name}.weight"]), "nothing was trained"
-
-
-def test_a_network_can_be_trained_after_it_was_evaluated_and_pruned(tiny_splits):
-    model = nn.Sequential(nn.Conv2d(1, 8, 28), nn.Flatten(), nn.Linear(8, 10))
-    evaluate(model, tiny_splits.test)  # moves the weights, which must stay trainable
-    masks = sparsity.prune_2to4_(model)
-    train(model, tiny_splits, RECIPE, seed=1, masks=masks)
-    assert sparsity.is_2to4(model[2].weight)
 
 
 def test_without_masks_the_zeros_are_lost(tiny_net, tiny_splits):

@@ -229,6 +229,20 @@ def test_zero_is_what_the_zero_point_says(tmp_path, sparse):
     assert table.is_2to4.tolist() == [sparse]
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_zero_point_counts_for_its_block(tmp_path, axis, sparse):
+    zero = np.int8([[0, 0], [3, 3]]) if axis == 0 else np.int8([[0, 3], [0, 3]])
+    zero = zero.repeat(4, 1 - axis)
+    stored = weight(8, 8, sparse=sparse, dtype=np.int8) + zero.repeat(4, axis)
+    inputs = ["w", "scale", "zero"]
+    dequantize = helper.make_node("DequantizeLinear", inputs, ["v"], axis=axis, block_size=4)
+    scale = np.full(zero.shape, 0.1, np.float32)
+    gemm = node("Gemm", "x", "v", transB=1)
+    table = verify(tmp_path, [dequantize, gemm], w=stored, scale=scale, zero=zero)
+    assert table.is_2to4.tolist() == [sparse]
+
+
 def test_a_weight_is_found_behind_a_chain_of_nodes(tmp_path):
     nodes = [
         constant("w", weight(6, 8, dtype=np.float16)),

@@ -98,12 +98,19 @@ def _centred(
         return weight
     found = _constant(node.input[2], tensors, producers)
     if found is None:
-        return weight
+        raise TutorialError(
+            f"The zero point of {node.input[0]} is computed at run time, so its zeros cannot be "
+            "told beforehand. Quantise weights with a constant zero point."
+        )
     zero_point = found[1].astype(np.int32)
     if zero_point.ndim == 1 and zero_point.size > 1:
         shape = [1] * weight.ndim
         shape[axis] = -1
         zero_point = zero_point.reshape(shape)
+    elif zero_point.ndim == weight.ndim:  # one for each block of an axis
+        length = weight.shape[axis]
+        blocks = -(-length // zero_point.shape[axis])
+        zero_point = zero_point.repeat(blocks, axis).take(range(length), axis)
     return weight.astype(np.int32) - zero_point
 
 

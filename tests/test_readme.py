@@ -1,0 +1,90 @@
+"""The README against the code and the records that it quotes."""
+
+import json
+import re
+import tomllib
+
+import pytest
+
+from helpers.artifacts import NOTEBOOKS
+from helpers.settings import PRESETS, project_root
+from helpers.training import Accuracy
+
+ROOT = project_root()
+README = (ROOT / "README.md").read_text()
+REFERENCE = ROOT / "data" / "reference"
+
+
+def test_the_results_are_those_of_the_recorded_run():
+    record = json.loads((REFERENCE / "quick_cpu.json").read_text())
+    assert record["date"] in README
+    for name, value in record["summary"].items():
+        assert f"| {name} | {value} |" in README, name
+
+
+def test_the_control_is_the_recorded_one():
+    record = json.loads((REFERENCE / "quick_dense_control.json").read_text())
+    assert str(Accuracy(**record["test"])) in README
+
+
+def test_the_real_networks_figures_are_the_recorded_ones():
+    path = ROOT / "benchmarks" / "results" / "real_network_cpu.json"
+    record = json.loads(path.read_text())
+    report, seconds = record["report"], record["seconds"]
+    assert record["all_eligible_2to4"]
+    assert f"{report['sparse_layers']} of {report['layers']} layers" in README
+    assert f"{report['macs_share']:.2f} % of the MACs" in README
+    for step, value in seconds.items():
+        assert f"{step} {value:.2f} s" in README, step
+
+
+def test_the_published_figures_are_labelled_and_those_of_the_record():
+    record = json.loads((REFERENCE / "case_study.json").read_text())
+    sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", README.replace("\n", " "))[0]
+    assert f"{record['largest_speedup']:.2f}x" in sentence
+    assert f"{record['largest_performance_per_watt']:.2f}x" in sentence
+
+
+def test_the_model_card_agrees_with_its_record():
+    folder = ROOT / "data" / "pretrained"
+    (record,) = folder.glob("*.json")
+    facts = json.loads(record.read_text())
+    card = (folder / "README.md").read_text()
+    accuracy = Accuracy(**facts["test"])
+    assert f"{accuracy.top1:.2f} % top-1" in card
+    assert f"{accuracy.standard_error:.2f} points" in card
+    assert f"{facts['minutes']} minutes" in card
+    assert f"seed {facts['seed']}" in card
+
+
+def test_every_notebook_and_preset_is_in_the_tables():
+    for name in NOTEBOOKS.values():
+        assert f"(notebooks/{name})" in README
+    for preset in PRESETS:
+        assert f"| `{preset}`" in README
+
+
+def test_the_versions_in_troubleshooting_are_the_locked_ones():
+    lock = (ROOT / "requirements.lock").read_text()
+    pair = re.search(r"pip install (torch==\S+) (torchvision==\S+)`", README)
+    for package in pair.groups():
+        assert re.search(rf"^{re.escape(package)}\b", lock, re.M), package
+
+
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "2 of 2 layers can be sparse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
