@@ -52,7 +52,8 @@ def time_in_turns(
     """Time several runners on the same images, in turns.
 
     They run one after the other and then in the opposite order (ABBA), again and
-    again, so that a machine that grows slower or faster does so for all of them.
+    again and each time beginning with the next one, so that a machine that grows
+    slower or faster does so for all of them.
     Moving the images to the device is not timed.
 
     Args:
@@ -73,6 +74,7 @@ def time_in_turns(
     times: list[list[float]] = [[] for _ in runners]
     order = list(range(len(runners)))
     while min(map(sum, times)) < seconds or len(times[0]) < 10:
+        order.append(order.pop(0))  # so that nobody always follows the same one
         for turn in order + order[::-1]:
             start = time.perf_counter()
             runners[turn].run()
