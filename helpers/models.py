@@ -144,15 +144,16 @@ def restrict_head_(model: ResNet, classes: list[int]) -> None:
 
 
 def save_checkpoint(model: nn.Module, path: Path, name: str) -> None:
-    """Write a network's weights as safetensors, with its name and classes in the header.
+    """Write a network's weights as safetensors, with its name in the header.
+
+    The same weights give the same bytes: with a second entry the header's order would be random.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; nothing is written.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     _require_finite(state, "the network")
-    header = {"model": name, "num_classes": str(model.fc.out_features)}
-    save_file(state, path, metadata=header)
+    save_file(state, path, metadata={"model": name})
 
 
 def load_checkpoint(path: Path) -> nn.Module:
@@ -171,12 +172,13 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise CheckpointError(
             f"{relative(path)} is not a readable safetensors file ({error})."
         ) from error
-    if "model" not in header or not header.get("num_classes", "").isdecimal():
+    if "model" not in header or "fc.weight" not in state:
         raise CheckpointError(
-            f"{relative(path)} does not say which network it is for: its header lacks `model` or "
-            "`num_classes`. Write checkpoints with helpers.models.save_checkpoint."
+            f"{relative(path)} does not say which network it is for: it lacks `model` in its "
+            "header or the weights `fc.weight`. Write checkpoints with "
+            "helpers.models.save_checkpoint."
         )
-    model = create_model(header["model"], int(header["num_classes"]))
+    model = create_model(header["model"], num_classes=len(state["fc.weight"]))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

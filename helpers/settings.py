@@ -8,6 +8,7 @@ change an experiment, change `PRESETS`. Explained in `00_check_your_setup.ipynb`
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from helpers.checks import TutorialError
 
@@ -29,7 +30,7 @@ class Recipe:
     step_epochs: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Settings:
     """One preset, with the folders that this run reads and writes."""
 
@@ -74,14 +75,19 @@ class Settings:
             artifacts_dir=artifacts.resolve() / preset,
         )
 
+    def _shown(self) -> dict[str, Any]:
+        """Return the fields as the reader sees them: folders without the way to them."""
+        folders = {name: relative(getattr(self, name)) for name in ("data_dir", "artifacts_dir")}
+        return asdict(self) | {"recipe": self.recipe} | folders
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{key}={value!r}' for key, value in self._shown().items())})"
+
     def _repr_html_(self) -> str:
-        rows = asdict(self) | {"recipe": self.recipe}
-        for folder in ("data_dir", "artifacts_dir"):
-            rows[folder] = relative(rows[folder])
         cells = "".join(
             f"<tr><th style='text-align:left'>{key}</th>"
             f"<td style='text-align:left'>{value}</td></tr>"
-            for key, value in rows.items()
+            for key, value in self._shown().items()
         )
         return f"<table>{cells}</table>"
 

@@ -161,8 +161,8 @@ def summary(settings: Settings) -> dict[str, str]:
     p50 = table.pivot(index="batch", columns="network", values="p50")
     for batch, times in p50.iterrows():
         rows[f"latency p50, batch {batch}"] = (
-            f"dense {times.dense:.2f} ms, sparse {times.sparse:.2f} ms: {ratios[batch]:.2f}x, "
-            f"and {chance[batch]:.2f}x for the dense network against itself"
+            f"dense {times['dense']:.2f} ms, sparse {times['sparse']:.2f} ms: "
+            f"{ratios[batch]:.2f}x, and {chance[batch]:.2f}x for the dense network against itself"
         )
     return rows
 

@@ -182,12 +182,11 @@ def finished(tiny_settings, monkeypatch) -> Artifacts:
             path.write_text(name)
     rows = pd.DataFrame(
         {
-            "network": ["dense", "sparse", "dense", "sparse"],
-            "batch": [1, 1, 8, 8],
-            "p50": [2.0, 1.0, 5.0, 10.0],
+            "network": ["dense", "sparse", "dense again"] * 2,
+            "batch": [1, 1, 1, 8, 8, 8],
+            "p50": [2.0, 1.0, 2.5, 5.0, 10.0, 5.0],
         }
     )
-
     tutorial.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
     return artifacts
 
@@ -205,8 +204,12 @@ def test_the_summary_gives_the_key_figures_of_every_step(finished):
     assert rows["engine, dense"] == "1.50 MB, TensorRT-RTX 1.7, 8.6"
     assert rows["engine, sparse"] == "1.25 MB, TensorRT-RTX 1.7, 8.6"
     assert rows["measured with"] == "made up"
-    assert rows["latency p50, batch 1"] == "dense 2.00 ms, sparse 1.00 ms: 2.00x"
-    assert rows["latency p50, batch 8"] == "dense 5.00 ms, sparse 10.00 ms: 0.50x"
+    assert rows["latency p50, batch 1"] == (
+        "dense 2.00 ms, sparse 1.00 ms: 2.00x, and 0.80x for the dense network against itself"
+    )
+    assert rows["latency p50, batch 8"] == (
+        "dense 5.00 ms, sparse 10.00 ms: 0.50x, and 1.00x for the dense network against itself"
+    )
 
 
 @pytest.mark.parametrize("name", [*RUN, "06_benchmark.json"])
