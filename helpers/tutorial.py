@@ -162,7 +162,7 @@ def summary(settings: Settings) -> dict[str, str]:
     for batch, times in p50.iterrows():
         rows[f"latency p50, batch {batch}"] = (
             f"dense {times['dense']:.2f} ms, sparse {times['sparse']:.2f} ms: "
-            f"{ratios[batch]:.2f}x, and {chance[batch]:.2f}x for the dense network against itself"
+            f"{ratios[batch]:.2f}x (dense against itself {chance[batch]:.2f}x)"
         )
     return rows
 

@@ -205,10 +205,10 @@ def test_the_summary_gives_the_key_figures_of_every_step(finished):
     assert rows["engine, sparse"] == "1.25 MB, TensorRT-RTX 1.7, 8.6"
     assert rows["measured with"] == "made up"
     assert rows["latency p50, batch 1"] == (
-        "dense 2.00 ms, sparse 1.00 ms: 2.00x, and 0.80x for the dense network against itself"
+        "dense 2.00 ms, sparse 1.00 ms: 2.00x (dense against itself 0.80x)"
     )
     assert rows["latency p50, batch 8"] == (
-        "dense 5.00 ms, sparse 10.00 ms: 0.50x, and 1.00x for the dense network against itself"
+        "dense 5.00 ms, sparse 10.00 ms: 0.50x (dense against itself 1.00x)"
     )
 
 
