@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=build/test-artifacts \
+NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts \
           $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
 
 .PHONY: tutorial test lab lint notebooks lock clean

@@ -1,0 +1,405 @@
+"""Every channel that is said to be free to move is moved, and the outputs stay."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from helpers.checks import TutorialError
+from helpers.sparsity.graph import find_symmetry, gather_order, reorder_, source_of
+
+WIDE = 24
+
+
+def randomise_(model: nn.Module) -> nn.Module:
+    """Give every parameter and running statistic values that no order leaves as they are."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                fan_in = value[0].numel() if value.dim() > 1 else 1
+                value.copy_(torch.randn(value.shape, generator=generator) / fan_in**0.5)
+        for module in model.modules():
+            if isinstance(getattr(module, "running_var", None), torch.Tensor):
+                module.running_var.abs_().add_(0.5)
+    return model.double().eval()
+
+
+def shuffle_every_cell(model: nn.Module, *inputs: torch.Tensor):
+    """Shuffle all that may move; return the symmetry, the moves and how far the outputs moved."""
+    symmetry = find_symmetry(model, inputs)
+    with torch.no_grad():
+        before = model(*inputs)
+    generator = np.random.default_rng(0)
+    first = np.unique(symmetry.neuron, return_index=True)[1]
+    moves = []
+    for cell in set(symmetry.cell.tolist()) - {-1}:
+        neurons = np.flatnonzero(symmetry.cell[first] == cell)
+        if len(neurons) > 1:
+            moves.append((neurons, np.roll(generator.permutation(neurons), 1)))
+    reorder_(symmetry, source_of(symmetry, moves))
+    with torch.no_grad():
+        after = model(*inputs)
+    pairs = zip(leaves(before), leaves(after), strict=True)
+    error = max(float((b - a).abs().max() / b.abs().max().clamp_min(1e-12)) for b, a in pairs)
+    return symmetry, moves, error
+
+
+def leaves(outputs: object) -> list[torch.Tensor]:
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+def free_inputs(symmetry, weight: torch.Tensor) -> int:
+    """Return how many of a weight's input channels may move."""
+    atoms = symmetry.inputs_of(weight)
+    return 0 if atoms is None else int((symmetry.cell[atoms] >= 0).sum())
+
+
+# --- networks of torchvision: unchanged, and every layer but the first and depthwise ones moves ---
+
+NETWORKS = [
+    "alexnet", "vgg11_bn", "squeezenet1_1", "resnet18", "resnet50", "resnext50_32x4d",
+    "wide_resnet50_2", "densenet121", "googlenet", "inception_v3", "mobilenet_v2",
+    "mobilenet_v3_large", "mobilenet_v3_small", "mnasnet1_0", "shufflenet_v2_x1_0",
+    "shufflenet_v2_x2_0", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf",
+    "regnet_y_400mf", "convnext_tiny", "swin_t", "swin_v2_t", "vit_b_16", "maxvit_t",
+]  # fmt: skip
+SIZES = {"inception_v3": 299, "vit_b_16": 224, "maxvit_t": 224}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_network_of_torchvision_comes_out_changed(name):
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = randomise_(torchvision.models.get_model(name, weights=None, **options))
+    size = SIZES.get(name, 96)
+    symmetry, moves, error = shuffle_every_cell(
+        model, torch.randn(1, 3, size, size, dtype=torch.float64)
+    )
+    assert error < 1e-9
+    assert moves
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.shape[1] > 3
+    }
+    free = [name for name, layer in layers.items() if free_inputs(symmetry, layer.weight)]
+    print(f"{name}: {len(free)} of {len(layers)} layers may be permuted")
+    assert len(free) == len(layers)
+
+
+# --- small graphs, each with one thing in it that has gone wrong somewhere ---
+
+
+class Adversary(nn.Module):
+    """A stem, something in the middle, and a head; the stem has WIDE outputs."""
+
+    def __init__(self, out: int = WIDE) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDE, 3, padding=1)
+        self.head = nn.Conv2d(out, 5, 1)
+
+    def middle(self, x):
+        return x
+
+    def forward(self, x):
+        return self.head(self.middle(self.stem(x)))
+
+
+def outcome(model: nn.Module, *inputs: torch.Tensor):
+    torch.manual_seed(0)
+    inputs = inputs or (torch.randn(2, 3, 8, 8, dtype=torch.float64),)
+    return shuffle_every_cell(randomise_(model), *inputs)
+
+
+def unchanged(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Check that the network computes the same; return how many inputs of its head may move."""
+    symmetry, _, error = outcome(model, *inputs)
+    assert error < 1e-9
+    return free_inputs(symmetry, model.head.weight)
+
+
+def make(middle, out: int = WIDE, **layers: nn.Module) -> nn.Module:
+    model = Adversary(out)
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    model.middle = lambda x: middle(model, x)
+    return model
+
+
+def test_names_that_collide_without_their_dots_are_two_layers():
+    net = nn.Sequential(*(nn.Conv2d(WIDE, WIDE, 1) for _ in range(12)))
+    net[1] = nn.Sequential(nn.Conv2d(WIDE, WIDE, 1), nn.Conv2d(WIDE, WIDE, 1))
+    assert unchanged(make(lambda m, x: m.net(x), net=net)) == WIDE
+
+
+def test_a_module_used_twice_keeps_what_both_uses_need():
+    twice = nn.Conv2d(WIDE, WIDE, 1)
+    assert unchanged(make(lambda m, x: m.twice(F.relu(m.twice(x))), twice=twice)) == WIDE
+
+
+def test_a_residual_addition_moves_both_branches():
+    assert unchanged(make(lambda m, x: x + m.conv(x), conv=nn.Conv2d(WIDE, WIDE, 1))) == WIDE
+
+
+def test_a_concatenation_into_a_grouped_convolution_stays_within_its_groups():
+    other, grouped = nn.Conv2d(WIDE, WIDE, 1), nn.Conv2d(2 * WIDE, WIDE, 1, groups=3)
+    model = make(
+        lambda m, x: m.grouped(torch.cat([x, m.other(x)], 1)), other=other, grouped=grouped
+    )
+    symmetry, _, error = outcome(model)
+    assert error < 1e-9
+    cells = [set(line) for line in symmetry.cell[symmetry.inputs_of(grouped.weight)].tolist()]
+    assert not cells[0] & cells[1] and not cells[1] & cells[2]
+    assert free_inputs(symmetry, grouped.weight) == 2 * WIDE
+
+
+def test_each_group_of_a_grouped_convolution_has_a_permutation_of_its_own():
+    grouped = nn.Conv2d(WIDE, WIDE, 3, padding=1, groups=3)
+    model = make(lambda m, x: m.grouped(x), grouped=grouped)
+    symmetry, moves, error = outcome(model)
+    assert error < 1e-9 and len(moves) == 6  # three cells before it and three behind it
+    assert free_inputs(symmetry, model.head.weight) == WIDE
+
+
+def test_a_channel_shuffle_is_followed():
+    def shuffle(m, x):
+        n, _, h, w = x.shape
+        x = x.view(n, 3, WIDE // 3, h, w).transpose(1, 2).reshape(n, WIDE, h, w)
+        return m.grouped(x)
+
+    model = make(shuffle, grouped=nn.Conv2d(WIDE, WIDE, 1, groups=2))
+    assert unchanged(model) == WIDE
+
+
+def test_squeeze_and_excite_moves_with_what_it_scales():
+    down, up = nn.Conv2d(WIDE, 8, 1), nn.Conv2d(8, WIDE, 1)
+    model = make(
+        lambda m, x: x * torch.sigmoid(m.up(F.relu(m.down(x.mean((2, 3), keepdim=True))))),
+        down=down, up=up,
+    )  # fmt: skip
+    assert unchanged(model) == WIDE
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(WIDE), nn.GroupNorm(3, WIDE), nn.InstanceNorm2d(WIDE, affine=True),
+        nn.InstanceNorm2d(WIDE, track_running_stats=True, affine=True),
+        nn.PReLU(), nn.PReLU(WIDE), nn.LayerNorm([WIDE, 8, 8]), nn.Hardswish(inplace=True),
+        nn.Conv2d(WIDE, WIDE, 3, padding="same", groups=WIDE), nn.ConvTranspose2d(WIDE, WIDE, 2),
+        nn.Conv2d(WIDE, WIDE, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2),
+        nn.Dropout2d(), nn.AvgPool2d(2, ceil_mode=True),
+        nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(3), nn.ReflectionPad2d(1), nn.Identity(),
+        nn.Upsample(scale_factor=2, mode="bilinear"), nn.ZeroPad2d((1, 2, 0, 3)),
+    ],
+    ids=lambda layer: str(layer)[:40],
+)  # fmt: skip
+def test_layers_that_treat_channels_alike_let_them_move(layer):
+    assert unchanged(make(lambda m, x: m.layer(x), layer=layer)) == WIDE
+
+
+def test_a_depthwise_convolution_with_a_multiplier_moves_its_outputs_together():
+    layer = nn.Conv2d(WIDE, 2 * WIDE, 3, padding=1, groups=WIDE)
+    assert unchanged(make(lambda m, x: m.layer(x), 2 * WIDE, layer=layer)) == 2 * WIDE
+
+
+def test_channels_that_are_treated_differently_do_not_change_places():
+    """Half of them go through a ReLU and are put back beside the others."""
+    symmetry, _, error = outcome(make(lambda m, x: torch.cat([F.relu(x[:, :8]), x[:, 8:]], 1)))
+    assert error < 1e-9
+    cells = symmetry.cell[np.unique(symmetry.neuron, return_index=True)[1]]
+    assert {int((cells == cell).sum()) for cell in set(cells.tolist()) - {-1}} == {8, WIDE - 8}
+
+
+def test_an_operation_in_place_on_a_part_is_seen():
+    def middle(m, x):
+        x = x.clone()
+        x[:, :8].relu_()
+        return x
+
+    assert unchanged(make(middle)) == WIDE
+
+
+def test_a_part_that_is_overwritten_stays():
+    def middle(m, x):
+        x = x.clone()
+        x[:, :8] = 0
+        return x
+
+    assert unchanged(make(middle)) == WIDE - 8
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda m, x: x + x.flip(1),
+        lambda m, x: x + x.roll(1, 1),
+        lambda m, x: x.cumsum(1),
+        lambda m, x: x.softmax(1),
+        lambda m, x: x * torch.arange(WIDE, dtype=x.dtype).view(1, -1, 1, 1),
+        lambda m, x: x / x.norm(dim=1, keepdim=True),
+        lambda m, x: x * x.mean(1, keepdim=True),
+        lambda m, x: x * x[:, :1],
+        lambda m, x: F.glu(torch.cat([x, x], 1), 1),
+        lambda m, x: torch.where(x > 0, x, x.flip(1)),
+        lambda m, x: x[:, torch.tensor([*range(12, WIDE), *range(12)])],
+        lambda m, x: F.pad(x, (0, 0, 0, 0, 2, 2))[:, 1:-3],
+        lambda m, x: x.reshape(x.shape[0], 8, 8, -1).permute(0, 3, 1, 2),
+        lambda m, x: x.sum(1, keepdim=True).expand_as(x),
+        lambda m, x: x.max(1, keepdim=True)[0] + x,
+        lambda m, x: x.sort(1)[0],
+        lambda m, x: x * x.view(2, WIDE, 1, 8, 8)[:, :, 0] + 1,
+        lambda m, x: x.unflatten(1, (4, 6)).flip(1).flatten(1, 2) + x,
+        lambda m, x: torch.stack([x, x.flip(1)], 2).flatten(1, 2)[:, ::2],
+    ],
+)
+def test_what_mixes_channels_in_other_ways_leaves_the_network_unchanged(middle):
+    unchanged(make(middle))
+
+
+def test_a_mean_over_the_channels_lets_them_move():
+    assert unchanged(make(lambda m, x: x * torch.sigmoid(x.mean(1, keepdim=True)))) == WIDE
+
+
+def test_a_spatial_attention_map_stays_and_lets_the_channels_move():
+    gate = nn.Conv2d(WIDE, 1, 1)
+    assert unchanged(make(lambda m, x: x * torch.sigmoid(m.gate(x)), gate=gate)) == WIDE
+
+
+def test_a_pixel_shuffle_moves_whole_channels():
+    _, moves, error = outcome(make(lambda m, x: F.pixel_shuffle(x, 2), WIDE // 4))
+    assert error < 1e-9 and moves
+
+
+def test_a_weight_reused_by_a_functional_call_serves_both():
+    conv = nn.Conv2d(WIDE, WIDE, 1)
+    assert unchanged(make(lambda m, x: F.conv2d(m.conv(x), m.conv.weight), conv=conv)) == WIDE
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: F.conv2d(m.conv(x), m.conv.weight.transpose(0, 1)),
+        lambda m, x: F.conv2d(x, m.conv.weight * 2),
+        lambda m, x: m.conv(x) + m.conv.weight.sum(),
+        lambda m, x: F.conv2d(m.conv(x), m.conv.weight.flip(0)),
+    ],
+)
+def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use):
+    unchanged(make(use, conv=nn.Conv2d(WIDE, WIDE, 1)))
+
+
+@pytest.mark.parametrize(
+    "parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_a_parametrized_weight_stays(parametrize):
+    unchanged(make(lambda m, x: m.conv(x), conv=parametrize(nn.Conv2d(WIDE, WIDE, 1))))
+
+
+def test_parameters_and_buffers_beside_the_layers_move_with_the_channels():
+    model = make(lambda m, x: x * m.scale + m.shift)
+    model.scale = nn.Parameter(torch.zeros(WIDE, 1, 1))
+    model.register_buffer("shift", torch.zeros(1, WIDE, 8, 8))
+    assert unchanged(model) == WIDE
+
+
+def test_a_linear_layer_behind_a_flattening_moves_whole_images():
+    model = nn.Sequential(nn.Conv2d(3, WIDE, 3), nn.Flatten(), nn.Linear(WIDE * 36, 5))
+    symmetry, moves, error = outcome(model)
+    assert error < 1e-9 and len(moves[0][0]) == WIDE
+    assert free_inputs(symmetry, model[2].weight) == WIDE * 36
+
+
+def test_several_outputs_stay_each():
+    class Tapped(Adversary):
+        def forward(self, x):
+            x = self.stem(x)
+            return {"head": self.head(x), "taps": [x, x[:, :3]]}
+
+    assert unchanged(Tapped()) == 0
+
+
+def test_an_auxiliary_head_that_only_training_uses_moves_too():
+    class Auxiliary(Adversary):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Conv2d(WIDE, 2, 1)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    model = Auxiliary()
+    assert unchanged(model) == WIDE
+    model = randomise_(Auxiliary()).train()
+    assert shuffle_every_cell(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))[2] < 1e-9
+    assert model.training
+
+
+class Attention(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDE)
+        self.block = nn.TransformerEncoderLayer(
+            WIDE, 3, 32, batch_first=True, dropout=0.0, **options
+        )
+        self.head = nn.Linear(WIDE, 5)
+
+    def forward(self, tokens):
+        return self.head(self.block(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": F.gelu}])
+def test_a_transformer_moves_its_stream_its_heads_and_its_hidden_layer(options):
+    model = Attention(**options)
+    tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    assert unchanged(model, tokens) == WIDE
+    symmetry = find_symmetry(model, (tokens,))
+    assert free_inputs(symmetry, model.block.self_attn.in_proj_weight) == WIDE
+    assert free_inputs(symmetry, model.block.linear2.weight) == 32
+    out = symmetry.cell[symmetry.inputs_of(model.block.self_attn.out_proj.weight)[0]]
+    assert len(set(out.tolist())) == 3 and -1 not in out  # within each head
+
+
+def test_recurrent_layers_are_left_alone():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.lstm = nn.Linear(4, WIDE), nn.LSTM(WIDE, WIDE, batch_first=True)
+            self.head = nn.Linear(WIDE, 5)
+
+        def forward(self, x):
+            return self.head(self.lstm(self.stem(x))[0])
+
+    assert unchanged(Recurrent(), torch.randn(2, 6, 4, dtype=torch.float64)) == 0
+
+
+def test_what_stays_has_a_reason_in_words():
+    model = make(lambda m, x: x.softmax(1))
+    symmetry, _, _ = outcome(model)
+    assert (
+        symmetry.why_fixed(symmetry.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
+    )
+    assert "aten.softmax" in symmetry.why_fixed(symmetry.inputs_of(model.head.weight)[0, 0])
+
+
+def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():
+    class Branches(Adversary):
+        def middle(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = Branches().train()
+    model.stem.eval()
+    with pytest.raises(TutorialError, match="Branches cannot be traced in evaluation mode"):
+        find_symmetry(model, (torch.randn(1, 3, 8, 8),))
+    assert model.training and not model.stem.training
+
+
+def test_gather_order_matches_the_occurrences_of_an_atom_in_order():
+    atoms = np.array([7, 7, 5, 5, 6, 6])
+    source = np.arange(8)
+    source[[5, 6, 7]] = [6, 7, 5]
+    assert gather_order(atoms, source).tolist() == [2, 3, 4, 5, 0, 1]
