@@ -78,8 +78,9 @@ def find_symmetry(model: nn.Module, example: tuple[Tensor, ...]) -> Symmetry:
     """Return which channels of a network may change places.
 
     Args:
-        model: a network that `torch.export` can trace; it is traced in evaluation mode.
-        example: its positional inputs.
+        model: a network that `torch.export` can trace; it is traced in evaluation mode,
+            and if that leaves parameters unused in training mode too.
+        example: its positional inputs, batch first.
 
     Raises:
         TutorialError: the network cannot be traced.
@@ -87,7 +88,8 @@ def find_symmetry(model: nn.Module, example: tuple[Tensor, ...]) -> Symmetry:
     labels = _Labels(model)
     labels.walk(_trace(model, example, training=False))
     if labels.unseen():  # auxiliary heads, for instance, whose inputs are channels too
-        labels.walk(_trace(model, example, training=True))
+        pairs = tuple(torch.cat([value, value]) for value in example)  # one has no variance
+        labels.walk(_trace(model, pairs, training=True))
     return labels.symmetry()
 
 
