@@ -94,16 +94,20 @@ def load() -> None:
 
 
 @app.command()
-def prune() -> None:
+def prune(
+    target: Annotated[
+        str, typer.Option(help="prune what this can run sparse: tensorrt, asp, cusparselt or any")
+    ] = "tensorrt",
+) -> None:
     """Prune the dense network 2:4 by magnitude (notebook 02)."""
     settings = Settings.load()
     artifacts = Artifacts(settings)
     model = models.load_checkpoint(artifacts.require("01_dense.safetensors"))
-    masks = prune_2to4_(model)
+    masks = prune_2to4_(model, target)
     accuracy = training.evaluate(model, data.load_splits(settings).test)
     facts = {
         "test": accuracy,
-        **sparsity_report(model, settings.image_shape).facts(),
+        **sparsity_report(model, settings.image_shape, target=target).facts(),
     }
     with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], facts) as path:
         models.save_checkpoint(model, path, settings.model)
@@ -116,13 +120,15 @@ def retrain() -> None:
     settings = Settings.load()
     artifacts = Artifacts(settings)
     model = models.load_checkpoint(artifacts.require("02_pruned.safetensors"))
+    # A file from before there was a choice does not name its target.
+    target = artifacts.facts("02_pruned.safetensors").get("target", "tensorrt")
     splits = data.load_splits(settings)
     history = training.train(
         model,
         splits,
         settings.recipe,
         settings.seed,
-        masks=masks_of(model),
+        masks=masks_of(model, target),
         progress_file=artifacts.path("03_progress.pt"),
     )
     accuracy = training.evaluate(model, splits.test)

@@ -1,4 +1,4 @@
-"""The networks of the case study: make, load, save, describe.
+"""The networks of the case study: make, load, save.
 
 Checkpoints are safetensors files with the network's name in their header; nothing
 is ever unpickled. Explained in `01_load_pretrained.ipynb`.
@@ -7,7 +7,6 @@ is ever unpickled. Explained in `01_load_pretrained.ipynb`.
 import json
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
@@ -197,65 +196,3 @@ def _require_finite(state: dict[str, Tensor], where: str) -> None:
                 f"{key} of {where} has NaN or infinite values. The training that made it has "
                 "diverged: lower the learning rate, or go back to an earlier checkpoint."
             )
-
-
-def layer_kind(layer: nn.Module) -> str:
-    """Return what kind of layer this is, in the tutorial's words."""
-    if isinstance(layer, nn.Linear):
-        return "linear"
-    size = "x".join(map(str, layer.kernel_size))
-    grouped = "grouped " if layer.groups > 1 else ""
-    return f"{grouped}{size} convolution"
-
-
-def layer_table(model: nn.Module, image_shape: tuple[int, int, int]) -> pd.DataFrame:
-    """Return one row for each convolution and linear layer, in order of execution.
-
-    The columns are `layer`, `kind`, `weight` (its shape, such as 64x32x1x1), `groups`,
-    `parameters` (of the weight) and `macs`, the multiply-accumulates for one image.
-
-    Args:
-        model: any network.
-        image_shape: channels, height and width of an input image.
-    """
-    rows: list[dict] = []
-
-    def record(name: str, layer: nn.Module, output: Tensor) -> None:
-        # Each number of the output is one dot product of the length of a filter.
-        per_output = layer.weight[0].numel()
-        rows.append(
-            {
-                "layer": name,
-                "kind": layer_kind(layer),
-                "weight": "x".join(map(str, layer.weight.shape)),
-                "groups": getattr(layer, "groups", 1),
-                "parameters": layer.weight.numel(),
-                "macs": per_output * output[0].numel(),
-            }
-        )
-
-    hooks = [
-        layer.register_forward_hook(lambda m, _, out, name=name: record(name, m, out))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    mode = model.training
-    try:
-        weight = next(model.parameters())
-        image = torch.zeros(1, *image_shape, dtype=weight.dtype, device=weight.device)
-        with torch.inference_mode():
-            model.eval()(image)
-    finally:
-        model.train(mode)
-        for hook in hooks:
-            hook.remove()
-    return pd.DataFrame(rows)
-
-
-def shares_by_kind(table: pd.DataFrame) -> pd.DataFrame:
-    """Return layers, and per cent of parameters and MACs, for each kind of layer."""
-    grouped = table.groupby("kind")[["parameters", "macs"]].sum()
-    shares = 100 * grouped / grouped.sum()
-    shares.insert(0, "layers", table.groupby("kind").size())
-    shares.columns = ["layers", "parameters, %", "MACs, %"]
-    return shares.sort_values("MACs, %", ascending=False).round(2)

@@ -126,7 +126,7 @@ def plot_shares(shares: pd.DataFrame) -> Figure:
     """Draw which kinds of layer hold the parameters and the MACs, in per cent.
 
     Args:
-        shares: as `helpers.models.shares_by_kind` returns it.
+        shares: as `helpers.layers.shares_by_kind` returns it.
     """
     figure, (axis,) = _axes(7, 0.9 + 0.5 * len(shares))
     rows = np.arange(len(shares))[::-1]
@@ -141,22 +141,29 @@ def plot_shares(shares: pd.DataFrame) -> Figure:
 
 
 def plot_layers(report: SparsityReport) -> Figure:
-    """Draw the MACs of every layer, coloured by whether TensorRT may run it sparse.
+    """Draw the MACs of every layer in order of execution, coloured by the report's verdict.
+
+    Layers that can be sparse are green; each reason against it has its own colour.
 
     Args:
         report: as `helpers.sparsity.sparsity_report` returns it.
     """
     layers = report.layers
     figure, (axis,) = _axes(9, 3)
-    for eligible, colour, label in ((True, SPARSE, "eligible"), (False, DENSE, "stays dense")):
-        part = layers[layers.eligible == eligible]
+    reasons = layers.reason[~layers.eligible].value_counts().index
+    greys = plt.get_cmap("copper")(np.linspace(0.9, 0.1, len(reasons)))
+    colours = {"": SPARSE} | dict(zip(reasons, greys, strict=True))
+    for reason, colour in colours.items():
+        part = layers[layers.reason == reason]
+        label = f"{reason or 'can be sparse'} ({len(part)})"
         axis.bar(part.index, part.macs / 1e6, color=colour, label=label)
     if len(layers) <= 40:
-        axis.set_xticks(layers.index, layers.layer, rotation=60, ha="right", fontsize=8)
+        names = layers.weight.str.removesuffix(".weight")
+        axis.set_xticks(layers.index, names, rotation=60, ha="right", fontsize=8)
     else:
         axis.set_xlabel("layer, in order of execution")
-    axis.set_ylabel("million MACs for an image")
-    axis.legend(frameon=False)
+    axis.set_ylabel("million MACs")
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.checks import TutorialError
+from helpers.layers import layer_weights
 from helpers.models import create_model
-from helpers.sparsity import eligible_layers, sparsity_report
+from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, sparsity_report
 from helpers.sparsity.eligibility import why_not_sparse
 
 
@@ -39,13 +41,14 @@ def test_every_refused_layer_of_resnext101_has_its_reason(resnext101):
 
 
 def test_the_refused_layers_of_resnext101_are_the_stem_and_every_second_convolution(resnext101):
-    refused = resnext101.layers[~resnext101.layers.eligible].layer
-    assert refused.iloc[0] == "conv1"
-    assert refused.iloc[1:].str.fullmatch(r"layer\d\.\d+\.conv2").all()
+    refused = resnext101.layers[~resnext101.layers.eligible].weight
+    assert refused.iloc[0] == "conv1.weight"
+    assert refused.iloc[1:].str.fullmatch(r"layer\d\.\d+\.conv2\.weight").all()
 
 
 def test_the_totals_go_into_the_sidecar(resnext101):
     assert resnext101.facts() == {
+        "target": "tensorrt",
         "layers": 105,
         "sparse_layers": 71,
         "parameters_share": resnext101.parameters_share,
@@ -54,15 +57,50 @@ def test_the_totals_go_into_the_sidecar(resnext101):
     }
 
 
+def test_101_layers_of_resnext101_are_in_asp_with_9822_of_macs():
+    with torch.device("meta"):
+        model = create_model("resnext101_32x8d", 1000)
+    report = sparsity_report(model, (3, 224, 224), target="asp")
+    assert len(report.eligible) == len(eligible_weights(model, "asp")) == 101
+    assert round(report.macs_share, 2) == 98.22
+    assert round(report.parameters_share, 2) == 99.70
+
+
 def test_a_report_reads_as_one_line_and_as_a_table(resnext101):
     line = (
-        "71 of 105 layers can be sparse: 87.74 % of the parameters, 87.66 % of the MACs, "
-        "at most 1.78x faster"
+        "71 of 105 layers can be sparse (tensorrt): 87.74 % of the parameters, 87.66 % of the "
+        "MACs, at most 1.78x faster"
     )
-    assert repr(resnext101) == line
+    assert resnext101.summary == line
+    first, empty, *table = repr(resnext101).splitlines()
+    assert (first, empty) == (line, "")
+    assert len(table) == 1 + 105
+    assert len({len(row) for row in table}) == 1, "the columns are aligned"
+    assert table[-1].split() == ["fc.weight", "1000x2048", "2,048,000", "2.0", "sparse"]
     html = resnext101._repr_html_()
     assert line in html
-    assert "layer4.2.conv3" in html
+    assert "layer4.2.conv3.weight" in html
+
+
+def test_a_report_tells_what_the_mask_would_keep_and_has_kept():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -3.0, 2.0, 0.0]]))
+    example = torch.zeros(1, 4)
+    before = sparsity_report(model, example=example)
+    assert before.layers.kept.tolist()[0] == pytest.approx(100 * 5 / 6)
+    assert before.layers.kept.isna().tolist() == [False, True]
+    assert "83.3" in repr(before)
+    prune_2to4_(model)
+    assert sparsity_report(model, example=example).layers.kept[0] == 100
+
+
+def verdict(layer, target="tensorrt"):
+    """Return the reasons against the weights of one layer."""
+    return [why_not_sparse(weight, target) for weight in layer_weights(layer).values()]
+
+
+NO_KERNEL = "grouped: TensorRT has no sparse kernel"
 
 
 @pytest.mark.parametrize(
@@ -70,20 +108,147 @@ def test_a_report_reads_as_one_line_and_as_a_table(resnext101):
     [
         (nn.Linear(8, 3), ""),
         (nn.Linear(6, 8), "6 input channels: no multiple of 4"),
+        (nn.Conv1d(4, 3, 3), ""),
         (nn.Conv2d(4, 3, 3), ""),
+        (nn.Conv3d(4, 3, 3), ""),
         (nn.Conv2d(1, 8, 3), "1 input channels: no multiple of 4"),
-        (nn.Conv2d(8, 8, 3, groups=2), "grouped: TensorRT has no sparse kernel"),
-        (nn.Conv2d(8, 8, 3, groups=8), "grouped: TensorRT has no sparse kernel"),
+        (nn.Conv2d(8, 8, 3, groups=2), NO_KERNEL),
+        (nn.Conv2d(8, 8, 3, groups=8), NO_KERNEL),
+        (nn.ConvTranspose2d(8, 8, 3), "transposed: TensorRT has no sparse kernel"),
     ],
 )
-def test_why_not_sparse_gives_the_reason(layer, reason):
-    assert why_not_sparse(layer) == reason
+def test_tensorrt_gives_the_reason(layer, reason):
+    assert verdict(layer) == [reason]
 
 
-def test_eligible_layers_are_found_by_name_at_any_depth():
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Linear(16, 8), ""),
+        (nn.Linear(16, 12), "12 output channels: no multiple of 8"),
+        (nn.Linear(24, 8), "24 input channels: no multiple of 16"),
+        (nn.Conv2d(32, 8, 3, groups=2), ""),
+        (nn.Conv2d(32, 8, 3, groups=4), "8 input channels: no multiple of 16"),
+        (nn.ConvTranspose2d(16, 8, 3), "transposed: not among ASP's layers"),
+    ],
+)
+def test_asp_gives_the_reason(layer, reason):
+    assert verdict(layer, "asp") == [reason]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Linear(16, 32), ""),
+        (nn.Linear(16, 16, dtype=torch.bfloat16), ""),
+        (nn.Linear(16, 8), "8 rows, 16 columns: no multiples of 16"),
+        (nn.Linear(24, 16), "16 rows, 24 columns: no multiples of 16"),
+        (nn.Conv2d(16, 32, 1, stride=2), ""),
+        (nn.Conv2d(16, 32, 3), "no matrix product"),
+        (nn.Conv2d(32, 32, 1, groups=2), "no matrix product"),
+        (nn.ConvTranspose2d(16, 16, 1), "no matrix product"),
+    ],
+)
+def test_cusparselt_gives_the_reason(layer, reason):
+    assert verdict(layer, "cusparselt") == [reason]
+
+
+def test_cusparselt_wants_more_of_eight_bit_types():
+    layer = nn.Linear(16, 16)
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    assert verdict(layer, "cusparselt") == ["16 rows, 16 columns: no multiples of 32"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(32, 8, 3, groups=4), ""),
+        (nn.Conv2d(12, 12, 3, groups=2), "6 input channels in a group: no multiple of 4"),
+        (nn.ConvTranspose2d(4, 3, 3), ""),
+        (nn.ConvTranspose2d(4, 4, 3, groups=2), "2 input channels in a group: no multiple of 4"),
+    ],
+)
+def test_any_takes_whatever_the_pattern_fits(layer, reason):
+    assert verdict(layer, "any") == [reason]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
+def test_attention_is_eligible_for_every_target(target):
+    assert verdict(nn.MultiheadAttention(16, 2), target) == ["", ""]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
+def test_a_computed_weight_is_not_eligible(target):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    assert verdict(layer, target) == ["computed from other parameters"]
+    assert eligible_weights(layer, target) == {}
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones():
+    with pytest.raises(TutorialError, match=r"'tensort'.*tensorrt, asp, cusparselt, any"):
+        eligible_weights(nn.Linear(4, 4), "tensort")
+
+
+def test_eligible_weights_are_the_parameters_at_any_depth():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
-    assert list(eligible_layers(model)) == ["1.0"]
-    assert eligible_layers(model)["1.0"] is model[1][0]
+    assert list(eligible_weights(model)) == ["1.0.weight"]
+    assert eligible_weights(model)["1.0.weight"] is model[1][0].weight
+
+
+def test_a_subclass_counts_as_its_kind_and_a_tied_weight_once():
+    class Quiet(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(Quiet(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model[1].weight = model[0].weight
+    assert list(eligible_weights(model)) == ["0.weight"]
+
+
+def blocks():
+    return nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(4, 8, 3),
+            "body": nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 8)),
+            "head": nn.Linear(8, 8),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ("body.*", (), ["body.0.weight", "body.1.weight"]),
+        (["stem", "head"], (), ["stem.weight", "head.weight"]),
+        ((), ["head.weight"], ["stem.weight", "body.0.weight", "body.1.weight"]),
+        (nn.Linear, (), ["body.1.weight", "head.weight"]),
+        (nn.Linear, "head", ["body.1.weight"]),
+        ((), (nn.Conv2d, "body.1"), ["head.weight"]),
+        ((), nn.Conv3d, ["stem.weight", "body.0.weight", "body.1.weight", "head.weight"]),
+    ],
+)
+def test_weights_are_selected_by_pattern_and_type(include, exclude, expected):
+    assert list(eligible_weights(blocks(), include=include, exclude=exclude)) == expected
+
+
+@pytest.mark.parametrize("selection", ["include", "exclude"])
+def test_a_pattern_that_fits_nothing_is_a_mistake(selection):
+    with pytest.raises(TutorialError, match=r"called 'haed'.*stem\.weight"):
+        eligible_weights(blocks(), **{selection: "haed"})
+
+
+def test_what_was_not_selected_says_so_in_the_report():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    report = sparsity_report(model, example=torch.zeros(1, 4), include=["0", "1"], exclude="1")
+    assert report.layers.reason.tolist() == ["", "excluded", "not included"]
+
+
+def test_a_report_counts_a_transformer_by_an_example():
+    model = nn.TransformerEncoderLayer(16, 2, 30, batch_first=True)
+    report = sparsity_report(model, example=torch.zeros(1, 5, 16))
+    assert report.layers.eligible.tolist() == [True, True, True, False]
+    assert report.macs_share == pytest.approx(100 * (48 + 16 + 30) / (48 + 16 + 30 + 30))
+    prune_2to4_(model)
+    assert all(map(is_2to4, eligible_weights(model).values()))
 
 
 def test_shares_and_ceiling_are_those_counted_by_hand():

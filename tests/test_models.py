@@ -6,22 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from helpers import models
 from helpers.artifacts import sha256
 from helpers.checks import TutorialError
+from helpers.layers import layer_weights
 from helpers.models import (
     CheckpointError,
     create_model,
     imagenette_indices,
-    layer_table,
     load_checkpoint,
     load_pretrained,
     pretrained_path,
     restrict_head_,
     save_checkpoint,
-    shares_by_kind,
 )
 from helpers.settings import Settings
 
@@ -63,10 +61,9 @@ def test_the_small_network_gives_one_logit_for_each_class(classes):
 
 
 def test_the_small_network_has_14_weighted_layers_and_3_shortcuts(model):
-    layers = layer_table(model, (1, 28, 28)).layer
-    shortcuts = layers.str.contains("downsample")
-    assert (~shortcuts).sum() == 14
-    assert shortcuts.sum() == 3
+    shortcuts = ["downsample" in name for name in layer_weights(model)]
+    assert shortcuts.count(False) == 14
+    assert shortcuts.count(True) == 3
 
 
 def test_a_network_of_torchvision_is_made_by_name():
@@ -294,52 +291,3 @@ def test_damaged_pretrained_weights_are_told(stand_in, monkeypatch, tmp_path, no
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert "resnext101_32x8d-8ba56ff5.pth" in refusal(load_pretrained, stand_in)
-
-
-# The table of layers.
-
-
-@pytest.fixture
-def three_layers():
-    return nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1, groups=2),
-        nn.ReLU(),
-        nn.Conv2d(8, 6, 1, stride=2),
-        nn.Flatten(),
-        nn.Linear(6 * 3 * 2, 10),
-    )
-
-
-def test_macs_are_those_counted_by_hand(three_layers):
-    table = layer_table(three_layers, (4, 6, 4))
-    assert table.layer.tolist() == ["0", "2", "4"]
-    assert table.kind.tolist() == ["grouped 3x3 convolution", "1x1 convolution", "linear"]
-    assert table.weight.tolist() == ["8x2x3x3", "6x8x1x1", "10x36"]
-    assert table.groups.tolist() == [2, 1, 1]
-    assert table.parameters.tolist() == [144, 48, 360]
-    # positions x output channels x length of a filter
-    assert table.macs.tolist() == [24 * 8 * (2 * 9), 6 * 6 * 8, 10 * 36]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_counting_leaves_the_network_as_it_was(model, training):
-    model.train(training)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    layer_table(model, (1, 28, 28))
-    assert model.training == training
-    assert not any(layer._forward_hooks for layer in model.modules())
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_counting_removes_its_hooks_when_the_image_does_not_fit(three_layers):
-    with pytest.raises(RuntimeError):
-        layer_table(three_layers, (3, 6, 4))
-    assert not any(layer._forward_hooks for layer in three_layers.modules())
-
-
-def test_shares_add_up_to_a_hundred_per_cent(model):
-    shares = shares_by_kind(layer_table(model, (1, 28, 28)))
-    assert shares["layers"].sum() == 17
-    assert shares["parameters, %"].sum() == pytest.approx(100, abs=0.05)
-    assert shares["MACs, %"].sum() == pytest.approx(100, abs=0.05)
-    assert shares.index[0] == "1x1 convolution"

@@ -32,11 +32,10 @@ def test_folding_batch_norm_keeps_outputs_and_zeros(pruned_resnext):
     folded = fold_batch_norm(pruned_resnext)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
     torch.testing.assert_close(folded(images(4)), pruned_resnext(images(4)), rtol=1e-4, atol=1e-5)
-    names = sparsity.eligible_layers(pruned_resnext)
-    assert len(names) > 5
-    for name in names:
-        kept = pruned_resnext.get_submodule(name).weight != 0
-        assert torch.equal(folded.get_submodule(name).weight != 0, kept)
+    weights = sparsity.eligible_weights(pruned_resnext)
+    assert len(weights) > 5
+    for name, weight in weights.items():
+        assert torch.equal(folded.get_parameter(name) != 0, weight != 0)
 
 
 def test_folding_leaves_the_network_as_it_was(tiny_net):
@@ -87,8 +86,8 @@ class TestExportedFile:
         graph = onnx.load(path).graph
         assert "BatchNormalization" not in {node.op_type for node in graph.node}
         weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in graph.initializer}
-        names = sparsity.eligible_layers(pruned_resnext)
-        found = [weights[f"{name}.weight"] for name in names]
+        names = sparsity.eligible_weights(pruned_resnext)
+        found = [weights[name] for name in names]
         assert len(found) == len(names) > 5
         assert all(map(sparsity.is_2to4, found))
         table = sparsity.verify_onnx(path)

@@ -82,22 +82,29 @@ def test_shares_are_two_bars_for_each_kind_of_layer():
     assert heights[0] > heights[1], "the first kind stands on top"
 
 
-def test_layers_are_coloured_by_eligibility():
+def test_layers_are_coloured_by_the_verdict_and_its_reason():
     model = models.create_model("resnext14_8x4d", 10)
     report = sparsity.sparsity_report(model, (1, 28, 28))
     (axis,) = plots.plot_layers(report).axes
     sparse = [bar for bar in axis.patches if to_hex(bar.get_facecolor()) == plots.SPARSE]
     assert len(sparse) == len(report.eligible)
     assert len(axis.patches) == len(report.layers)
-    assert labels(axis.get_xticklabels()) == list(report.layers.layer)
+    assert labels(axis.get_xticklabels())[:2] == ["conv1", "layer1.0.conv1"]
+    assert len({to_hex(bar.get_facecolor()) for bar in axis.patches}) == 3
     assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(
         report.layers.macs.sum() / 1e6
     )
-    assert legend(axis) == ["eligible", "stays dense"]
+    assert legend(axis) == [
+        "can be sparse (12)",
+        "grouped: TensorRT has no sparse kernel (4)",
+        "1 input channels: no multiple of 4 (1)",
+    ]
 
 
 def test_many_layers_are_not_named_one_by_one():
-    layers = pd.DataFrame({"layer": map(str, range(41)), "macs": 1e6, "eligible": True})
+    layers = pd.DataFrame(
+        {"weight": map(str, range(41)), "macs": 1e6, "eligible": True, "reason": ""}
+    )
     (axis,) = plots.plot_layers(sparsity.SparsityReport(layers, 1)).axes
     assert len(axis.patches) == 41
     assert axis.get_xlabel() == "layer, in order of execution"

@@ -1,8 +1,8 @@
 """2:4 structured sparsity: of every four weights along the input channels, two are zero.
 
     masks        the mask by magnitude, and the test of the pattern
-    eligibility  which layers the hardware can run sparse, and why not the others
-    prune        masks over a network, and holding them while it trains
+    eligibility  which weights a target can run sparse, and why not the others
+    prune        masks over a network, holding them while it trains, and back to dense
     compressed   values and 2-bit metadata, the form the GPU stores
     verify       is every eligible weight of an ONNX file 2:4?
 
@@ -10,23 +10,49 @@ Explained in `02_prune_2_4.ipynb`.
 """
 
 from helpers.sparsity.compressed import Compressed, compress_2to4, decompress_2to4
-from helpers.sparsity.eligibility import SparsityReport, eligible_layers, sparsity_report
-from helpers.sparsity.masks import is_2to4, mask_2to4
-from helpers.sparsity.prune import hold_masks, kept_magnitude, masks_of, prune_2to4_
+from helpers.sparsity.eligibility import SparsityReport, eligible_weights, sparsity_report
+from helpers.sparsity.masks import (
+    is_2to4,
+    kept_magnitude,
+    mask_2to4,
+    mask_2to4_transposable,
+    mask_nm,
+)
+from helpers.sparsity.prune import (
+    HeldMasks,
+    apply_masks_,
+    hold_masks,
+    masks_2to4,
+    masks_of,
+    pack_masks,
+    prune_2to4_,
+    removed_weights,
+    restore_weights_,
+    unpack_masks,
+)
 from helpers.sparsity.verify import verify_onnx
 
 __all__ = [
     "Compressed",
+    "HeldMasks",
     "SparsityReport",
+    "apply_masks_",
     "compress_2to4",
     "decompress_2to4",
-    "eligible_layers",
+    "eligible_weights",
     "hold_masks",
     "is_2to4",
     "kept_magnitude",
     "mask_2to4",
+    "mask_2to4_transposable",
+    "mask_nm",
+    "masks_2to4",
     "masks_of",
+    "pack_masks",
     "prune_2to4_",
+    "removed_weights",
+    "restore_weights_",
     "sparsity_report",
+    "unpack_masks",
     "verify_onnx",
 ]

@@ -1,0 +1,195 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from helpers.checks import TutorialError
+from helpers.layers import layer_kind, layer_table, layer_weights, shares_by_kind
+from helpers.models import create_model
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model("resnext14_8x4d", 10)
+
+
+@pytest.fixture
+def three_layers():
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1, stride=2),
+        nn.Flatten(),
+        nn.Linear(6 * 3 * 2, 10),
+    )
+
+
+# Which weights there are.
+
+
+def test_weights_go_by_the_names_of_the_parameters():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.Sequential(nn.Linear(8, 2)))
+    weights = layer_weights(model)
+    assert list(weights) == ["0.weight", "2.0.weight"]
+    assert [weight.layer_name for weight in weights.values()] == ["0", "2.0"]
+    assert all(weight.tensor is model.get_parameter(name) for name, weight in weights.items())
+    assert all(weight.is_parameter for weight in weights.values())
+
+
+def test_a_network_of_one_layer_has_a_weight_without_a_layer_name():
+    (weight,) = layer_weights(nn.Linear(4, 4)).values()
+    assert (weight.name, weight.layer_name) == ("weight", "")
+
+
+def test_attention_has_a_packed_projection_or_three_and_the_one_behind():
+    packed, three = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=4, vdim=12)
+    assert list(layer_weights(packed)) == ["in_proj_weight", "out_proj.weight"]
+    assert list(layer_weights(three)) == [
+        "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight",
+    ]  # fmt: skip
+
+
+def test_a_tied_weight_comes_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    assert list(layer_weights(model)) == ["0.weight", "1.weight"]
+
+
+def test_a_computed_weight_is_known_as_one():
+    layer = parametrizations.weight_norm(nn.Linear(4, 4))
+    (weight,) = layer_weights(layer).values()
+    assert not weight.is_parameter
+    assert weight.tensor.shape == (4, 4)
+
+
+def test_input_channels_are_those_of_one_group_along_the_right_dimension():
+    cases = {
+        nn.Linear(12, 4): (1, 12),
+        nn.Conv2d(8, 4, 3, groups=2): (1, 4),
+        nn.ConvTranspose2d(12, 8, 3): (0, 12),
+        nn.ConvTranspose1d(12, 8, 3, groups=2): (0, 6),
+    }
+    for layer, expected in cases.items():
+        (weight,) = layer_weights(layer).values()
+        assert (weight.input_dim, weight.input_channels) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Linear(4, 4), "linear"),
+        (nn.Conv2d(4, 4, 3), "3x3 convolution"),
+        (nn.Conv3d(4, 4, (1, 3, 3), groups=2), "grouped 1x3x3 convolution"),
+        (nn.ConvTranspose2d(4, 4, 2), "transposed 2x2 convolution"),
+        (nn.MultiheadAttention(4, 1), "attention"),
+    ],
+)
+def test_a_layer_has_a_kind_in_words(layer, kind):
+    assert layer_kind(layer) == kind
+
+
+# What they cost.
+
+
+def test_macs_are_those_counted_by_hand(three_layers):
+    table = layer_table(three_layers, (4, 6, 4))
+    assert table.weight.tolist() == ["0.weight", "2.weight", "4.weight"]
+    assert table.kind.tolist() == ["grouped 3x3 convolution", "1x1 convolution", "linear"]
+    assert table["shape"].tolist() == ["8x2x3x3", "6x8x1x1", "10x36"]
+    assert table.groups.tolist() == [2, 1, 1]
+    assert table.parameters.tolist() == [144, 48, 360]
+    # positions x output channels x length of a filter
+    assert table.macs.tolist() == [24 * 8 * (2 * 9), 6 * 6 * 8, 10 * 36]
+
+
+@pytest.mark.parametrize(
+    ("layer", "example", "macs"),
+    [
+        (nn.Conv1d(4, 8, 3), (1, 4, 10), 8 * 8 * (4 * 3)),
+        (nn.Conv3d(2, 4, 3), (1, 2, 5, 4, 3), (3 * 2 * 1) * 4 * (2 * 27)),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (1, 4, 3, 5), 15 * 4 * 6 * 4),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), (1, 4, 7), 7 * 4 * 3 * 3),
+        (nn.Linear(8, 3), (2, 5, 8), 10 * 8 * 3),
+    ],
+)
+def test_macs_of_every_kind_of_layer_for_an_example(layer, example, macs):
+    assert layer_table(layer, example=torch.zeros(example)).macs.tolist() == [macs]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_macs_of_packed_attention_are_counted_in_eval_and_training(batch_first):
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    for mode in (True, False):
+        encoder.train(mode)
+        table = layer_table(encoder, example=torch.zeros(3, 5, 8)).set_index("weight")
+        assert table.macs.to_dict() == {
+            "self_attn.in_proj_weight": 15 * 24 * 8,
+            "self_attn.out_proj.weight": 15 * 8 * 8,
+            "linear1.weight": 15 * 16 * 8,
+            "linear2.weight": 15 * 8 * 16,
+        }
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_macs_of_cross_attention_go_by_the_length_of_each_input():
+    attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=12)
+    query, key, value = torch.zeros(3, 1, 8), torch.zeros(5, 1, 4), torch.zeros(5, 1, 12)
+    table = layer_table(attention, example=(query, key, value))
+    assert table.macs.tolist() == [3 * 64, 5 * 8 * 4, 5 * 8 * 12, 3 * 64]
+
+
+def test_a_layer_that_runs_twice_costs_twice():
+    shared = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    table = layer_table(nn.Sequential(shared, shared, tied), example=torch.zeros(1, 4))
+    assert table.macs.tolist() == [3 * 16]
+
+
+class Backwards(nn.Module):
+    """Runs its layers in another order than it was given them, and one not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.never, self.second, self.first = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.second(self.first(x)) + y
+
+
+def test_rows_are_in_order_of_execution_and_what_never_runs_comes_last():
+    table = layer_table(Backwards(), example=(torch.zeros(1, 4), torch.zeros(1, 4)))
+    assert table.weight.tolist() == ["first.weight", "second.weight", "never.weight"]
+    assert table.macs.tolist() == [16, 16, 0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_network_as_it_was(model, training):
+    model.train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layer_table(model, (1, 28, 28))
+    assert model.training == training
+    assert not any(layer._forward_hooks for layer in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_counting_removes_its_hooks_when_the_image_does_not_fit(three_layers):
+    with pytest.raises(RuntimeError):
+        layer_table(three_layers, (3, 6, 4))
+    assert not any(layer._forward_hooks for layer in three_layers.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("inputs", [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)}])
+def test_counting_takes_one_kind_of_input(three_layers, inputs):
+    with pytest.raises(TutorialError, match=r"either `image_shape`.*or `example`"):
+        layer_table(three_layers, **inputs)
+
+
+def test_shares_add_up_to_a_hundred_per_cent(model):
+    shares = shares_by_kind(layer_table(model, (1, 28, 28)))
+    assert shares["layers"].sum() == 17
+    assert shares["parameters, %"].sum() == pytest.approx(100, abs=0.05)
+    assert shares["MACs, %"].sum() == pytest.approx(100, abs=0.05)
+    assert shares.index[0] == "1x1 convolution"
