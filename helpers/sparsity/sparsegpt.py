@@ -154,7 +154,7 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
     # is its inverse: no inverse of H itself is formed.
     factor, failed = torch.linalg.cholesky_ex(dampened.flip(-1, -2))
     pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    rounding = len(diagonal.mT) * torch.finfo(hessian.dtype).eps * diagonal.amax(-1)
+    rounding = hessian.shape[-1] * torch.finfo(hessian.dtype).eps * diagonal.amax(-1)
     if failed.any() or not (pivots > rounding).all():
         raise TutorialError(
             f"The Hessian of {name} is singular: some of its inputs are always zero or follow "
