@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from helpers.checks import TutorialError
 from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
-from helpers.sparsity.sparsegpt import _padding, _unfold, prune_sparsegpt_, sparsegpt
+from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt
 
 
 def correlated(rows, columns, seed=0):
@@ -187,13 +187,22 @@ def inputs_for(layer):
     return seeded(torch.randn, 5, 16, *[9] * len(kernel))
 
 
+def rows_of(layer, inputs):
+    """What the layer multiplies its weight with."""
+    products = []
+    with _Watch({"weight": layer.weight}, lambda _, product: products.append(product)):
+        layer(inputs)
+    (product,) = products
+    return list(product.rows())
+
+
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
     layer = seeded(make).double()
     inputs = inputs_for(layer).double()
     groups = getattr(layer, "groups", 1)
     weight = layer.weight.movedim(1, -1).reshape(groups, 8 // groups, -1)
-    (rows,) = _unfold(layer, inputs)
+    (rows,) = rows_of(layer, inputs)
     product = (rows @ weight.mT).movedim(0, 1).flatten(1)  # (rows, output channels)
     bias = 0 if layer.bias is None else layer.bias
     expected = layer(inputs).movedim(1, -1).reshape(-1, 8)
@@ -202,25 +211,38 @@ def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
 
 def test_a_single_image_is_unfolded_as_a_batch_of_one():
     layer, image = nn.Conv2d(4, 8, 3), torch.randn(4, 6, 6)
-    (alone,), (batch,) = _unfold(layer, image), _unfold(layer, image[None])
+    (alone,), (batch,) = rows_of(layer, image), rows_of(layer, image[None])
     assert torch.equal(alone, batch)
 
 
 def test_large_inputs_are_unfolded_in_parts(monkeypatch):
     layer, images = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
-    (whole,) = _unfold(layer, images)
+    (whole,) = rows_of(layer, images)
     monkeypatch.setattr("helpers.sparsity.sparsegpt._CHUNK", 2 * whole[0].numel() // 5)
-    parts = list(_unfold(layer, images))
+    parts = rows_of(layer, images)
     assert [part.shape[1] for part in parts] == [32, 32, 16]
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
-@given(kernel=st.integers(1, 6), dilation=st.integers(1, 3))
-def test_same_padding_keeps_the_size(kernel, dilation):
-    layer = nn.Conv1d(4, 4, kernel, padding="same", dilation=dilation)
-    before, after = _padding(layer)
-    assert before + after == dilation * (kernel - 1)
-    assert after - before in (0, 1)
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3) | st.sampled_from(["same", "valid"]),
+    dilation=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+)
+def test_every_convolution_is_the_product_with_its_unfolded_inputs(
+    kernel, stride, padding, dilation, groups
+):
+    stride = 1 if padding == "same" else stride
+    images = seeded(torch.randn, 2, 4, 10, 11).double()
+    weight = seeded(torch.randn, 2, 4 // groups, kernel, 2).double()
+    product = _Product(images, weight, None, stride, padding, dilation, groups)
+    matrix = weight.movedim(1, -1).reshape(groups, 2 // groups, -1)
+    (rows,) = product.rows()
+    expected = F.conv2d(images, weight, None, stride, padding, dilation, groups)
+    outputs = (rows @ matrix.mT).movedim(0, 1).flatten(1)
+    torch.testing.assert_close(outputs, expected.movedim(1, -1).reshape(-1, 2))
 
 
 @pytest.mark.parametrize(
@@ -309,13 +331,12 @@ def test_every_eligible_weight_is_pruned_and_nothing_else_changes():
             assert torch.equal(value, before[key])
 
 
-def test_modes_hooks_and_gradients_are_left_as_they_were():
+def test_modes_and_gradients_are_left_as_they_were():
     model = network()
     model[1].eval()
     modes = [module.training for module in model.modules()]
     prune_sparsegpt_(model, [smooth_images(8, 4)])
     assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -385,6 +406,34 @@ class Twice(nn.Module):
         return torch.cat([self.one(first), self.other(second)])
 
 
+class Padding(nn.Conv2d):
+    """A convolution of the reader's own: pads in its `forward`."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 2, 0, 3), value=2.0))
+
+
+class Functional(nn.Module):
+    """Uses the weight of a layer without calling the layer."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 2, 0, 3), value=2.0), weight=self.conv.weight)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "functional"])
+def test_a_convolution_of_the_readers_own_is_pruned_by_what_it_multiplies(kind):
+    own = seeded(Padding if kind == "subclass" else nn.Conv2d, 8, 8, 3)
+    stock = seeded(nn.Conv2d, 8, 8, 3)
+    images = smooth_images(8, 8)
+    prune_sparsegpt_(Functional(own) if kind == "functional" else own, [images])
+    prune_sparsegpt_(stock, [F.pad(images, (1, 2, 0, 3), value=2.0)])
+    assert torch.equal(own.weight, stock.weight)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["called twice", "shared weight"])
 def test_a_weight_that_is_used_twice_is_pruned_once_for_all_its_inputs(shared):
     model, alone = Twice(shared), Twice(shared).one
@@ -437,7 +486,6 @@ def test_an_interrupted_network_is_as_it_was(error):
         prune_sparsegpt_(model, Interrupted(passes=3, error=error))
     assert same(model.state_dict(), before)
     assert all(module.training for module in model.modules())
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def fails(model, message, batches=None, **kwargs):
@@ -496,7 +544,19 @@ def test_a_layer_that_is_never_called_is_named():
     model = network()
     model.add_module("unused", nn.Identity())
     model.unused.inner = nn.Linear(8, 8)
-    fails(model, r"^unused\.inner\.weight was not used")
+    fails(model, r"^unused\.inner\.weight was in no linear layer or convolution")
+
+
+def test_a_weight_that_is_standardised_before_its_use_is_named():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+    fails(nn.Sequential(Standardised(4, 8, 1)), r"^0\.weight was in no")
+
+
+def test_an_unknown_target_is_told():
+    fails(network(), "no target 'abacus'", target="abacus")
 
 
 def test_a_weight_that_does_not_fit_its_type_any_more_is_told():

@@ -7,21 +7,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
 from helpers.sparsity.eligibility import why_not_sparse
 from helpers.sparsity.masks import mask_2to4
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Layer = nn.Linear | Convolution
-
-# So many numbers of a layer's input are unfolded at a time: 128 MiB in double precision.
+# So many numbers of an input are unfolded at a time: 128 MiB in double precision.
 _CHUNK = 2**24
 
 
@@ -60,25 +60,25 @@ def prune_sparsegpt_(
         The mask of each pruned weight, by the parameter's name.
 
     Raises:
-        TutorialError: a weight or an input of a layer is NaN or infinite, a layer is
-            not called or neither convolution nor linear, `batches` cannot be read, or a
+        TutorialError: a weight or its input is NaN or infinite, a weight is used in
+            neither a convolution nor a linear layer, `batches` cannot be read, or a
             Hessian is singular. After this or any other error the network is as it was.
 
     Source: Frantar and Alistarh, "SparseGPT", arXiv 2301.00774. Explained in
     `02_prune_2_4.ipynb`.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TutorialError(
             "`batches` is an iterator, which is exhausted after one pass, and the calibration "
             "images are read once for every layer. Pass a list or a DataLoader."
         )
     weights = _eligible_weights(model, target, include, exclude)
-    layers = {name: _layers_with(model, name, weight) for name, weight in weights.items()}
+    _require_finite(weights)
     masks = {}
     with torch.no_grad(), _evaluation_mode(model), _all_or_nothing(weights):
-        calls = _count_calls(model, layers, batches)
-        for name in tqdm(calls, desc="SparseGPT", leave=False):
-            hessian = _hessian(model, name, layers[name], calls[name], batches)
+        uses = _count_uses(model, weights, batches)
+        for name in tqdm(uses, desc="SparseGPT", leave=False):
+            hessian = _hessian(model, name, weights[name], uses[name], batches)
             masks[name] = _prune_weight_(weights[name], hessian, dampening, block_size, name)
     return {name: masks[name] for name in weights}
 
@@ -186,35 +186,133 @@ def _prune_weight_(
     return mask
 
 
-# The inputs of a layer.
+# What a weight is multiplied with.
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product with a weight; the fields are the arguments of `F.linear` and `F.conv2d`."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | str = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+
+    def rows(self) -> Iterator[Tensor]:
+        """Yield what the weight is multiplied with, as (groups, rows, columns) in float64.
+
+        The columns are ordered as in `_prune_weight_`: position by position of the
+        kernel, all channels of a group together.
+        """
+        channels, *kernel = self.weight.shape[1:]
+        windows = self._windows() if kernel else self.input.reshape(-1, channels)
+        for part in windows.split(max(1, _CHUNK // windows[0].numel())):
+            part = part.reshape(len(part), self.groups, channels, -1, math.prod(kernel))
+            yield part.permute(1, 0, 3, 4, 2).flatten(3).flatten(1, 2).double()
+
+    def _windows(self) -> Tensor:
+        """View what a kernel sees at each place: (images, channels, *output, *kernel)."""
+        kernel = self.weight.shape[2:]
+        strides, dilations = _each(self.stride, kernel), _each(self.dilation, kernel)
+        single_image = self.input.dim() == len(kernel) + 1
+        windows = self.input.unsqueeze(0) if single_image else self.input
+        windows = F.pad(windows, self._padding())
+        for axis, (size, stride, dilation) in enumerate(
+            zip(kernel, strides, dilations, strict=True), start=2
+        ):
+            windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        return windows
+
+    def _padding(self) -> list[int]:
+        """Return the zeros around an image as `F.pad` takes them: last axis first."""
+        kernel = self.weight.shape[2:]
+        if self.padding == "same":  # the odd zero goes after
+            dilations = _each(self.dilation, kernel)
+            totals = [d * (size - 1) for d, size in zip(dilations, kernel, strict=True)]
+            pairs = [(total // 2, total - total // 2) for total in totals]
+        else:
+            both = 0 if self.padding == "valid" else self.padding
+            pairs = [(zeros, zeros) for zeros in _each(both, kernel)]
+        return [zeros for pair in reversed(pairs) for zeros in pair]
+
+
+def _each(value: int | tuple[int, ...], kernel: torch.Size) -> tuple[int, ...]:
+    """Return a number for each axis of a kernel; one number counts for all."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+class _Watch(TorchFunctionMode):
+    """Shows each product with one of these weights, before it is computed.
+
+    A hook of a layer would see its input before a `forward` of the reader's own pads or
+    scales it, and nothing of a weight that is used without its layer.
+    """
+
+    def __init__(
+        self, weights: dict[str, nn.Parameter], see: Callable[[str, _Product], None]
+    ) -> None:
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.see = see
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (F.linear, F.conv1d, F.conv2d, F.conv3d):
+            product = _Product(*args, **kwargs)
+            if id(product.weight) in self.names:
+                self.see(self.names[id(product.weight)], product)
+        return function(*args, **kwargs)
+
+
+class _InputsSeen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
+    """The rest of the network need not be computed."""
+
+
+def _count_uses(
+    model: nn.Module, weights: dict[str, nn.Parameter], batches: Iterable
+) -> Counter[str]:
+    """Return how often the first batch is multiplied with each weight, in that order."""
+    uses: Counter[str] = Counter()
+    with _Watch(weights, lambda name, _: uses.update([name])):
+        model(next(_images(model, batches)))
+    for name in weights:
+        if name not in uses:
+            raise TutorialError(
+                f"{name} was in no linear layer or convolution that the first calibration batch "
+                "came through, so its inputs are not known. Leave it dense with `exclude`."
+            )
+    return uses
 
 
 def _hessian(
-    model: nn.Module, name: str, layers: list[Layer], calls: int, batches: Iterable
+    model: nn.Module, name: str, weight: nn.Parameter, uses: int, batches: Iterable
 ) -> Tensor:
     """Return the sum of x xᵀ over what a weight is multiplied with, (groups, columns, columns).
 
-    Thousands of terms of one sign are added and a matrix with a condition in the
-    thousands is then inverted, so this is done in float64.
+    In float64: thousands of terms are added up, and the result, with a condition in the
+    thousands too, is inverted.
     """
-    weight, columns = layers[0].weight, layers[0].weight[0].numel()
-    shape = getattr(layers[0], "groups", 1), columns, columns
-    hessian = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+    hessian: Tensor | int = 0
     left = 0
 
-    def add(layer: Layer, inputs: Tensor) -> None:
-        nonlocal left
-        for rows in _unfold(layer, inputs):
-            hessian.baddbmm_(rows.mT, rows)
+    def add(_: str, product: _Product) -> None:
+        nonlocal hessian, left
+        for rows in product.rows():
+            hessian = hessian + rows.mT @ rows
         left -= 1
         if left == 0:
             raise _InputsSeen
 
-    with _watch(layers, add):
-        for images in _images(model, batches):
-            left = calls
-            with suppress(_InputsSeen):
-                model(images)
+    for images in _images(model, batches):
+        left = uses
+        with suppress(_InputsSeen), _Watch({name: weight}, add):
+            model(images)
     if not hessian.isfinite().all():
         raise TutorialError(
             f"The inputs of {name} have NaN or infinite values. Look for them in the calibration "
@@ -223,86 +321,7 @@ def _hessian(
     return hessian
 
 
-def _unfold(layer: Layer, inputs: Tensor) -> Iterator[Tensor]:
-    """Yield what a layer multiplies its weight with, as (groups, rows, columns) in float64.
-
-    The columns are ordered as in `_prune_weight_`: position by position of the kernel, all
-    channels of a group together.
-    """
-    windows = (
-        inputs.reshape(-1, layer.in_features)
-        if isinstance(layer, nn.Linear)
-        else _windows(layer, inputs)
-    )
-    groups, (channels, *kernel) = getattr(layer, "groups", 1), layer.weight.shape[1:]
-    for part in windows.split(max(1, _CHUNK // windows[0].numel())):
-        part = part.reshape(len(part), groups, channels, -1, math.prod(kernel))
-        yield part.permute(1, 0, 3, 4, 2).flatten(3).flatten(1, 2).double()
-
-
-def _windows(layer: Convolution, inputs: Tensor) -> Tensor:
-    """Return what a kernel sees at each place, (images, channels, *output, *kernel), a view."""
-    kernel = layer.kernel_size
-    if inputs.dim() == len(kernel) + 1:  # a single image
-        inputs = inputs.unsqueeze(0)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    windows = F.pad(inputs, _padding(layer), mode)
-    for axis, size in enumerate(kernel):
-        step, dilation = layer.stride[axis], layer.dilation[axis]
-        reach = dilation * (size - 1) + 1
-        windows = windows.unfold(axis + 2, reach, step)[..., ::dilation]
-    return windows
-
-
-def _padding(layer: Convolution) -> list[int]:
-    """Return a convolution's padding as `F.pad` takes it: before and after, last axis first."""
-    if layer.padding == "valid":
-        return [0, 0] * len(layer.kernel_size)
-    if layer.padding == "same":  # an odd number goes after
-        totals = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    else:
-        pairs = [(padding, padding) for padding in layer.padding]
-    return [number for pair in reversed(pairs) for number in pair]
-
-
 # The network around it.
-
-
-class _InputsSeen(Exception):  # noqa: N818 - it ends a forward pass, and is no error
-    """The rest of the network need not be computed."""
-
-
-def _count_calls(
-    model: nn.Module, layers: dict[str, list[Layer]], batches: Iterable
-) -> Counter[str]:
-    """Return how often the first batch meets each weight, in the order of execution."""
-    names = {layer: name for name, users in layers.items() for layer in users}
-    calls: Counter[str] = Counter()
-    with _watch(names, lambda layer, _: calls.update([names[layer]])):
-        model(next(_images(model, batches)))
-    for name in layers:
-        if name not in calls:
-            raise TutorialError(
-                f"{name} was not used on the first calibration batch: the network does not call "
-                "its layer, or only reads the weight. Leave it dense with `exclude`."
-            )
-    return calls
-
-
-@contextmanager
-def _watch(layers: Iterable[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Call `see` with a layer and its input before each call of one of these layers."""
-
-    def hook(layer: Layer, args: tuple, kwargs: dict) -> None:
-        see(layer, args[0] if args else kwargs["input"])
-
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _images(model: nn.Module, batches: Iterable) -> Iterator[Tensor]:
@@ -330,10 +349,12 @@ def _eligible_weights(
         "tensorrt": lambda layer: not why_not_sparse(layer),
         "asp": lambda layer: layer.weight.shape[0] % 8 == 0 and layer.weight.shape[1] % 16 == 0,
     }
+    if target not in rules:
+        raise TutorialError(f"There is no target {target!r}. Choose one of: {', '.join(rules)}.")
     layers = {
         f"{name}.weight".removeprefix("."): layer
         for name, layer in model.named_modules()
-        if isinstance(layer, Layer) and rules[target](layer)
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and rules[target](layer)
     }
     include, exclude = tuple(include) or ("*",), tuple(exclude)
     weights: dict[str, nn.Parameter] = {}
@@ -345,20 +366,13 @@ def _eligible_weights(
     return weights
 
 
-def _layers_with(model: nn.Module, name: str, weight: nn.Parameter) -> list[Layer]:
-    """Return the layers that use a weight: several, if it is shared."""
-    if not weight.isfinite().all():
-        raise TutorialError(
-            f"{name} has NaN or infinite values. Go back to a checkpoint from before the "
-            "training diverged."
-        )
-    layers = [m for m in model.modules() if isinstance(m, Layer) and m.weight is weight]
-    if not layers:
-        raise TutorialError(
-            f"{name} is the weight of no convolution or linear layer, and its inputs cannot be "
-            "seen. Leave it dense with `exclude`."
-        )
-    return layers
+def _require_finite(weights: dict[str, nn.Parameter]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise TutorialError(
+                f"{name} has NaN or infinite values. Go back to a checkpoint from before the "
+                "training diverged."
+            )
 
 
 @contextmanager
