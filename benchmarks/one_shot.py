@@ -1,0 +1,100 @@
+"""Compare ways to prune the quick preset's network without training it again.
+
+By magnitude and with SparseGPT, each as it is and with the statistics of its batch norms
+re-estimated; SparseGPT with fewer and more calibration images and other dampenings. The
+calibration images are training images; accuracy is on the whole test set. Writes
+`benchmarks/results/one_shot_quick.json`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from helpers import machine
+from helpers.artifacts import write_json
+from helpers.data import first_images, load_splits
+from helpers.models import load_pretrained
+from helpers.settings import Settings
+from helpers.sparsity import prune_2to4_
+from helpers.sparsity.sparsegpt import prune_sparsegpt_
+from helpers.training import evaluate
+
+SEEDS = (0, 1, 2)  # of the draw of calibration images
+IMAGES, DAMPENING = 1024, 0.01
+RESULT = Path(__file__).parent / "results" / "one_shot_quick.json"
+
+Method = Callable[[nn.Module, list[Tensor]], object]
+
+
+def by_magnitude(model: nn.Module, batches: list[Tensor]) -> None:
+    """Prune by magnitude; the images are not looked at."""
+    prune_2to4_(model)
+
+
+def with_sparsegpt(dampening: float = DAMPENING) -> Method:
+    """Return the pruning with SparseGPT at this dampening."""
+    return lambda model, batches: prune_sparsegpt_(model, batches, dampening=dampening)
+
+
+def and_batch_norm(prune: Method) -> Method:
+    """Return a pruning followed by new statistics for the batch norms, from the same images."""
+
+    def prune_and_update(model: nn.Module, batches: list[Tensor]) -> None:
+        prune(model, batches)
+        update_bn(batches, model)
+
+    return prune_and_update
+
+
+def main() -> None:
+    """Measure every way with several draws of the calibration images, and write the result."""
+    settings = Settings.load("quick")
+    splits = load_splits(settings)
+    rows = []
+
+    def measure(method: str, prune: Method, images: int = IMAGES, **facts: float) -> None:
+        accuracies, seconds = [], []
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            batches = first_images(splits.train, images)[0].to(machine.device()).split(128)
+            model = load_pretrained(settings).to(machine.device())
+            start = time.perf_counter()
+            prune(model, list(batches))
+            seconds.append(time.perf_counter() - start)
+            accuracies.append(evaluate(model, splits.test).top1)
+        row = {"method": method, "images": images, **facts, "top1": round(mean(accuracies), 2)}
+        row |= {"top1_by_seed": accuracies, "seconds": round(median(seconds), 2)}
+        rows.append(row)
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+    dense = evaluate(load_pretrained(settings), splits.test).top1
+    measure("magnitude", by_magnitude, images=0)
+    measure("magnitude, batch norm re-estimated", and_batch_norm(by_magnitude))
+    measure("SparseGPT", with_sparsegpt(), dampening=DAMPENING)
+    measure(
+        "SparseGPT, batch norm re-estimated", and_batch_norm(with_sparsegpt()), dampening=DAMPENING
+    )
+    for images in (32, 128, 4096):
+        measure("SparseGPT", with_sparsegpt(), images, dampening=DAMPENING)
+    for dampening in (0.0001, 0.001, 0.1, 1.0):
+        measure("SparseGPT", with_sparsegpt(dampening), dampening=dampening)
+
+    result = {
+        "what": "top-1 accuracy in per cent on the test set right after pruning, no retraining: "
+        "mean over draws of the calibration images; median of the seconds",
+        "command": "python benchmarks/one_shot.py",
+        "seeds": SEEDS,
+        "dense": dense,
+        "rows": rows,
+        **machine.provenance(),
+    }
+    write_json(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()

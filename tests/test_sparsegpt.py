@@ -1,0 +1,579 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from helpers.checks import TutorialError
+from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
+from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt
+
+
+def correlated(rows, columns, seed=0):
+    """Inputs whose columns follow from each other in part, so that one can stand in."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator) @ mixing
+
+
+def smooth_images(count, channels, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator)
+    images = F.avg_pool2d(
+        torch.randn(count, channels, size + 2, size + 2, generator=generator), 3, 1
+    )
+    return torch.einsum("nchw,cd->ndhw", images, mixing)
+
+
+def seeded(make, *args, **kwargs):
+    torch.manual_seed(3)
+    return make(*args, **kwargs)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 8 * 8, 3),
+    ).train()
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# One matrix.
+
+
+def slow_sparsegpt(weight, hessian, dampening):
+    """SparseGPT row by row, each removal by the formula of the optimal brain surgeon.
+
+    Columns that the sweep has passed are fixed; those left make up for the removal, with
+    the inverse of their own part of the Hessian, inverted anew each time.
+    """
+    columns = weight.shape[1]
+    hessian = hessian + dampening * hessian.diagonal().mean() * torch.eye(columns)
+    weight = weight.clone()
+    for row, first in itertools.product(weight, range(0, columns, 4)):
+        costs = []
+        for column in range(first, first + 4):
+            inverse = torch.linalg.inv(hessian[column:, column:])
+            costs.append(float(row[column] ** 2 / inverse[0, 0]))
+        removed = sorted(range(4), key=lambda i: (costs[i], -i))[:2]
+        for column in sorted(first + i for i in removed):
+            inverse = torch.linalg.inv(hessian[column:, column:])
+            row[column:] -= row[column].clone() / inverse[0, 0] * inverse[0]
+            row[column] = 0
+    return weight
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("block_size", [4, 8, 128])
+def test_it_agrees_with_the_optimal_brain_surgeon_row_by_row(dampening, block_size):
+    inputs = correlated(100, 24).double()
+    weight = seeded(torch.randn, 6, 24).double()
+    hessian = inputs.T @ inputs
+    pruned, mask = sparsegpt(weight, hessian, dampening, block_size)
+    torch.testing.assert_close(pruned, slow_sparsegpt(weight, hessian, dampening))
+    assert torch.equal(pruned != 0, mask)
+
+
+@given(
+    rows=st.integers(1, 5),
+    groups_of_four=st.integers(1, 6),
+    samples=st.integers(1, 40),
+    dampening=st.floats(1e-4, 10),
+    seed=st.integers(0, 2**20),
+)
+def test_two_of_every_four_are_kept_whatever_the_inputs(
+    rows, groups_of_four, samples, dampening, seed
+):
+    inputs = correlated(samples, 4 * groups_of_four, seed).double()
+    weight = torch.randn(rows, 4 * groups_of_four, generator=torch.Generator().manual_seed(seed))
+    pruned, mask = sparsegpt(weight, inputs.T @ inputs, dampening)
+    assert (mask.view(rows, -1, 4).sum(2) == 2).all()
+    assert pruned.isfinite().all()
+    assert (pruned[~mask] == 0).all()
+
+
+@given(seed=st.integers(0, 2**20), scale=st.floats(1e-6, 1e6))
+def test_the_units_of_inputs_and_weights_do_not_matter(seed, scale):
+    inputs = correlated(50, 16, seed).double()
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)).double()
+    hessian = inputs.T @ inputs
+    pruned, mask = sparsegpt(weight, hessian)
+    scaled, scaled_mask = sparsegpt(scale * weight, hessian * scale)
+    assert torch.equal(mask, scaled_mask)
+    torch.testing.assert_close(scaled, scale * pruned)
+
+
+def test_uncorrelated_inputs_of_one_size_give_the_mask_by_magnitude():
+    weight = seeded(torch.randn, 8, 32).double()
+    pruned, mask = sparsegpt(weight, torch.eye(32, dtype=torch.float64))
+    assert torch.equal(mask, mask_2to4(weight))
+    torch.testing.assert_close(pruned, weight * mask)
+
+
+def test_ties_keep_the_lowest_columns():
+    _, mask = sparsegpt(torch.ones(2, 8), torch.eye(8, dtype=torch.float64))
+    assert mask.tolist() == [[True, True, False, False] * 2] * 2
+
+
+def test_inputs_that_are_always_zero_are_given_up_first():
+    inputs = correlated(50, 8)
+    inputs[:, [1, 2, 4, 7]] = 0
+    _, mask = sparsegpt(torch.ones(2, 8), (inputs.T @ inputs).double())
+    assert mask.tolist() == [[True, False, False, True, False, True, True, False]] * 2
+
+
+def test_a_layer_without_any_input_is_pruned_by_magnitude():
+    weight = seeded(torch.randn, 2, 8).double()
+    pruned, _ = sparsegpt(weight, torch.zeros(8, 8, dtype=torch.float64))
+    assert torch.equal(pruned, weight * mask_2to4(weight))
+
+
+def test_a_singular_hessian_is_told_with_the_way_out():
+    inputs = correlated(4, 16).double()  # fewer samples than columns
+    with pytest.raises(TutorialError, match=r"fc\.weight is singular.*more calibration images or"):
+        sparsegpt(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
+
+
+@pytest.mark.parametrize("wrong", [{"block_size": 6}, {"block_size": 0}, {"dampening": -1.0}])
+def test_senseless_numbers_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(TutorialError, match=f"^{name} is"):
+        sparsegpt(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), **wrong)
+
+
+# One layer.
+
+
+def output_error(layer, dense, inputs):
+    with torch.no_grad():
+        return float((layer(inputs) - dense(inputs)).square().sum())
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(16, 8),
+    "conv1d": lambda: nn.Conv1d(16, 8, 3),
+    "conv2d": lambda: nn.Conv2d(16, 8, 3),
+    "conv3d": lambda: nn.Conv3d(16, 8, 2),
+    "pointwise": lambda: nn.Conv2d(16, 8, 1, bias=False),
+    "asymmetric": lambda: nn.Conv2d(16, 8, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(1, 3)),
+    "stride and padding": lambda: nn.Conv2d(16, 8, 3, stride=2, padding=1),
+    "same": lambda: nn.Conv2d(16, 8, 4, padding="same", dilation=2),
+    "valid": lambda: nn.Conv2d(16, 8, 3, padding="valid"),
+    "reflect": lambda: nn.Conv2d(16, 8, 3, padding=2, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(16, 8, 4, padding="same", padding_mode="circular"),
+    "replicate": lambda: nn.Conv2d(16, 8, 3, padding=1, padding_mode="replicate"),
+    "grouped": lambda: nn.Conv2d(16, 8, 3, groups=4, padding=1),
+}
+
+
+def inputs_for(layer):
+    kernel = getattr(layer, "kernel_size", ())
+    return seeded(torch.randn, 5, 16, *[9] * len(kernel))
+
+
+def rows_of(layer, inputs):
+    """What the layer multiplies its weight with."""
+    products = []
+    with _Watch({"weight": layer.weight}, lambda _, product: products.append(product)):
+        layer(inputs)
+    (product,) = products
+    return list(product.rows())
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
+    layer = seeded(make).double()
+    inputs = inputs_for(layer).double()
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight.movedim(1, -1).reshape(groups, 8 // groups, -1)
+    (rows,) = rows_of(layer, inputs)
+    product = (rows @ weight.mT).movedim(0, 1).flatten(1)  # (rows, output channels)
+    bias = 0 if layer.bias is None else layer.bias
+    expected = layer(inputs).movedim(1, -1).reshape(-1, 8)
+    torch.testing.assert_close(product + bias, expected)
+
+
+def test_a_single_image_is_unfolded_as_a_batch_of_one():
+    layer, image = nn.Conv2d(4, 8, 3), torch.randn(4, 6, 6)
+    (alone,), (batch,) = rows_of(layer, image), rows_of(layer, image[None])
+    assert torch.equal(alone, batch)
+
+
+def test_large_inputs_are_unfolded_in_parts(monkeypatch):
+    layer, images = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
+    (whole,) = rows_of(layer, images)
+    monkeypatch.setattr("helpers.sparsity.sparsegpt._CHUNK", 2 * whole[0].numel() // 5)
+    parts = rows_of(layer, images)
+    assert [part.shape[1] for part in parts] == [32, 32, 16]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3) | st.sampled_from(["same", "valid"]),
+    dilation=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+)
+def test_every_convolution_is_the_product_with_its_unfolded_inputs(
+    kernel, stride, padding, dilation, groups
+):
+    stride = 1 if padding == "same" else stride
+    images = seeded(torch.randn, 2, 4, 10, 11).double()
+    weight = seeded(torch.randn, 2, 4 // groups, kernel, 2).double()
+    product = _Product(images, weight, None, stride, padding, dilation, groups)
+    matrix = weight.movedim(1, -1).reshape(groups, 2 // groups, -1)
+    (rows,) = product.rows()
+    expected = F.conv2d(images, weight, None, stride, padding, dilation, groups)
+    outputs = (rows @ matrix.mT).movedim(0, 1).flatten(1)
+    torch.testing.assert_close(outputs, expected.movedim(1, -1).reshape(-1, 2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(32, 16),
+        lambda: nn.Conv2d(32, 16, 1),
+        lambda: nn.Conv2d(32, 16, 3, padding=1),
+        lambda: nn.Conv2d(32, 16, 3, stride=2, padding="valid", dilation=2),
+    ],
+    ids=["linear", "1x1", "3x3", "dilated"],
+)
+def test_the_outputs_stay_closer_than_by_magnitude_or_by_the_mask_alone(make):
+    dense, layer, by_magnitude, mask_only = (seeded(make) for _ in range(4))
+    images = smooth_images(64, 32)
+    inputs = images.mean((2, 3)) if isinstance(dense, nn.Linear) else images
+    (mask,) = prune_sparsegpt_(layer, inputs.split(16)).values()
+    prune_2to4_(by_magnitude)
+    with torch.no_grad():
+        mask_only.weight.mul_(mask)
+    assert is_2to4(layer.weight)
+    error = output_error(layer, dense, inputs)
+    assert error < 0.7 * output_error(by_magnitude, dense, inputs)
+    assert error < 0.7 * output_error(mask_only, dense, inputs)
+
+
+def test_a_convolution_is_pruned_as_the_linear_layer_of_its_windows():
+    conv = seeded(nn.Conv2d, 8, 8, 3, padding=1, bias=False)
+    linear = nn.Linear(72, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.movedim(1, -1).flatten(1))
+    images = smooth_images(16, 8)
+    windows = F.unfold(images, 3, padding=1).unflatten(1, (8, 9)).permute(0, 3, 2, 1).flatten(2)
+    (conv_mask,) = prune_sparsegpt_(conv, [images]).values()
+    (linear_mask,) = prune_sparsegpt_(linear, [windows]).values()
+    assert torch.equal(conv_mask.movedim(1, -1).flatten(1), linear_mask)
+    torch.testing.assert_close(conv.weight.movedim(1, -1).flatten(1), linear.weight)
+
+
+def test_a_grouped_convolution_is_pruned_as_separate_ones():
+    grouped = seeded(nn.Conv2d, 32, 8, 3, groups=2, bias=False)
+    images = smooth_images(16, 32)
+    images[:, 16:] *= 100  # of a scale of its own: each group has its own dampening
+    parts = [nn.Conv2d(16, 4, 3, bias=False) for _ in range(2)]
+    for part, weight in zip(parts, grouped.weight.detach().chunk(2), strict=True):
+        part.weight.data.copy_(weight)
+    (mask,) = prune_sparsegpt_(grouped, [images], target="asp").values()
+    masks = [
+        *prune_sparsegpt_(parts[0], [images[:, :16]]).values(),
+        *prune_sparsegpt_(parts[1], [images[:, 16:]]).values(),
+    ]
+    assert torch.equal(mask, torch.cat(masks))
+    torch.testing.assert_close(grouped.weight, torch.cat([part.weight for part in parts]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_type_and_memory_format_is_pruned_alike(dtype, memory_format):
+    expected = seeded(nn.Conv2d, 8, 8, 3).to(dtype).double()
+    layer = seeded(nn.Conv2d, 8, 8, 3).to(dtype).to(memory_format=memory_format)
+    images = smooth_images(16, 8).to(dtype)
+    storage, strides = layer.weight.data_ptr(), layer.weight.stride()
+    (mask,) = prune_sparsegpt_(layer, [images]).values()
+    prune_sparsegpt_(expected, [images.double()])
+    assert is_2to4(layer.weight)
+    assert (layer.weight[~mask] == 0).all()
+    assert torch.equal(layer.weight, expected.weight.to(dtype))
+    assert (layer.weight.data_ptr(), layer.weight.stride()) == (storage, strides)
+    assert layer.weight.dtype == dtype and layer.weight.requires_grad
+
+
+# A network.
+
+
+def test_every_eligible_weight_is_pruned_and_nothing_else_changes():
+    model = network()
+    before = state(model)
+    masks = prune_sparsegpt_(model, [smooth_images(8, 4)])
+    assert list(masks) == ["0.weight", "3.weight", "6.weight"]
+    for key, value in model.state_dict().items():
+        if key in masks:
+            assert is_2to4(value)
+            assert masks[key].shape == value.shape
+            assert (value[~masks[key]] == 0).all()
+        else:
+            assert torch.equal(value, before[key])
+
+
+def test_modes_and_gradients_are_left_as_they_were():
+    model = network()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    prune_sparsegpt_(model, [smooth_images(8, 4)])
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_same_images_give_the_same_weights():
+    models = network(), network()
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        prune_sparsegpt_(model, [smooth_images(8, 4)])
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
+def test_the_cut_into_batches_does_not_matter():
+    images = smooth_images(12, 4)
+    together, apart = network(), network()
+    prune_sparsegpt_(together, [images])
+    prune_sparsegpt_(apart, [(part, "a label") for part in images.split(5)])
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_data_loader_serves_as_calibration_images():
+    images = smooth_images(12, 4)
+    dataset = torch.utils.data.TensorDataset(images, torch.zeros(12))
+    listed, loaded = network(), network()
+    prune_sparsegpt_(listed, images.split(4))
+    prune_sparsegpt_(loaded, torch.utils.data.DataLoader(dataset, batch_size=4))
+    for one, other in zip(listed.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Reversed(nn.Module):
+    """Calls its layers in another order than it lists them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.first = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.last(self.first(input=x).relu())
+
+
+def test_each_layer_sees_what_the_pruned_layers_before_it_hand_on():
+    model, by_hand = Reversed(), Reversed()
+    inputs = correlated(64, 16)
+    masks = prune_sparsegpt_(model, [inputs])
+    assert list(masks) == ["last.weight", "first.weight"]  # in the order of the network
+    prune_sparsegpt_(by_hand.first, [inputs])
+    with torch.no_grad():
+        handed_on = by_hand.first(inputs).relu()
+    prune_sparsegpt_(by_hand.last, [handed_on])
+    assert same(model.state_dict(), by_hand.state_dict())
+
+
+class Twice(nn.Module):
+    """Uses one weight twice: calls one layer again, or two layers that share it."""
+
+    def __init__(self, shared):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Linear(16, 16, bias=False)
+        self.other = nn.Linear(16, 16, bias=False) if shared else self.one
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        first, second = x.chunk(2)
+        return torch.cat([self.one(first), self.other(second)])
+
+
+class Padding(nn.Conv2d):
+    """A convolution of the reader's own: pads in its `forward`."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 2, 0, 3), value=2.0))
+
+
+class Functional(nn.Module):
+    """Uses the weight of a layer without calling the layer."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 2, 0, 3), value=2.0), weight=self.conv.weight)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "functional"])
+def test_a_convolution_of_the_readers_own_is_pruned_by_what_it_multiplies(kind):
+    own = seeded(Padding if kind == "subclass" else nn.Conv2d, 8, 8, 3)
+    stock = seeded(nn.Conv2d, 8, 8, 3)
+    images = smooth_images(8, 8)
+    prune_sparsegpt_(Functional(own) if kind == "functional" else own, [images])
+    prune_sparsegpt_(stock, [F.pad(images, (1, 2, 0, 3), value=2.0)])
+    assert torch.equal(own.weight, stock.weight)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["called twice", "shared weight"])
+def test_a_weight_that_is_used_twice_is_pruned_once_for_all_its_inputs(shared):
+    model, alone = Twice(shared), Twice(shared).one
+    inputs = correlated(64, 16)
+    masks = prune_sparsegpt_(model, [inputs])
+    prune_sparsegpt_(alone, [inputs])
+    assert list(masks) == ["one.weight"]
+    torch.testing.assert_close(model.one.weight, alone.weight)
+    assert model.other.weight is model.one.weight
+
+
+def test_the_network_is_not_run_past_the_layer_that_is_looked_at():
+    model = network()
+    runs = []
+    model[4].register_forward_pre_hook(lambda *_: runs.append(1))
+    prune_sparsegpt_(model, smooth_images(8, 4).split(2))
+    # Once for the order of execution, then with four batches for the linear layer behind it.
+    assert len(runs) == 1 + 4
+
+
+def test_layers_can_be_left_dense():
+    model = network()
+    before = state(model)
+    masks = prune_sparsegpt_(model, [smooth_images(8, 4)], exclude=["0.*"])
+    assert list(masks) == ["3.weight", "6.weight"]
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
+# What goes wrong leaves no trace.
+
+
+class Interrupted:
+    """Batches that come to an error after so many passes over them."""
+
+    def __init__(self, passes, error):
+        self.passes, self.error = passes, error
+
+    def __iter__(self):
+        self.passes -= 1
+        yield smooth_images(8, 4)
+        if self.passes < 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_network_is_as_it_was(error):
+    model = network()
+    before = state(model)
+    with pytest.raises(error):
+        prune_sparsegpt_(model, Interrupted(passes=3, error=error))
+    assert same(model.state_dict(), before)
+    assert all(module.training for module in model.modules())
+
+
+def fails(model, message, batches=None, **kwargs):
+    before = state(model)
+    with pytest.raises(TutorialError, match=message):
+        prune_sparsegpt_(model, batches or [smooth_images(8, 4)], **kwargs)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), before[key].nan_to_num(7))
+
+
+def test_a_generator_is_refused_before_anything_is_done():
+    fails(network(), "iterator", batches=(images for images in [smooth_images(8, 4)]))
+
+
+def test_no_images_are_refused():
+    with pytest.raises(TutorialError, match="no calibration images"):
+        prune_sparsegpt_(network(), [])
+
+
+def test_images_that_cannot_be_read_again_are_told():
+    class Once:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([smooth_images(8, 4)] if self.passes == 1 else [])
+
+    fails(network(), "no calibration images", batches=Once())
+
+
+def test_a_batch_that_is_no_tensor_is_refused():
+    fails(network(), "batch is a dict", batches=[{"images": smooth_images(8, 4)}])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value):
+    model = network()
+    with torch.no_grad():
+        model[3].weight[0, 0] = value
+    fails(model, r"^3\.weight has NaN or infinite")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_name_the_layer(value):
+    model = network()
+    with torch.no_grad():
+        model[1].bias[0] = value
+    fails(model, r"inputs of 3\.weight have NaN or infinite")
+
+
+def test_a_singular_hessian_in_a_later_layer_restores_the_earlier_ones():
+    fails(network(), r"Hessian of 6\.weight is singular", dampening=0.0)
+
+
+def test_a_layer_that_is_never_called_is_named():
+    model = network()
+    model.add_module("unused", nn.Identity())
+    model.unused.inner = nn.Linear(8, 8)
+    fails(model, r"^unused\.inner\.weight was in no linear layer or convolution")
+
+
+def test_a_weight_that_is_standardised_before_its_use_is_named():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+    fails(nn.Sequential(Standardised(4, 8, 1)), r"^0\.weight was in no")
+
+
+def test_an_unknown_target_is_told():
+    fails(network(), "no target 'abacus'", target="abacus")
+
+
+def test_a_weight_that_does_not_fit_its_type_any_more_is_told():
+    layer = seeded(nn.Linear, 8, 8).half()
+    with torch.no_grad():
+        layer.weight.fill_(60000)
+    inputs = torch.ones(8, 8).half() + 0.01 * seeded(torch.randn, 8, 8).half()
+    fails(layer, "too large for torch.float16", batches=[inputs])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_prunes_as_the_cpu_does():
+    images = smooth_images(12, 4)
+    on_cpu, on_gpu = network(), network().cuda()
+    prune_sparsegpt_(on_cpu, images.split(4))
+    masks = prune_sparsegpt_(on_gpu, images.split(4))
+    assert all(mask.is_cuda for mask in masks.values())
+    for one, other in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
