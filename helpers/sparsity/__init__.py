@@ -3,10 +3,13 @@
     masks        the mask by magnitude, and the test of the pattern
     eligibility  which weights a target can run sparse, and why not the others
     prune        masks over a network, holding them while it trains, and back to dense
+    sparsegpt    one-shot pruning that corrects the weights it keeps
+    permute      an order of the channels in which pruning cuts less
     compressed   values and 2-bit metadata, the form the GPU stores
     verify       is every eligible weight of an ONNX file 2:4?
 
-Explained in `02_prune_2_4.ipynb`.
+`permute` stands on `graph` (which channels may change places) and `search` (which
+order keeps the most). Explained in `02_prune_2_4.ipynb`.
 """
 
 from helpers.sparsity.compressed import Compressed, compress_2to4, decompress_2to4
@@ -18,6 +21,7 @@ from helpers.sparsity.masks import (
     mask_2to4_transposable,
     mask_nm,
 )
+from helpers.sparsity.permute import PermutationReport, permute_channels_
 from helpers.sparsity.prune import (
     HeldMasks,
     apply_masks_,
@@ -30,11 +34,13 @@ from helpers.sparsity.prune import (
     restore_weights_,
     unpack_masks,
 )
+from helpers.sparsity.sparsegpt import prune_sparsegpt_
 from helpers.sparsity.verify import verify_onnx
 
 __all__ = [
     "Compressed",
     "HeldMasks",
+    "PermutationReport",
     "SparsityReport",
     "apply_masks_",
     "compress_2to4",
@@ -49,7 +55,9 @@ __all__ = [
     "masks_2to4",
     "masks_of",
     "pack_masks",
+    "permute_channels_",
     "prune_2to4_",
+    "prune_sparsegpt_",
     "removed_weights",
     "restore_weights_",
     "sparsity_report",

@@ -7,7 +7,6 @@ them are neighbours decides which two weights of each four survive. Explained in
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch.utils import _pytree
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
-from helpers.sparsity.eligibility import eligible_weights
+from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.graph import Symmetry, find_symmetry, gather_order, reorder_, source_of
 from helpers.sparsity.search import kept_2to4, search_permutation
 
@@ -63,8 +62,8 @@ def permute_channels_(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
     target: str = "tensorrt",
-    include: Iterable[str | type] = (),
-    exclude: Iterable[str | type] = (),
+    include: Selection = (),
+    exclude: Selection = (),
     escapes: int = 100,
 ) -> PermutationReport:
     """Order the channels of a dense network so that 2:4 pruning keeps more magnitude, in place.

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
-from helpers.sparsity.eligibility import why_not_sparse
+from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.masks import mask_2to4
 
 # So many numbers of an input are unfolded at a time: 128 MiB in double precision.
@@ -29,8 +28,8 @@ def prune_sparsegpt_(
     model: nn.Module,
     batches: Iterable,
     target: str = "tensorrt",
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: Selection = (),
+    exclude: Selection = (),
     dampening: float = 0.01,
     block_size: int = 128,
 ) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ def prune_sparsegpt_(
             "`batches` is an iterator, which is exhausted after one pass, and the calibration "
             "images are read once for every layer. Pass a list or a DataLoader."
         )
-    weights = _eligible_weights(model, target, include, exclude)
+    weights = eligible_weights(model, target, include, exclude)
     _require_finite(weights)
     masks = {}
     with torch.no_grad(), _evaluation_mode(model), _all_or_nothing(weights):
@@ -339,31 +338,6 @@ def _images(model: nn.Module, batches: Iterable) -> Iterator[Tensor]:
         yield images.to(device)
     if count == 0:
         raise TutorialError("There are no calibration images: `batches` is empty.")
-
-
-def _eligible_weights(
-    model: nn.Module, target: str, include: Iterable[str], exclude: Iterable[str]
-) -> dict[str, nn.Parameter]:
-    """Return the weights to prune, each once, by name."""
-    rules = {
-        "tensorrt": lambda layer: not why_not_sparse(layer),
-        "asp": lambda layer: layer.weight.shape[0] % 8 == 0 and layer.weight.shape[1] % 16 == 0,
-    }
-    if target not in rules:
-        raise TutorialError(f"There is no target {target!r}. Choose one of: {', '.join(rules)}.")
-    layers = {
-        f"{name}.weight".removeprefix("."): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and rules[target](layer)
-    }
-    include, exclude = tuple(include) or ("*",), tuple(exclude)
-    weights: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        chosen = any(fnmatch(name, pattern) for pattern in include)
-        dropped = any(fnmatch(name, pattern) for pattern in exclude)
-        if chosen and not dropped and all(layer.weight is not w for w in weights.values()):
-            weights[name] = layer.weight
-    return weights
 
 
 def _require_finite(weights: dict[str, nn.Parameter]) -> None:

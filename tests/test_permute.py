@@ -1,0 +1,184 @@
+"""Permuting channels keeps more magnitude and the same outputs, or nothing changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.checks import TutorialError
+from helpers.models import create_model
+from helpers.sparsity import eligible_weights, kept_magnitude, mask_2to4, permute, prune_2to4_
+from helpers.sparsity.permute import permute_channels_
+
+IMAGE = (torch.zeros(1, 1, 28, 28),)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """The quick preset's network with uneven channels, as training leaves them."""
+    torch.manual_seed(0)
+    model = create_model("resnext14_8x4d", 10).eval()
+    with torch.no_grad():
+        for weight in eligible_weights(model, "any").values():
+            weight.mul_(torch.randn(weight.shape[1]).exp().view(-1, *(1,) * (weight.dim() - 2)))
+    return model
+
+
+def kept(model: nn.Module, target: str = "tensorrt") -> dict[str, float]:
+    weights = eligible_weights(model, target)
+    return {name: kept_magnitude(weight, mask_2to4(weight)) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "asp"])
+def test_more_magnitude_is_kept_and_the_network_computes_the_same(model, target):
+    images = torch.randn(4, 1, 28, 28)
+    with torch.no_grad():
+        expected = model(images)
+    before = kept(model, target)
+    report = permute_channels_(model, IMAGE, target, escapes=5)
+    after = kept(model, target)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    assert set(report.weights.weight) == set(before)
+    for row in report.weights.itertuples():
+        assert row.before == pytest.approx(before[row.weight], abs=1e-3)
+        assert row.after == pytest.approx(after[row.weight], abs=1e-3)
+        assert row.permuted != bool(row.reason)
+    assert sum(after.values()) > sum(before.values()) + len(after)  # points of per cent
+    assert report.error < 1e-9
+
+
+def test_a_layer_behind_a_grouped_convolution_is_permuted_within_its_groups(model):
+    """What no other tool does: conv3 of a ResNeXt block, through the groups of its conv2."""
+    report = permute_channels_(model, IMAGE, escapes=5)
+    rows = report.weights.set_index("weight")
+    for stage in (2, 3, 4):  # the groups of the first have four channels, which is one stripe
+        assert rows.permuted[f"layer{stage}.0.conv3.weight"]
+    assert "fewer than eight" in rows.reason["layer1.0.conv3.weight"]
+
+
+def test_the_same_network_gets_the_same_order(model):
+    again = copy.deepcopy(model)
+    permute_channels_(model, IMAGE, escapes=5)
+    permute_channels_(again, IMAGE, escapes=5)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_second_permutation_loses_nothing(model):
+    permute_channels_(model, IMAGE, escapes=5)
+    before = kept(model)
+    permute_channels_(model, IMAGE, escapes=5)
+    after = kept(model)
+    assert sum(after.values()) >= sum(before.values()) - 1e-6
+
+
+def test_the_modes_and_the_names_of_a_network_stay(model):
+    names = list(model.state_dict())
+    model.train()
+    model.layer2.eval()
+    permute_channels_(model, IMAGE, escapes=5)
+    assert list(model.state_dict()) == names
+    assert model.training and not model.layer2.training
+
+
+def test_a_permuted_network_is_pruned_and_saved_as_any_other(model, tmp_path):
+    permute_channels_(model, IMAGE, escapes=5)
+    prune_2to4_(model)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    other = create_model("resnext14_8x4d", 10)
+    other.load_state_dict(torch.load(tmp_path / "x.pt", weights_only=True))
+
+
+def test_excluded_layers_do_not_take_part(model):
+    report = permute_channels_(model, IMAGE, exclude=["layer4.*", nn.Linear])
+    assert not report.weights.weight.str.startswith(("layer4", "fc")).any()
+    assert report.permuted.weight.str.startswith("layer3").any()
+
+
+def test_a_network_in_bfloat16_is_permuted_too(model):
+    model.bfloat16()
+    report = permute_channels_(model, torch.zeros(1, 1, 28, 28, dtype=torch.bfloat16))
+    assert len(report.permuted) > 8 and report.error < 1e-9
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+def test_tied_weights_stay_tied():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    model[2].weight = model[0].weight
+    report = permute_channels_(model, torch.zeros(2, 16))
+    assert model[2].weight is model[0].weight
+    assert report.error < 1e-9
+
+
+def test_a_concatenation_that_shifts_the_groups_of_four_loses_nothing():
+    """One reader sees the channels two further on than the other."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 32, 1)
+            self.two = nn.Conv2d(3, 2, 1)
+            self.plain = nn.Conv2d(32, 64, 1)
+            self.shifted = nn.Conv2d(36, 16, 1)
+
+        def forward(self, x):
+            stem, two = self.stem(x), self.two(x)
+            shifted = torch.cat([two, stem, two], 1)
+            return self.plain(stem), self.shifted(shifted)
+
+    torch.manual_seed(0)
+    model = Shifted()
+    before = kept_sum(model)
+    report = permute_channels_(model, torch.zeros(1, 3, 4, 4))
+    assert report.error < 1e-9 and len(report.permuted)
+    assert kept_sum(model) > before
+
+
+def kept_sum(model: nn.Module) -> float:
+    weights = eligible_weights(model).values()
+    return sum(float((weight.abs() * mask_2to4(weight)).sum().detach()) for weight in weights)
+
+
+def test_a_network_that_cannot_be_traced_is_left_alone_with_the_reason():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.two(self.one(x)) if x.sum() > 0 else x
+
+    model = Branches()
+    before = copy.deepcopy(model.state_dict())
+    report = permute_channels_(model, torch.zeros(1, 8))
+    assert not len(report.permuted) and (report.weights.before == report.weights.after).all()
+    assert report.weights.reason.str.contains("Branches cannot be traced").all()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_network_that_comes_out_changed_is_restored(model, monkeypatch):
+    """A wrong rule must not get through: here channels are moved in one layer only."""
+    weight = model.layer2[0].conv1.weight
+    before = copy.deepcopy(model.state_dict())
+
+    def wrong_(symmetry, source):
+        with torch.no_grad():
+            weight.copy_(weight.flip(1))
+
+    monkeypatch.setattr(permute, "reorder_", wrong_)
+    with pytest.raises(TutorialError, match="The network has been restored"):
+        permute_channels_(model, IMAGE, escapes=5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_report_reads_well_as_a_line_as_text_and_in_a_notebook(model):
+    report = permute_channels_(model, IMAGE, escapes=5)
+    line = f"{len(report.permuted)} of {len(report.weights)} weights permuted"
+    assert repr(report).startswith(line) and "\n" not in repr(report)
+    assert "layer1.0.conv3.weight" in str(report)
+    assert report._repr_html_().count("<tr") == len(report.weights) + 1
