@@ -83,7 +83,7 @@ def prune_sparsegpt_(
     return {name: masks[name] for name in weights}
 
 
-def sparsegpt(
+def sparsegpt_2to4(
     weight: Tensor,
     hessian: Tensor,
     dampening: float = 0.01,
@@ -175,7 +175,7 @@ def _prune_weight_(
     matrix = split.transpose(2, 3).flatten(2)
     pruned, mask = (
         result.unflatten(2, (-1, channels)).transpose(2, 3).reshape(weight.shape)
-        for result in sparsegpt(matrix, hessian, dampening, block_size, name)
+        for result in sparsegpt_2to4(matrix, hessian, dampening, block_size, name)
     )
     weight.copy_(pruned)
     if not weight.isfinite().all():
