@@ -148,8 +148,8 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     # A layer whose inputs were all zero may lose any weights; with 1 it is the smallest.
-    damping = dampening * torch.where(mean > 0, mean, 1)
-    dampened = hessian + torch.diag_embed(damping.expand_as(diagonal))
+    dampened = hessian.clone()
+    dampened.diagonal(dim1=-2, dim2=-1).add_(dampening * torch.where(mean > 0, mean, 1))
     # Factored from the last column to the first, H = V Vᵀ has an upper triangular V, and U
     # is its inverse: no inverse of H itself is formed.
     factor, failed = torch.linalg.cholesky_ex(dampened.flip(-1, -2))
