@@ -20,8 +20,7 @@ from helpers.artifacts import write_json
 from helpers.data import first_images, load_splits
 from helpers.models import load_pretrained
 from helpers.settings import Settings
-from helpers.sparsity import prune_2to4_
-from helpers.sparsity.sparsegpt import prune_sparsegpt_
+from helpers.sparsity import prune_2to4_, prune_sparsegpt_
 from helpers.training import evaluate
 
 SEEDS = (0, 1, 2)  # of the draw of calibration images

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from helpers.checks import TutorialError
 from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
-from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt
+from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt_2to4
 
 
 def correlated(rows, columns, seed=0):
@@ -85,7 +85,7 @@ def test_it_agrees_with_the_optimal_brain_surgeon_row_by_row(dampening, block_si
     inputs = correlated(100, 24).double()
     weight = seeded(torch.randn, 6, 24).double()
     hessian = inputs.T @ inputs
-    pruned, mask = sparsegpt(weight, hessian, dampening, block_size)
+    pruned, mask = sparsegpt_2to4(weight, hessian, dampening, block_size)
     torch.testing.assert_close(pruned, slow_sparsegpt(weight, hessian, dampening))
     assert torch.equal(pruned != 0, mask)
 
@@ -102,7 +102,7 @@ def test_two_of_every_four_are_kept_whatever_the_inputs(
 ):
     inputs = correlated(samples, 4 * groups_of_four, seed).double()
     weight = torch.randn(rows, 4 * groups_of_four, generator=torch.Generator().manual_seed(seed))
-    pruned, mask = sparsegpt(weight, inputs.T @ inputs, dampening)
+    pruned, mask = sparsegpt_2to4(weight, inputs.T @ inputs, dampening)
     assert (mask.view(rows, -1, 4).sum(2) == 2).all()
     assert pruned.isfinite().all()
     assert (pruned[~mask] == 0).all()
@@ -113,48 +113,48 @@ def test_the_units_of_inputs_and_weights_do_not_matter(seed, scale):
     inputs = correlated(50, 16, seed).double()
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)).double()
     hessian = inputs.T @ inputs
-    pruned, mask = sparsegpt(weight, hessian)
-    scaled, scaled_mask = sparsegpt(scale * weight, hessian * scale)
+    pruned, mask = sparsegpt_2to4(weight, hessian)
+    scaled, scaled_mask = sparsegpt_2to4(scale * weight, hessian * scale)
     assert torch.equal(mask, scaled_mask)
     torch.testing.assert_close(scaled, scale * pruned)
 
 
 def test_uncorrelated_inputs_of_one_size_give_the_mask_by_magnitude():
     weight = seeded(torch.randn, 8, 32).double()
-    pruned, mask = sparsegpt(weight, torch.eye(32, dtype=torch.float64))
+    pruned, mask = sparsegpt_2to4(weight, torch.eye(32, dtype=torch.float64))
     assert torch.equal(mask, mask_2to4(weight))
     torch.testing.assert_close(pruned, weight * mask)
 
 
 def test_ties_keep_the_lowest_columns():
-    _, mask = sparsegpt(torch.ones(2, 8), torch.eye(8, dtype=torch.float64))
+    _, mask = sparsegpt_2to4(torch.ones(2, 8), torch.eye(8, dtype=torch.float64))
     assert mask.tolist() == [[True, True, False, False] * 2] * 2
 
 
 def test_inputs_that_are_always_zero_are_given_up_first():
     inputs = correlated(50, 8)
     inputs[:, [1, 2, 4, 7]] = 0
-    _, mask = sparsegpt(torch.ones(2, 8), (inputs.T @ inputs).double())
+    _, mask = sparsegpt_2to4(torch.ones(2, 8), (inputs.T @ inputs).double())
     assert mask.tolist() == [[True, False, False, True, False, True, True, False]] * 2
 
 
 def test_a_layer_without_any_input_is_pruned_by_magnitude():
     weight = seeded(torch.randn, 2, 8).double()
-    pruned, _ = sparsegpt(weight, torch.zeros(8, 8, dtype=torch.float64))
+    pruned, _ = sparsegpt_2to4(weight, torch.zeros(8, 8, dtype=torch.float64))
     assert torch.equal(pruned, weight * mask_2to4(weight))
 
 
 def test_a_singular_hessian_is_told_with_the_way_out():
     inputs = correlated(4, 16).double()  # fewer samples than columns
     with pytest.raises(TutorialError, match=r"fc\.weight is singular.*more calibration images or"):
-        sparsegpt(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
+        sparsegpt_2to4(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
 
 
 @pytest.mark.parametrize("wrong", [{"block_size": 6}, {"block_size": 0}, {"dampening": -1.0}])
 def test_senseless_numbers_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(TutorialError, match=f"^{name} is"):
-        sparsegpt(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), **wrong)
+        sparsegpt_2to4(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), **wrong)
 
 
 # One layer.
@@ -224,6 +224,7 @@ def test_large_inputs_are_unfolded_in_parts(monkeypatch):
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(
     kernel=st.integers(1, 4),
     stride=st.integers(1, 3),

@@ -34,7 +34,7 @@ from helpers.sparsity.prune import (
     restore_weights_,
     unpack_masks,
 )
-from helpers.sparsity.sparsegpt import prune_sparsegpt_
+from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
 from helpers.sparsity.verify import verify_onnx
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "prune_sparsegpt_",
     "removed_weights",
     "restore_weights_",
+    "sparsegpt_2to4",
     "sparsity_report",
     "unpack_masks",
     "verify_onnx",

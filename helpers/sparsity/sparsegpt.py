@@ -82,7 +82,7 @@ def prune_sparsegpt_(
     return {name: masks[name] for name in weights}
 
 
-def sparsegpt(
+def sparsegpt_2to4(
     weight: Tensor,
     hessian: Tensor,
     dampening: float = 0.01,
@@ -147,8 +147,8 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     # A layer whose inputs were all zero may lose any weights; with 1 it is the smallest.
-    damping = dampening * torch.where(mean > 0, mean, 1)
-    dampened = hessian + torch.diag_embed(damping.expand_as(diagonal))
+    dampened = hessian.clone()
+    dampened.diagonal(dim1=-2, dim2=-1).add_(dampening * torch.where(mean > 0, mean, 1))
     # Factored from the last column to the first, H = V Vᵀ has an upper triangular V, and U
     # is its inverse: no inverse of H itself is formed.
     factor, failed = torch.linalg.cholesky_ex(dampened.flip(-1, -2))
@@ -174,7 +174,7 @@ def _prune_weight_(
     matrix = split.transpose(2, 3).flatten(2)
     pruned, mask = (
         result.unflatten(2, (-1, channels)).transpose(2, 3).reshape(weight.shape)
-        for result in sparsegpt(matrix, hessian, dampening, block_size, name)
+        for result in sparsegpt_2to4(matrix, hessian, dampening, block_size, name)
     )
     weight.copy_(pruned)
     if not weight.isfinite().all():
