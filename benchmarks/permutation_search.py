@@ -5,6 +5,7 @@ magnitude gained is less than a trained network's. Writes
 `benchmarks/results/permutation_search_cpu.json` and a picture beside it.
 """
 
+import os
 import resource
 import statistics
 import sys
@@ -14,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numba
 import numpy as np
 from tqdm import tqdm
 
@@ -100,6 +102,7 @@ def kept_facts(matrix: np.ndarray, order: np.ndarray) -> dict[str, float]:
 
 
 def normal(rows: int, width: int, seed: int) -> np.ndarray:
+    """Return a matrix of random weights."""
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
 
 
@@ -173,6 +176,7 @@ def whole_network() -> list[dict]:
 
 
 def draw(result: dict) -> plt.Figure:
+    """Draw the seconds of one search beside ASP's, and those of the whole network."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     plt.close(figure)
     at_256 = result["256x256"]
@@ -199,12 +203,14 @@ def main() -> None:
     """Measure, write the result and draw it."""
     for rows, width in ((64, 16), (65536, 32)):  # compile, for one thread and for several
         search_permutation(normal(rows, width, seed=0), escapes=1)
+    load = os.getloadavg()[0]  # other work on the machine makes every figure too large
     small, large = against_plain(32), square(256)
     network = whole_network()
     to_mib = 2**20 if sys.platform == "darwin" else 2**10
     result = {
         "what": "channel permutation search for 2:4, normal random weights, float32",
         "command": "python benchmarks/permutation_search.py",
+        "load_average_before": load,
         "against_plain_numpy_32x32": small,
         "256x256": large,
         "asp_256x256_seconds_recorded_elsewhere": ASP_SECONDS_RECORDED,
@@ -213,6 +219,9 @@ def main() -> None:
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / to_mib,
         **machine.provenance(),
     }
+    result["versions"] = {
+        **result["versions"], "numba": numba.__version__, "numpy": np.__version__,
+    }  # fmt: skip
     write_json(RESULT, result)
     plots.save(draw(result), RESULT.with_suffix(".png"))
     print(f"256x256 {large}\n32x32 {small}\nall {result['resnext101_32x8d_seconds']:.1f} s")

@@ -92,7 +92,10 @@ def search_permutation(
 
     order = stripes.ravel()
     if kept_2to4(matrix[:, order]) < kept_2to4(matrix):
-        raise AssertionError("The search lost magnitude. Please report it with the matrix.")
+        raise TutorialError(
+            f"The search lost magnitude on a matrix of shape {matrix.shape}, which it must "
+            "never do. Please report it with the matrix, and leave its channels where they are."
+        )
     return order
 
 
