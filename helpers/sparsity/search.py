@@ -141,12 +141,20 @@ def _tiled_columns(matrix: np.ndarray) -> np.ndarray:
     return np.abs(columns, out=columns)
 
 
+# The arrays of the compiled functions:
+#   stripes  (n, 4)           the order so far, as indices of columns
+#   columns  (columns, rows)  from `_tiled_columns`
+#   gains    (n, n)           what the best split of two stripes gains; upper triangle
+#   splits   (n, n)           which of `_SPLITS` that is
+#   changed  (n,)             stripes whose gains are out of date
+
+
 @njit(cache=True)
 def _improve_(stripes, columns, changed, gains, splits):
     """Do a round of the greedy search and return how many pairs of stripes it split anew.
 
-    Pairs with a changed stripe are rated again; then the best splits are applied, each
-    to two stripes that this round has not touched yet. `changed` holds these afterwards.
+    Pairs with a changed stripe are rated again. Then the best splits are applied, each
+    to two stripes that this round has not touched yet; `changed` holds these afterwards.
     """
     count = len(stripes)
     pairs = [
@@ -194,13 +202,17 @@ def _escape_(stripes, columns, three, places, gains, splits):
 
 @njit(parallel=True, cache=True)
 def _rate_in_threads_(pairs, stripes, columns, gains, splits):
+    """Do `_rate_` for many pairs."""
     for i in prange(len(pairs)):
         _rate_(pairs[i], stripes, columns, gains, splits)
 
 
 @njit(cache=True)
 def _rate_(pair, stripes, columns, gains, splits):
-    """Note the best split of a pair of stripes, and what it gains (0 if too little)."""
+    """Note the best split of a pair of stripes, and what it gains (0 if too little).
+
+    A pair is one number, `first * n + second`.
+    """
     first, second = divmod(pair, len(stripes))
     kept = _kept_by_split(np.concatenate((stripes[first], stripes[second])), columns)
     best = kept.argmax()
