@@ -20,15 +20,11 @@ from helpers.checks import TutorialError
 # Each word lays eight columns out in four pairs. The same four pairs make three splits
 # into fours, so that these 13 words make all 35 splits (four of them twice), and the
 # sum and the maximum of a pair serve three splits. The first leaves all where it is.
-_PAIRINGS = np.array(
-    [
-        [int(column) for column in word]
-        for word in (
-            "01234567 05132746 06152437 04172536 01263457 03162745 06142357 "
-            "03172456 07123546 02143567 05132647 02153647 04123756"
-        ).split()
-    ]
-)
+_WORDS = (
+    "01234567", "05132746", "06152437", "04172536", "01263457", "03162745", "06142357",
+    "03172456", "07123546", "02143567", "05132647", "02153647", "04123756",
+)  # fmt: skip
+_PAIRINGS = np.array([[int(column) for column in word] for word in _WORDS])
 _PAIRS_OF_SPLIT = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 4, 5, 2, 3, 6, 7], [0, 1, 6, 7, 2, 3, 4, 5]]
 _SPLITS = _PAIRINGS[:, _PAIRS_OF_SPLIT].reshape(-1, 8)
 
@@ -36,12 +32,14 @@ _SPLITS = _PAIRINGS[:, _PAIRS_OF_SPLIT].reshape(-1, 8)
 # their sum in float32 is exact to about 1e-7.
 _TILE = 64
 
-# What a split must gain, as a share of what the two stripes keep: far above rounding,
-# so that every step is a true gain and the search comes to an end.
-_LEAST_GAIN = 1e-6
+# What must be gained, as a share of what is kept: by a split of two stripes, summed up
+# in float32, and by an escape, summed up in float64. Both lie above the rounding, so that
+# every step is a true gain and the search comes to an end.
+_LEAST_BY_SPLIT = 2e-6
+_LEAST_BY_ESCAPE = 1e-9
 
 # Pairs of stripes times rows below which one thread is faster than waking the others.
-_WORTH_THREADS = 32_768
+_WORTH_THREADS = 131_072
 
 
 def search_permutation(
@@ -94,7 +92,10 @@ def search_permutation(
 
     order = stripes.ravel()
     if kept_2to4(matrix[:, order]) < kept_2to4(matrix):
-        raise AssertionError("The search lost magnitude. Please report it with the matrix.")
+        raise TutorialError(
+            f"The search lost magnitude on a matrix of shape {matrix.shape}, which it must "
+            "never do. Please report it with the matrix, and leave its channels where they are."
+        )
     return order
 
 
@@ -140,12 +141,20 @@ def _tiled_columns(matrix: np.ndarray) -> np.ndarray:
     return np.abs(columns, out=columns)
 
 
+# The arrays of the compiled functions:
+#   stripes  (n, 4)           the order so far, as indices of columns
+#   columns  (columns, rows)  from `_tiled_columns`
+#   gains    (n, n)           what the best split of two stripes gains; upper triangle
+#   splits   (n, n)           which of `_SPLITS` that is
+#   changed  (n,)             stripes whose gains are out of date
+
+
 @njit(cache=True)
 def _improve_(stripes, columns, changed, gains, splits):
     """Do a round of the greedy search and return how many pairs of stripes it split anew.
 
-    Pairs with a changed stripe are rated again; then the best splits are applied, each
-    to two stripes that this round has not touched yet. `changed` holds these afterwards.
+    Pairs with a changed stripe are rated again. Then the best splits are applied, each
+    to two stripes that this round has not touched yet; `changed` holds these afterwards.
     """
     count = len(stripes)
     pairs = [
@@ -187,24 +196,28 @@ def _escape_(stripes, columns, three, places, gains, splits):
     changed[three] = True
     while _improve_(stripes, columns, changed, gains, splits):
         pass
-    if _kept_in_columns(stripes, columns) <= kept:
+    if _kept_in_columns(stripes, columns) <= kept * (1 + _LEAST_BY_ESCAPE):
         stripes[:], gains[:], splits[:] = before
 
 
 @njit(parallel=True, cache=True)
 def _rate_in_threads_(pairs, stripes, columns, gains, splits):
+    """Do `_rate_` for many pairs."""
     for i in prange(len(pairs)):
         _rate_(pairs[i], stripes, columns, gains, splits)
 
 
 @njit(cache=True)
 def _rate_(pair, stripes, columns, gains, splits):
-    """Note the best split of a pair of stripes, and what it gains (0 if too little)."""
+    """Note the best split of a pair of stripes, and what it gains (0 if too little).
+
+    A pair is one number, `first * n + second`.
+    """
     first, second = divmod(pair, len(stripes))
     kept = _kept_by_split(np.concatenate((stripes[first], stripes[second])), columns)
     best = kept.argmax()
     gain = kept[best] - kept[0]
-    gains[first, second] = gain if gain > _LEAST_GAIN * kept[0] else 0
+    gains[first, second] = gain if gain > _LEAST_BY_SPLIT * kept[0] else 0
     splits[first, second] = best
 
 
@@ -246,11 +259,10 @@ def _kept_in_columns(stripes, columns):
     """Return the magnitude that 2:4 keeps of the columns as they stand in their stripes."""
     kept = 0.0
     for i in range(len(stripes)):
-        a, b = columns[stripes[i, 0]], columns[stripes[i, 1]]
-        c, d = columns[stripes[i, 2]], columns[stripes[i, 3]]
+        first, second = columns[stripes[i, 0]], columns[stripes[i, 1]]
+        third, fourth = columns[stripes[i, 2]], columns[stripes[i, 3]]
         for row in range(columns.shape[1]):
-            left, right = max(a[row], b[row]), max(c[row], d[row])
-            kept += _top_two(a[row] + b[row], left, c[row] + d[row], right)
+            kept += _top_two_of(first[row], second[row], third[row], fourth[row])
     return kept
 
 
@@ -259,8 +271,15 @@ def _kept_in_rows(matrix):
     """Return the magnitude that 2:4 keeps of a matrix along its rows."""
     kept = 0.0
     for row in range(matrix.shape[0]):
-        for start in range(0, matrix.shape[1], 4):
-            a, b = abs(matrix[row, start]), abs(matrix[row, start + 1])
-            c, d = abs(matrix[row, start + 2]), abs(matrix[row, start + 3])
-            kept += _top_two(np.float64(a) + b, max(a, b), np.float64(c) + d, max(c, d))
+        for i in range(0, matrix.shape[1], 4):
+            first, second = abs(matrix[row, i]), abs(matrix[row, i + 1])
+            third, fourth = abs(matrix[row, i + 2]), abs(matrix[row, i + 3])
+            kept += _top_two_of(first, second, third, fourth)
     return kept
+
+
+@njit(inline="always")
+def _top_two_of(first, second, third, fourth):
+    """Return the sum of the larger two of four numbers in float64, where it is exact."""
+    a, b, c, d = np.float64(first), np.float64(second), np.float64(third), np.float64(fourth)
+    return _top_two(a + b, max(a, b), c + d, max(c, d))
