@@ -5,6 +5,7 @@ boolean tensors that are true where the weight is kept. Explained in `02_prune_2
 and `03_retrain.ipynb`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,16 @@ def masks_2to4(
 
     Explained in `02_prune_2_4.ipynb`.
     """
-    return {
-        weight.name: mask_2to4(weight.tensor, weight.name, weight.input_dim)
-        for weight in _eligible(model, target, include, exclude)
-    }
+    weights = _eligible(model, target, include, exclude)
+    if any(weight.tensor.device.type != "cpu" for weight in weights):
+        return {weight.name: _mask(weight) for weight in weights}
+    # The kernel lets go of Python's lock: on a CPU, as many weights at a time as cores.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip((weight.name for weight in weights), pool.map(_mask, weights), strict=True))
+
+
+def _mask(weight: LayerWeight) -> Tensor:
+    return mask_2to4(weight.tensor, weight.name, weight.input_dim)
 
 
 def _eligible(
@@ -269,7 +276,7 @@ def pack_masks(masks: Masks) -> dict[str, Tensor]:
     packed = {}
     for name, mask in masks.items():
         packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
-        packed[name + _SHAPE] = torch.tensor(mask.shape)
+        packed[name + _SHAPE] = torch.tensor(mask.shape, device="cpu")
     return packed
 
 
