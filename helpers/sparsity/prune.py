@@ -134,15 +134,15 @@ def masks_of(
     Explained in `03_retrain.ipynb`.
     """
     for weight in _eligible(model, target, include, exclude):
-        _require_2to4(weight, "Prune the network first, or exclude this weight.")
+        if not is_2to4(weight.tensor, weight.input_dim):
+            raise _not_2to4(weight.name, "Prune the network first, or exclude this weight.")
     return masks_2to4(model, target, include, exclude)
 
 
-def _require_2to4(weight: LayerWeight, remedy: str) -> None:
-    if not is_2to4(weight.tensor, weight.input_dim):
-        raise TutorialError(
-            f"{weight.name} is not 2:4: a group of four holds more than two non-zeros. {remedy}"
-        )
+def _not_2to4(name: str, remedy: str) -> TutorialError:
+    return TutorialError(
+        f"{name} is not 2:4: a group of four holds more than two non-zeros. {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ def hold_masks(
     Explained in `03_retrain.ipynb`.
     """
     _weights(model, masks)  # a mistake shows here, and not in the first step
+    input_dims = {name: weight.input_dim for name, weight in layer_weights(model).items()}
     factors: dict[str, Tensor] = {}
     steps = 0
 
@@ -207,9 +208,10 @@ def hold_masks(
     def check(*_: object) -> None:
         nonlocal steps
         if steps % check_every == 0:
-            weights = layer_weights(model)
-            for name in masks:
-                _require_2to4(weights[name], "Something besides this optimizer has changed it.")
+            for name, weight in zip(masks, _weights(model, masks), strict=True):
+                if not is_2to4(weight, input_dims.get(name, 1)):
+                    remedy = "Something besides this optimizer wrote to it, or training diverged."
+                    raise _not_2to4(name, remedy)
         steps += 1
 
     handles = [optimizer.register_step_post_hook(put_zeros_back)]
