@@ -1,7 +1,8 @@
 """Time the masks of ResNeXt-101 32x8d, and holding them, against other implementations.
 
 The ways take turns in one process after a warm-up, so that the ratios hold on a busy
-machine too. The weights are random; the work does not depend on their values. The peers
+machine too; on a very busy one set OMP_NUM_THREADS=1, or waiting threads are all that is
+measured. The weights are random; the work does not depend on their values. The peers
 are nvidia-modelopt's `create_asp_mask`, which is the algorithm of NVIDIA's ASP, and
 torch.ao's WeightNormSparsifier, which takes matrices only: it is given the convolutions
 as matrices. Needs `pip install nvidia-modelopt`. Writes `benchmarks/results/masks_cpu.json`
@@ -140,6 +141,7 @@ def main() -> None:
         "what": "101 weights of ResNeXt-101 32x8d, FP32; median of the rounds",
         "command": "python benchmarks/masks.py",
         "rounds": ROUNDS,
+        "threads": torch.get_num_threads(),
         "masks": masks,
         "holding": holding,
         "peers": {name: metadata.version(name) for name in ("nvidia-modelopt", "numba")},
