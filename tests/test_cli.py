@@ -89,6 +89,23 @@ def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, nu
     )
 
 
+def test_pruning_and_retraining_go_by_the_target(run, tiny_settings):
+    artifacts = Artifacts(tiny_settings)
+    with artifacts.writing("01_dense.safetensors", facts={}) as path:
+        save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
+    status, _, errors = run("prune", "--target", "nowhere")
+    assert status == 1
+    assert errors.startswith("TutorialError: There is no target 'nowhere'; there are tensorrt, asp")
+    for command in (("prune", "--target", "any"), ("retrain",)):
+        status, *said = run(*command)
+        assert status == 0, said
+    grouped = "layer1.0.conv2.weight"
+    for name in ("02_pruned.safetensors", "03_retrained.safetensors"):
+        weights = eligible_weights(load_checkpoint(artifacts.require(name)), "any")
+        assert grouped in weights
+        assert all(map(is_2to4, weights.values()))
+
+
 def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tiny_net, tmp_path):
     status, table, _ = run("verify", exported[1]["fp16"])
     assert status == 0

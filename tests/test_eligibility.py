@@ -262,6 +262,6 @@ def test_shares_and_ceiling_are_those_counted_by_hand():
     assert report.ceiling == pytest.approx(1.5)  # a third stays, two thirds take half the time
 
 
-def test_a_network_without_eligible_layers_gets_no_faster():
+def test_a_network_without_eligible_weights_gets_no_faster():
     report = sparsity_report(nn.Sequential(nn.Conv2d(1, 4, 1)), (1, 3, 3))
     assert (report.parameters_share, report.macs_share, report.ceiling) == (0, 0, 1)

@@ -1,4 +1,4 @@
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from helpers.checks import TutorialError
-from helpers.sparsity import is_2to4, mask_2to4
+from helpers.sparsity import is_2to4, mask_2to4, mask_2to4_transposable, mask_nm
+from helpers.sparsity.masks import _mask_cpu, _mask_torch, groups_of_four
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = [(), (3,), (2, 2), (1, 2, 2)]  # linear, and convolutions in one to three dimensions
@@ -23,10 +24,14 @@ def weights(draw):
     return torch.from_numpy(values).to(draw(st.sampled_from(DTYPES)))
 
 
+def groups_of(tensor, m):
+    """Return every group of m along the input channels as one row."""
+    groups = tensor.reshape(tensor.shape[0], tensor.shape[1] // m, m, -1)
+    return groups.movedim(2, 3).reshape(-1, m)
+
+
 def fours(tensor):
-    """Return every group of four along the input channels as one row."""
-    groups = tensor.reshape(tensor.shape[0], tensor.shape[1] // 4, 4, -1)
-    return groups.movedim(2, 3).reshape(-1, 4)
+    return groups_of(tensor, 4)
 
 
 @given(weights())
@@ -105,8 +110,161 @@ def test_a_value_without_a_magnitude_is_refused_by_name(value):
 
 @pytest.mark.parametrize("shape", [(2, 3), (8, 6, 3, 3), (8,)])
 def test_input_channels_must_be_a_multiple_of_four(shape):
-    with pytest.raises(TutorialError, match=r"^conv1\.weight has shape .*multiple of four"):
+    with pytest.raises(TutorialError, match=r"^conv1\.weight has shape .*multiple of 4"):
         mask_2to4(torch.zeros(shape), "conv1.weight")
+
+
+@given(weights())
+def test_the_cpu_kernel_and_the_comparison_network_agree(weight):
+    groups = groups_of_four(weight)
+    (one, finite), (other, also_finite) = _mask_cpu(groups), _mask_torch(groups)
+    assert torch.equal(one, other)
+    assert finite == also_finite == bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(64, 8), (64, 8, 3, 3)])
+def test_both_ways_find_the_one_value_that_is_not_finite(dtype, value, shape):
+    weight = torch.zeros(shape, dtype=dtype)
+    weight.view(-1)[300] = torch.finfo(dtype).max
+    for way in (_mask_cpu, _mask_torch):
+        assert way(groups_of_four(weight))[1]
+        with_value = weight.clone()
+        with_value.view(-1)[-7] = value
+        assert not way(groups_of_four(with_value))[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_smallest_numbers_of_a_type_are_ranked(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    weight = torch.tensor([[0.0, -tiny / 4, tiny / 2, 0.0]], dtype=dtype)  # subnormal
+    assert mask_2to4(weight).tolist() == [[False, True, True, False]]
+
+
+@given(weights())
+def test_a_transposed_convolution_has_its_groups_along_the_first_dimension(weight):
+    swapped = weight.transpose(0, 1)
+    assert torch.equal(mask_2to4(swapped, dim=0), mask_2to4(weight).transpose(0, 1))
+    assert is_2to4(swapped * mask_2to4(swapped, dim=0), dim=0)
+
+
+def test_a_weight_without_channels_has_an_empty_mask():
+    for shape in ((0, 4), (4, 0), (0, 4, 3, 3)):
+        assert mask_2to4(torch.zeros(shape)).shape == shape
+        assert is_2to4(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_type_that_is_not_ranked_is_refused_by_name(dtype):
+    with pytest.raises(TutorialError, match=r"^fc\.weight is of type .*\.float\(\)"):
+        mask_2to4(torch.zeros(4, 4).to(dtype), "fc.weight")
+
+
+def test_a_mask_is_made_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert mask_2to4(torch.ones(1, 4, device="cpu")).tolist() == [[True, True, False, False]]
+
+
+# n of every m.
+
+
+@given(weights())
+def test_two_of_four_is_the_2to4_mask(weight):
+    assert torch.equal(mask_nm(weight, 2, 4), mask_2to4(weight))
+
+
+@st.composite
+def patterns(draw):
+    m = draw(st.integers(1, 6))
+    shape = (draw(st.integers(1, 2)), m * draw(st.integers(1, 2)), *draw(st.sampled_from(KERNELS)))
+    values = draw(arrays(np.float64, shape, elements=NUMBERS))
+    weight = torch.from_numpy(values).to(draw(st.sampled_from(DTYPES)))
+    return weight, draw(st.integers(0, m)), m
+
+
+@given(patterns())
+def test_n_of_m_keeps_the_first_of_the_largest(pattern):
+    weight, n, m = pattern
+    mask = groups_of(mask_nm(weight, n, m), m)
+    for values, keep in zip(groups_of(weight.abs(), m).tolist(), mask, strict=True):
+        ranking = sorted(range(m), key=lambda i: (-values[i], i))
+        assert sorted(ranking[:n]) == keep.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 2), (-1, 4), (0, 0)])
+def test_more_than_all_cannot_be_kept(n, m):
+    with pytest.raises(TutorialError, match="cannot be kept"):
+        mask_nm(torch.zeros(4, 4), n, m)
+
+
+def test_n_of_m_refuses_what_2to4_refuses():
+    with pytest.raises(TutorialError, match=r"^fc has shape .*multiple of 8"):
+        mask_nm(torch.zeros(4, 12), 4, 8, "fc")
+    with pytest.raises(TutorialError, match=r"^fc has NaN"):
+        mask_nm(torch.full((4, 8), torch.nan), 4, 8, "fc")
+
+
+# 2:4 both ways.
+
+ROWS = [[i in pair for i in range(4)] for pair in combinations(range(4), 2)]
+TILES = [t for t in map(torch.tensor, product(ROWS, repeat=4)) if (t.sum(0) == 2).all()]
+
+
+@st.composite
+def tileable(draw):
+    kernel = draw(st.sampled_from(KERNELS))
+    shape = (4 * draw(st.integers(1, 2)), 4 * draw(st.integers(1, 2)), *kernel)
+    values = draw(arrays(np.float64, shape, elements=st.integers(-9, 9).map(float)))
+    return torch.from_numpy(values).to(draw(st.sampled_from(DTYPES)))
+
+
+@given(tileable())
+def test_a_transposable_mask_is_2to4_both_ways(weight):
+    mask = mask_2to4_transposable(weight)
+    assert mask.shape == weight.shape
+    assert mask.sum() * 2 == mask.numel()
+    assert is_2to4(weight * mask)
+    assert is_2to4((weight * mask).transpose(0, 1))
+
+
+@given(tileable())
+def test_a_transposable_mask_is_the_best_of_the_90_in_every_tile(weight):
+    assert len(TILES) == 90
+    mask = mask_2to4_transposable(weight)
+    for row, column in product(range(0, weight.shape[0], 4), range(0, weight.shape[1], 4)):
+        tile = weight.abs().double()[row : row + 4, column : column + 4].reshape(4, 4, -1)
+        keep = mask[row : row + 4, column : column + 4].reshape(4, 4, -1)
+        for position in range(tile.shape[2]):
+            best = max(float(tile[:, :, position][pattern].sum()) for pattern in TILES)
+            assert float(tile[:, :, position][keep[:, :, position]].sum()) == best
+
+
+def test_a_transposable_mask_keeps_the_lowest_indices_on_ties():
+    mask = mask_2to4_transposable(torch.ones(4, 4))
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_large_weight_is_masked_in_pieces_as_a_whole():
+    weight = torch.randn(1024, 1032, generator=torch.Generator().manual_seed(0))
+    mask = mask_2to4_transposable(weight)
+    assert torch.equal(mask[-4:, -4:], mask_2to4_transposable(weight[-4:, -4:]))
+    assert is_2to4(weight * mask)
+    assert is_2to4((weight * mask).T)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (4,)])
+def test_a_transposable_mask_needs_both_sides_in_fours(shape):
+    with pytest.raises(TutorialError, match=r"^fc has shape .*multiples of four"):
+        mask_2to4_transposable(torch.zeros(shape), "fc")
+
+
+def test_a_transposable_mask_refuses_nan():
+    with pytest.raises(TutorialError, match=r"^fc has NaN"):
+        mask_2to4_transposable(torch.full((4, 4), torch.nan), "fc")
+
+
+# The test of the pattern.
 
 
 @given(weights())
@@ -128,5 +286,17 @@ def test_groups_start_at_multiples_of_four():
 
 
 def test_the_pattern_needs_input_channels_in_fours():
-    with pytest.raises(TutorialError, match="multiple of four"):
+    with pytest.raises(TutorialError, match="multiple of 4"):
         is_2to4(torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_the_pattern_is_found_in_any_data_type(dtype):
+    assert is_2to4(torch.tensor([[0, 1, 1, 0]]).to(dtype))
+    assert not is_2to4(torch.tensor([[0, 1, 1, 1]]).to(dtype))
+
+
+@given(arrays(np.int8, (3, 8), elements=st.integers(-1, 1)))
+def test_the_pattern_is_at_most_two_non_zeros_in_every_four(values):
+    weight = torch.from_numpy(values)
+    assert is_2to4(weight) == bool(((fours(weight) != 0).sum(1) <= 2).all())

@@ -1,17 +1,30 @@
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.checks import TutorialError
 from helpers.models import create_model
 from helpers.sparsity import (
+    apply_masks_,
     eligible_weights,
     hold_masks,
     is_2to4,
     kept_magnitude,
     mask_2to4,
+    masks_2to4,
     masks_of,
+    pack_masks,
     prune_2to4_,
+    removed_weights,
+    restore_weights_,
+    sparsity_report,
+    unpack_masks,
 )
 
 
@@ -256,3 +269,293 @@ def test_removing_the_handle_ends_the_holding():
     handle.remove()
     train(model, optimizer, steps=1)
     assert not zeros_are_held(model, masks)
+
+
+def test_an_averaged_copy_stays_2to4():
+    model = network()
+    masks = prune_2to4_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hold_masks(optimizer, model, masks)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(2):
+        train(model, optimizer, steps=1)
+        ema.update_parameters(model)
+    assert zeros_are_held(ema.module, masks)
+    assert not torch.equal(ema.module[3].weight, model[3].weight)
+
+
+def test_zeros_are_held_when_gradients_are_accumulated():
+    model = network()
+    masks = prune_2to4_(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    hold_masks(optimizer, model, masks)
+    for step in range(4):
+        model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert zeros_are_held(model, masks)
+
+
+def test_zeros_are_held_by_each_of_several_optimizers():
+    model = network()
+    masks = prune_2to4_(model)
+    pair = (
+        torch.optim.SGD(model[:4].parameters(), lr=0.1),
+        torch.optim.AdamW(model[4:].parameters()),
+    )
+    for optimizer in pair:
+        hold_masks(optimizer, model, masks)
+    for _ in range(2):
+        model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+        for optimizer in pair:
+            optimizer.step()
+        assert zeros_are_held(model, masks)
+
+
+def test_two_networks_are_held_side_by_side():
+    models = network(), nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    held = [prune_2to4_(model) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for optimizer, model, masks in zip(optimizers, models, held, strict=True):
+        hold_masks(optimizer, model, masks)
+    for optimizer, model, masks in zip(optimizers, models, held, strict=True):
+        train(model, optimizer)
+        assert zeros_are_held(model, masks)
+
+
+def test_zeros_are_held_under_distributed_data_parallel(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = network()
+        masks = prune_2to4_(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        hold_masks(optimizer, model, masks)
+        train(parallel, optimizer)
+        assert zeros_are_held(model, masks)
+        with pytest.raises(TutorialError, match="rather than a wrapper"):
+            hold_masks(optimizer, parallel, masks)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+    ],
+)
+def test_zeros_are_held_when_the_weights_change_under_way(change):
+    model = network()
+    masks = prune_2to4_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hold_masks(optimizer, model, masks)
+    train(model, optimizer, steps=1)
+    change(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1
+    optimizer.step()
+    assert zeros_are_held(model, masks)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_holding_does_not_hide_a_diverged_weight(value):
+    model = network()
+    masks = prune_2to4_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold_masks(optimizer, model, masks)
+    with torch.no_grad():
+        model[5].weight[~masks["5.weight"]] = value
+    optimizer.step()
+    assert not model[5].weight.isfinite().all()
+
+
+def test_a_check_finds_who_else_has_written_to_the_weights():
+    model = network()
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    masks = prune_2to4_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    hold_masks(optimizer, model, masks, check_every=2)
+    train(model, optimizer, steps=3)  # checked before the first and the third
+    model.load_state_dict(dense)
+    train(model, optimizer, steps=1)  # not checked
+    model.load_state_dict(dense)
+    with pytest.raises(TutorialError, match=r"^3\.weight is not 2:4.*besides this optimizer"):
+        train(model, optimizer, steps=1)
+
+
+def test_a_check_ends_with_the_holding():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    holding = hold_masks(optimizer, model, masks_2to4(model), check_every=1)
+    with pytest.raises(TutorialError, match="not 2:4"), holding:
+        train(model, optimizer, steps=1)
+    train(model, optimizer, steps=1)
+
+
+def test_masks_of_another_network_are_refused():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    wrong = {"3.weight": torch.ones(8, 4, 3, 3, dtype=torch.bool)}
+    for masks, message in (({"9.weight": wrong["3.weight"]}, "no parameter 9"), (wrong, "shape")):
+        before = model[3].weight.clone()
+        with pytest.raises(TutorialError, match=message):
+            apply_masks_(model, {"5.weight": model[5].weight > 0} | masks)
+        with pytest.raises(TutorialError, match=message):
+            hold_masks(optimizer, model, masks)
+        assert torch.equal(model[3].weight, before)
+    assert (model[5].weight != 0).all(), "nothing is changed before all is checked"
+
+
+# Without changing anything, and back again.
+
+
+def test_masks_are_computed_without_changing_the_network():
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    masks = masks_2to4(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    apply_masks_(model, masks)
+    assert zeros_are_held(model, masks)
+
+
+def test_masks_of_a_dense_network_are_refused_by_name():
+    model = network()
+    prune_2to4_(model, exclude="5")
+    with pytest.raises(TutorialError, match=r"^5\.weight is not 2:4.*exclude"):
+        masks_of(model)
+    assert list(masks_of(model, exclude="5")) == ["3.weight"]
+
+
+def test_masks_of_a_weight_with_too_many_zeros_keep_two_of_four_all_the_same():
+    model = nn.Sequential(nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+    assert masks_of(model)["0.weight"].tolist() == [[True, False, False, True]]
+
+
+def test_a_dense_network_is_restored_bit_by_bit():
+    model = network()
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    masks = masks_2to4(model)
+    removed = removed_weights(model, masks)
+    assert [len(values) for values in removed.values()] == [8 * 8 * 9 // 2, 3 * 128 // 2]
+    apply_masks_(model, masks)
+    restore_weights_(model, masks, removed)
+    assert all(torch.equal(dense[key], value) for key, value in model.state_dict().items())
+
+
+def test_restoring_keeps_what_was_learnt_since():
+    model = network()
+    masks = masks_2to4(model)
+    removed = removed_weights(model, masks)
+    apply_masks_(model, masks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hold_masks(optimizer, model, masks):
+        train(model, optimizer)
+    learnt = model[3].weight.detach().clone()
+    restore_weights_(model, masks, removed)
+    mask = masks["3.weight"]
+    assert torch.equal(model[3].weight[mask], learnt[mask])
+    assert torch.equal(model[3].weight[~mask], removed["3.weight"])
+
+
+def test_values_of_other_masks_are_not_restored():
+    model = network()
+    masks = masks_2to4(model)
+    removed = removed_weights(model, masks)
+    before = model[3].weight.clone()
+    for wrong in ({"3.weight": removed["3.weight"]}, removed | {"5.weight": torch.ones(3)}):
+        with pytest.raises(TutorialError, match=r"^5\.weight has lost 192 values"):
+            restore_weights_(model, masks, wrong)
+        assert torch.equal(model[3].weight, before)
+
+
+@given(
+    st.dictionaries(
+        st.text("ab.", min_size=1, max_size=4),
+        arrays(bool, array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)),
+    )
+)
+def test_packed_masks_take_a_bit_each_and_come_back_exactly(masks):
+    masks = {name: torch.from_numpy(mask) for name, mask in masks.items()}
+    packed = pack_masks(masks)
+    assert all(packed[name].nbytes == -(-mask.numel() // 8) for name, mask in masks.items())
+    restored = unpack_masks(packed)
+    assert list(restored) == list(masks)
+    for name, mask in masks.items():
+        assert restored[name].dtype == torch.bool
+        assert torch.equal(restored[name], mask)
+
+
+def test_packed_masks_survive_a_safetensors_file(tmp_path):
+    masks = masks_2to4(network())
+    save_file(pack_masks(masks), tmp_path / "masks.safetensors")
+    restored = unpack_masks(load_file(tmp_path / "masks.safetensors"))
+    assert restored.keys() == masks.keys()
+    assert all(torch.equal(restored[name], mask) for name, mask in masks.items())
+
+
+# A network of the reader's own.
+
+
+class OwnConv(nn.Conv2d):
+    pass
+
+
+class OwnNetwork(nn.Module):
+    """A stem of three channels, a subclass, attention, a transposed convolution, a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = OwnConv(3, 16, 3, padding=1)
+        self.body = OwnConv(16, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.down = nn.Conv2d(8, 16, 2, stride=2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.embed = nn.Embedding(12, 16)
+        self.head = nn.Linear(16, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x, word):
+        x = self.down(self.up(self.grouped(self.body(self.stem(x)).relu())))
+        x = x.flatten(2).transpose(1, 2)
+        x, _ = self.attention(x, x, x)
+        return self.head(x.mean(1) + self.embed(word))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
+def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(target, tmp_path):
+    torch.manual_seed(0)
+    model = OwnNetwork().bfloat16()
+    example = torch.randn(2, 3, 4, 4).bfloat16(), torch.tensor([1, 2])
+    keys = list(model.state_dict())
+    masks = prune_2to4_(model, target)
+    assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= masks.keys()
+    assert ("body.weight" in masks) == (target != "cusparselt")
+    assert ("grouped.weight" in masks, "up.weight" in masks) == 2 * (target == "any",)
+    assert "stem.weight" not in masks
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    hold_masks(optimizer, model, masks, check_every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*example).square().mean().backward()
+        optimizer.step()
+    assert zeros_are_held(model, masks)
+    assert list(model.state_dict()) == keys
+
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    loaded = OwnNetwork().bfloat16()
+    loaded.load_state_dict(torch.load(tmp_path / "own.pt"))
+    assert torch.equal(loaded(*example), model(*example))
+    read = masks_of(loaded, target)
+    assert read.keys() == masks.keys()
+    assert all(torch.equal(read[name], masks[name]) for name in masks)
+    report = sparsity_report(loaded, example=example, target=target)
+    assert (report.eligible.kept == 100).all()

@@ -3,6 +3,7 @@
 from functools import cache
 from itertools import combinations, product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,13 +40,10 @@ def _groups(weight: Tensor, m: int, name: str, dim: int) -> Tensor:
     if weight.dim() < 2 or weight.shape[dim] % m:
         raise TutorialError(
             f"{name} has shape {tuple(weight.shape)}: the pattern needs input channels "
-            f"(dimension {dim}) in a multiple of {_WORDS.get(m, m)}. Leave this layer dense."
+            f"(dimension {dim}) in a multiple of {m}. Leave this layer dense."
         )
     before, after = weight.shape[:dim].numel(), weight.shape[dim + 1 :].numel()
     return weight.reshape(before, weight.shape[dim] // m, m, after)
-
-
-_WORDS = {4: "four"}
 
 
 def mask_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> Tensor:
@@ -77,10 +75,7 @@ def mask_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> Tensor:
     groups = groups_of_four(weight.detach(), name, dim)
     mask, finite = (_mask_cpu if weight.device.type == "cpu" else _mask_torch)(groups)
     if not finite:
-        raise TutorialError(
-            f"{name} has NaN or infinite values, which have no magnitude to rank. "
-            "Go back to a checkpoint from before the training diverged."
-        )
+        raise _diverged(name)
     return mask.view(weight.shape)
 
 
@@ -91,14 +86,15 @@ def _mask_cpu(groups: Tensor) -> tuple[Tensor, bool]:
 
     integer, magnitude, infinite = _BITS[groups.dtype]
     bits = groups.contiguous().view(integer).numpy()
-    mask = torch.empty(groups.shape, dtype=torch.uint8)
+    mask = np.empty(bits.shape, np.uint8)
     magnitude = bits.dtype.type(magnitude)
-    if groups.shape[3] == 1:
-        largest = _kernels.mask_adjacent(bits.reshape(-1), mask.numpy().reshape(-1), magnitude)
+    before, n, _, after = bits.shape
+    if after == 1:
+        largest = _kernels.mask_adjacent(bits.reshape(-1), mask.reshape(-1), magnitude)
     else:
-        shape = (-1, *groups.shape[2:])
-        largest = _kernels.mask_strided(bits.reshape(shape), mask.numpy().reshape(shape), magnitude)
-    return mask.view(torch.bool), largest < infinite
+        shape = (before * n, 4, after)
+        largest = _kernels.mask_strided(bits.reshape(shape), mask.reshape(shape), magnitude)
+    return torch.from_numpy(mask).view(torch.bool), largest < infinite
 
 
 def _mask_torch(groups: Tensor) -> tuple[Tensor, bool]:
@@ -146,7 +142,8 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
     if not (m > 0 and 0 <= n <= m):
         raise TutorialError(f"{n} of every {m} weights cannot be kept: n:m needs 0 <= n <= m.")
     groups = _groups(weight.detach(), m, name, dim)
-    _require_finite(groups, name)
+    if not torch.isfinite(groups).all():
+        raise _diverged(name)
     largest = groups.abs().sort(dim=2, descending=True, stable=True).indices[:, :, :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, largest, True)
     return mask.view(weight.shape)
@@ -179,7 +176,8 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
             f"{name} has shape {tuple(weight.shape)}: a mask that can be transposed needs "
             "output and input channels in multiples of four. Leave this layer dense."
         )
-    _require_finite(weight, name)
+    if not torch.isfinite(weight).all():
+        raise _diverged(name)
     rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
     by_tile = weight.detach().reshape(rows, 4, columns, 4, -1).permute(0, 2, 4, 1, 3)
     tiles = by_tile.reshape(-1, 16).abs()
@@ -199,12 +197,11 @@ def _transposable_patterns() -> Tensor:
     return tiles[(tiles.sum(1) == 2).all(1)].flatten(1)
 
 
-def _require_finite(weight: Tensor, name: str) -> None:
-    if not torch.isfinite(weight).all():
-        raise TutorialError(
-            f"{name} has NaN or infinite values, which have no magnitude to rank. "
-            "Go back to a checkpoint from before the training diverged."
-        )
+def _diverged(name: str) -> TutorialError:
+    return TutorialError(
+        f"{name} has NaN or infinite values, which have no magnitude to rank. "
+        "Go back to a checkpoint from before the training diverged."
+    )
 
 
 def is_2to4(weight: Tensor, dim: int = 1) -> bool:
