@@ -4,7 +4,7 @@
     eligibility  which layers the hardware can run sparse, and why not the others
     prune        masks over a network, and holding them while it trains
     compressed   values and 2-bit metadata, the form the GPU stores; a whole network in one file
-    verify       is every eligible weight of an ONNX file 2:4?
+    verify       is every eligible weight of a file or a network 2:4?
 
 Explained in `02_prune_2_4.ipynb`.
 """
@@ -19,7 +19,7 @@ from helpers.sparsity.compressed import (
 from helpers.sparsity.eligibility import SparsityReport, eligible_layers, sparsity_report
 from helpers.sparsity.masks import is_2to4, mask_2to4
 from helpers.sparsity.prune import hold_masks, kept_magnitude, masks_of, prune_2to4_
-from helpers.sparsity.verify import verify_onnx
+from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
 
 __all__ = [
     "Compressed",
@@ -36,5 +36,8 @@ __all__ = [
     "prune_2to4_",
     "save_compressed",
     "sparsity_report",
+    "verify_checkpoint",
+    "verify_file",
+    "verify_model",
     "verify_onnx",
 ]
