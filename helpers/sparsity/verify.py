@@ -189,7 +189,10 @@ def verify_onnx(path: Path) -> pd.DataFrame:
     try:
         rows = [row for node, scope in top.walk() for row in _rows(node, scope)]
     except RecursionError as error:
-        raise TutorialError(f"{relative(path)} has a local function that calls itself.") from error
+        raise TutorialError(
+            f"The constants or functions of {relative(path)} are nested too deeply. Simplify the "
+            "model first, for example with onnxruntime's or polygraphy's constant folding."
+        ) from error
     return pd.DataFrame(rows, columns=["node", "op", "weight", *_VERDICT])
 
 
@@ -454,7 +457,7 @@ def _verdict(kept: np.ndarray, groups: int, reason: str) -> dict:
 
 
 def _is_2to4(kept: np.ndarray) -> bool:
-    """Return what `is_2to4` does, but at once for a mask: no number is counted."""
+    """Return what `masks.is_2to4` does, of a NumPy mask: are three of any four set?"""
     if kept.shape[1] % 4:
         return False
     a, b, c, d = (kept[:, lane::4] for lane in range(4))
