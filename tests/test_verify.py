@@ -420,6 +420,16 @@ def test_random_numbers_are_no_constant(tmp_path, op):
     assert table.reason.tolist() == ["the weight is computed at run time"]
 
 
+def test_outputs_and_inputs_left_out_have_nothing_in_common(tmp_path):
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["a", ""], kernel_shape=[1, 1]),
+        helper.make_node("Clip", ["w", "", "high"], ["v"]),
+        node("Conv", "a", "v"),
+    ]
+    table = verify(tmp_path, nodes, w=weight(6, 8, 1, 1), high=np.float32(5))
+    assert table.is_2to4.tolist() == [True]
+
+
 def test_an_operator_that_nobody_knows_is_named(tmp_path):
     nodes = [helper.make_node("Unpack", ["w"], ["v"], domain="acme"), node("Conv", "x", "v")]
     table = verify(tmp_path, nodes, w=weight(6, 8))

@@ -5,7 +5,7 @@ from constants alone (casts, transpositions, reshapes, dequantisation) is comput
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -138,7 +138,8 @@ _DENSE_OPS = {
 }
 _RANDOM_OPS = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
 _RUN_TIME = "the weight is computed at run time"
-_ONNX = ("", "ai.onnx")
+_ONNX = ("", "ai.onnx")  # the domain of the standard's own operators
+_FLOATS = (AttributeProto.FLOAT, AttributeProto.FLOATS)
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -202,7 +203,7 @@ class _Untold(Exception):  # noqa: N818
 
 @dataclass
 class _Scope:
-    """The nodes of a graph, of a body in a graph, or of one call of a function."""
+    """What is known of the names in a graph, in a body of one, or in one call of a function."""
 
     nodes: list[NodeProto]
     tensors: dict[str, TensorProto | onnx.SparseTensorProto]
@@ -219,8 +220,8 @@ class _Scope:
         self.producers = {name: node for node in self.nodes for name in node.output}
         self.bodies: list[list[_Scope]] = []  # of each node
         self.calls: dict[str, _Scope] = {}  # of each output of a call
+        self.computed: set[str] = set()  # at run time
         # ONNX orders nodes so that each comes after those that it needs.
-        self.computed: set[str] = set()
         for node in self.nodes:
             call = self._call(node)
             bodies = [call] if call else [self._body(graph) for graph in _graphs(node)]
@@ -243,11 +244,13 @@ class _Scope:
 
     def is_constant(self, name: str) -> bool:
         """Return whether a tensor depends on nothing but what stands in the file."""
+        if not name:  # an input left out
+            return True
         if self.arguments is not None and name in self.arguments:
             return self.outer.is_constant(self.arguments[name])
         if name in self.inputs or name in self.computed:
             return False
-        if not name or name in self.tensors or name in self.producers:  # "" is an input left out
+        if name in self.tensors or name in self.producers:
             return True
         return self.outer is not None and self.outer.is_constant(name)
 
@@ -290,13 +293,12 @@ class _Scope:
         return len(node.input) > 0 and known and node.op_type not in _RANDOM_OPS
 
     def _body(self, graph: GraphProto) -> "_Scope":
-        return _Scope(
+        return replace(
+            self,
             nodes=list(graph.node),
             tensors=_initializers(graph),
-            opsets=self.opsets,
-            folder=self.folder,
-            functions=self.functions,
             outer=self,
+            arguments=None,
             inputs=frozenset(item.name for item in graph.input),
         )
 
@@ -306,14 +308,14 @@ class _Scope:
             return None
         attributes = {item.name: item for item in (*function.attribute_proto, *node.attribute)}
         arguments = dict(zip_longest(function.input, node.input, fillvalue=""))
-        return _Scope(
+        return replace(
+            self,
             nodes=[_with_arguments(inner, arguments, attributes) for inner in function.node],
             tensors={},
             opsets={item.domain: item.version for item in function.opset_import},
-            folder=self.folder,
-            functions=self.functions,
             outer=self,
             arguments=arguments,
+            inputs=frozenset(),
         )
 
 
@@ -366,9 +368,6 @@ def _constant(node: NodeProto, folder: Path) -> np.ndarray:
     return np.asarray(value, np.float32 if item.type in _FLOATS else None)
 
 
-_FLOATS = (AttributeProto.FLOAT, AttributeProto.FLOATS)
-
-
 def _array(tensor: TensorProto | onnx.SparseTensorProto, folder: Path) -> np.ndarray:
     """Return a stored tensor, without a copy where its bytes allow it.
 
@@ -381,9 +380,8 @@ def _array(tensor: TensorProto | onnx.SparseTensorProto, folder: Path) -> np.nda
             return to_array(tensor, str(folder))
         values, places = to_array(stored, str(folder)), to_array(tensor.indices, str(folder))
         dense = np.zeros(tuple(tensor.dims), values.dtype)
-        dense[tuple(places.T) if places.ndim == 2 else np.unravel_index(places, dense.shape)] = (
-            values
-        )
+        by_axis = places.T if places.ndim == 2 else np.unravel_index(places, dense.shape)
+        dense[tuple(by_axis)] = values
     except Exception as error:  # ONNX and NumPy raise classes without a common base
         reason = str(error).partition("\n")[0]
         raise TutorialError(
