@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from helpers.artifacts import atomic_write
 from helpers.checks import TutorialError
 from helpers.settings import relative
-from helpers.sparsity.masks import groups_of_four, is_2to4
+from helpers.sparsity.masks import groups_of_four
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,24 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
 
     Source: Mishra et al., arXiv 2104.08378, section 3. Explained in `02_prune_2_4.ipynb`.
     """
+    compressed = _compressed(weight, name)
+    if compressed is None:
+        raise TutorialError(
+            f"{name} is not 2:4: a group of four holds more than two non-zeros. "
+            "Prune it with prune_2to4_ first."
+        )
+    return compressed
+
+
+def _compressed(weight: Tensor, name: str) -> Compressed | None:
+    """Return the compressed form of a weight; None if it is not 2:4."""
     groups = groups_of_four(_bits(weight), name).contiguous()
     out, fours, _, kernel = groups.shape
     values = groups.new_empty(out, fours, 2, kernel)
     metadata = torch.zeros(-(-values.numel() // 4), dtype=torch.uint8)
     if not _keep_two(groups.numpy(), _magnitude(weight.dtype), values.numpy(), metadata.numpy()):
-        raise TutorialError(
-            f"{name} is not 2:4: a group of four holds more than two non-zeros. "
-            "Prune it with prune_2to4_ first."
-        )
-    shape = (out, 2 * fours, *weight.shape[2:])
-    values = values.view(weight.dtype).reshape(shape)
+        return None
+    values = values.view(weight.dtype).reshape(out, 2 * fours, *weight.shape[2:])
     return Compressed(values.to(weight.device), metadata.to(weight.device))
 
 
@@ -184,23 +191,16 @@ def save_compressed(
         if holder != name:
             tied[name] = holder
             continue
-        # safetensors refuses tensors that share memory, so each gets its own.
-        tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        entries = {name: tensor}
-        if _is_compressible(tensor):
-            compressed = compress_2to4(tensor, name)
-            entries = {
-                f"{name}.values": compressed.values,
-                f"{name}.metadata": compressed.metadata,
-            }
+        parts = _parts(name, tensor)
+        if name not in parts:
             sparse.append(name)
-        for key, entry in entries.items():
-            if key in stored or (key in state and key != name):
+        for key in parts:
+            if key != name and key in state:
                 raise TutorialError(
                     f"{key} is the name of a tensor of the network and of a part of a compressed "
                     "one. Rename the tensor."
                 )
-            stored[key] = entry
+        stored |= parts
     header = {"version": _VERSION, "model": model, "sparse": sparse, "tied": tied}
     header["sha256"] = _checksum(stored, header)
     with atomic_write(path) as part:
@@ -275,6 +275,17 @@ def _restore(
     return state, header["model"]
 
 
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return what is stored of a tensor: itself, or its values and metadata if it is 2:4."""
+    # safetensors refuses tensors that share memory, so each gets its own.
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    in_fours = tensor.dim() >= 2 and tensor.numel() > 0 and tensor.shape[1] % 4 == 0
+    compressed = _compressed(tensor, name) if in_fours else None
+    if compressed is None:
+        return {name: tensor}
+    return {f"{name}.values": compressed.values, f"{name}.metadata": compressed.metadata}
+
+
 def _require_storable(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise TutorialError(
@@ -294,11 +305,6 @@ def _memory(tensor: Tensor) -> tuple:
     return (
         tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
     )  # fmt: skip
-
-
-def _is_compressible(tensor: Tensor) -> bool:
-    in_fours = tensor.dim() >= 2 and tensor.numel() > 0 and tensor.shape[1] % 4 == 0
-    return in_fours and is_2to4(tensor)
 
 
 def _checksum(stored: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
