@@ -19,6 +19,7 @@ from helpers.sparsity import (
     masks_of,
     prune_2to4_,
     sparsity_report,
+    verify_file,
     verify_onnx,
 )
 
@@ -218,13 +219,19 @@ def record() -> None:
 
 
 @app.command()
-def verify(path: Path) -> None:
-    """Check that every eligible weight of an ONNX file is 2:4; exit 1 if not."""
-    table = verify_onnx(path)
+def verify(
+    path: Path,
+    model: Annotated[
+        str | None, typer.Option(help="the network of a checkpoint that does not name it")
+    ] = None,
+) -> None:
+    """Check that every eligible weight of an ONNX file or checkpoint is 2:4; exit 1 if not."""
+    table = verify_file(path, model)
     print(table.to_string(index=False))
     wanted = table[table.eligible]
     if wanted.empty:
         raise TutorialError(f"{relative(path)} has no weight that could be 2:4.")
+    print(f"{wanted.is_2to4.sum()} of {len(wanted)} eligible weights are 2:4")
     if not wanted.is_2to4.all():
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from helpers import data
 from helpers.artifacts import NOTEBOOKS, Artifacts, sha256
 from helpers.models import create_model, load_checkpoint, save_checkpoint
 from helpers.settings import project_root
-from helpers.sparsity import eligible_weights, is_2to4
+from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
 
 COMMANDS = [
     "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
@@ -110,11 +110,24 @@ def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tin
     status, table, _ = run("verify", exported[1]["fp16"])
     assert status == 0
     assert "is_2to4" in table
+    assert table.splitlines()[-1] == "2 of 2 eligible weights are 2:4"
     cli.onnx_export.export_onnx(tiny_net, tmp_path / "dense.onnx", (1, 28, 28))
     status, table, errors = run("verify", tmp_path / "dense.onnx")
     assert status == 1
     assert "is_2to4" in table
+    assert table.splitlines()[-1] == "0 of 2 eligible weights are 2:4"
     assert errors == ""
+
+
+def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
+    model = create_model("resnext14_8x4d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
+    assert run("verify", tmp_path / "dense.safetensors")[0] == 1
+    prune_2to4_(model)
+    save_compressed(model, tmp_path / "sparse.safetensors")
+    status, table, _ = run("verify", "--model", "resnext14_8x4d", tmp_path / "sparse.safetensors")
+    assert status == 0
+    assert table.splitlines()[-1] == "12 of 12 eligible weights are 2:4"
 
 
 def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):

@@ -1,11 +1,26 @@
+import pickle
+from collections import OrderedDict
+
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from torch import nn
 
 from helpers.checks import TutorialError
-from helpers.sparsity import mask_2to4, verify_onnx
+from helpers.models import create_model, save_checkpoint
+from helpers.sparsity import (
+    mask_2to4,
+    prune_2to4_,
+    save_compressed,
+    verify_checkpoint,
+    verify_file,
+    verify_model,
+    verify_onnx,
+)
 
 
 def weight(*shape, sparse=True, dtype=np.float32):
@@ -23,14 +38,30 @@ def constant(name, value):
 
 def verify(tmp_path, nodes, **initializers):
     """Write a graph that computes y from x, and return what `verify_onnx` finds in it."""
+    tensors = [
+        numpy_helper.from_array(np.asarray(value), name) for name, value in initializers.items()
+    ]
+    return verify_tensors(tmp_path, nodes, tensors)
+
+
+def verify_tensors(tmp_path, nodes, tensors, sparse_tensors=(), functions=()):
     graph = helper.make_graph(
         nodes,
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "c", "h", "w"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in initializers.items()],
+        tensors,
+        sparse_initializer=sparse_tensors,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        graph,
+        opset_imports=[
+            helper.make_opsetid("", 23),
+            *(helper.make_opsetid(name, 1) for name in ("acme", "local")),
+        ],
+        ir_version=11,
+        functions=functions,
+    )
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     return verify_onnx(path)
@@ -57,6 +88,7 @@ def test_a_convolution_is_checked_along_its_input_channels(tmp_path, kernel, spa
             "eligible": True,
             "is_2to4": sparse,
             "zeros": 50 if sparse else 0,
+            "reason": "",
         }
     ]
 
@@ -86,7 +118,8 @@ def test_a_grouped_convolution_is_not_eligible(tmp_path):
     table = verify(tmp_path, [node("Conv", "x", "w", group=2)], w=weight(8, 4, 3, 3))
     assert table.groups.tolist() == [2]
     assert table.eligible.tolist() == [False]
-    assert table.is_2to4.tolist() == [False]
+    assert table.is_2to4.tolist() == [True]
+    assert table.reason.tolist() == ["grouped: TensorRT has no sparse kernel"]
 
 
 def test_a_stem_of_three_channels_is_not_eligible(tmp_path):
@@ -144,22 +177,393 @@ def test_one_dense_matrix_of_a_batch_is_found(tmp_path, side):
     assert table.zeros.tolist() == [25]
 
 
-def test_a_product_of_two_activations_has_no_weight(tmp_path):
+def test_a_product_of_two_activations_is_said_to_have_no_weight(tmp_path):
     table = verify(tmp_path, [helper.make_node("Relu", ["x"], ["r"]), node("MatMul", "x", "r")])
+    (row,) = table.to_dict("records")
+    assert row["reason"] == "the weight is computed at run time"
+    assert (row["node"], row["weight"], row["shape"]) == ("the MatMul", "r", ())
+    assert not row["eligible"]
+    assert not row["is_2to4"]
+    assert np.isnan(row["zeros"])
+
+
+def test_a_file_without_weights_has_an_empty_table_with_all_columns(tmp_path):
+    table = verify(tmp_path, [node("Relu", "x")])
     assert table.empty
     assert list(table.columns) == [
-        "node",
-        "op",
-        "weight",
-        "shape",
-        "groups",
-        "eligible",
-        "is_2to4",
-        "zeros",
+        "node", "op", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_vector_is_one_row_of_weights(tmp_path, side, sparse):
+    inputs = ("w", "x") if side == "left" else ("x", "w")
+    values = weight(1, 8, sparse=sparse)[0]
+    table = verify(tmp_path, [node("MatMul", *inputs)], w=values)
+    assert table["shape"].tolist() == [(1, 8)]
+    assert table.is_2to4.tolist() == [sparse]
+
+
+def test_a_batched_weight_is_looked_at_along_its_sum_where_polygraphy_takes_the_batch(tmp_path):
+    """The right factor of a batched product is (batch, in, out); polygraphy takes axis 0."""
+    along_batch = np.zeros((4, 8, 6), np.float32)
+    along_batch[:2] = 1  # 2:4 along axis 0, dense in every matrix that is multiplied
+    assert verify(tmp_path, [node("MatMul", "x", "w")], w=along_batch).is_2to4.tolist() == [False]
+    along_sum = np.ascontiguousarray(np.broadcast_to(weight(6, 8).T, (3, 8, 6)))
+    table = verify(tmp_path, [node("MatMul", "x", "w")], w=along_sum)  # a batch of three
+    assert table.eligible.tolist() == [True]
+    assert table.is_2to4.tolist() == [True]
+
+
+@pytest.mark.parametrize("shape", [(), (0, 8), (8, 0)])
+def test_a_constant_that_can_be_no_weight_has_a_row_that_says_so(tmp_path, shape):
+    table = verify(tmp_path, [node("MatMul", "x", "w")], w=np.ones(shape, np.float32))
+    assert table.eligible.tolist() == [False]
+    assert table.reason.tolist() == [f"the shape {shape} is no weight's"]
+
+
+def test_a_weight_of_several_nodes_has_a_row_for_each(tmp_path):
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["a"], name="along", transB=1),
+        helper.make_node("Gemm", ["a", "w"], ["y"], name="across"),
     ]
+    table = verify(tmp_path, nodes, w=weight(8, 8))
+    assert table.node.tolist() == ["along", "across"]
+    assert table.weight.tolist() == ["w", "w"]
+    assert table.is_2to4.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes"),
+    [
+        ("ConvTranspose", ["x", "w"], {}),
+        ("Einsum", ["x", "w"], {"equation": "ij,kj->ik"}),
+        ("MatMulInteger", ["x", "w"], {}),
+        ("QLinearConv", ["x", "s", "z", "w", "s", "z", "s", "z"], {}),
+        ("LSTM", ["x", "w", "x"], {"hidden_size": 2}),
+    ],
+)
+def test_other_operators_with_weights_are_listed_as_not_eligible(tmp_path, op, inputs, attributes):
+    constants = {"s": np.float32(1), "z": np.int8(0)}
+    used = {name: value for name, value in constants.items() if name in inputs}
+    table = verify(tmp_path, [node(op, *inputs, **attributes)], w=weight(8, 8, 1, 1), **used)
+    (row,) = [row for row in table.to_dict("records") if row["weight"] == "w"]
+    assert (row["op"], row["eligible"], row["zeros"]) == (op, False, 50)
+    assert row["reason"] == f"TensorRT runs no {op} sparse"
+
+
+def test_an_operator_of_that_name_in_another_domain_is_another_operator(tmp_path):
+    assert verify(tmp_path, [node("Conv", "x", "w", domain="acme")], w=weight(4, 4, 1, 1)).empty
+
+
+# Every type of number.
+
+
+TYPES = [
+    TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16,
+    TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT32,
+    TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT4E2M1,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("kind", TYPES, ids=TensorProto.DataType.Name)
+def test_a_weight_of_any_type_is_read(tmp_path, kind, raw, sparse):
+    values = weight(6, 8, 1, 1, sparse=sparse).astype(helper.tensor_dtype_to_np_dtype(kind))
+    tensor = numpy_helper.from_array(values, "w")
+    assert tensor.data_type == kind
+    if not raw:
+        flat = values.astype(np.float32).ravel().tolist()
+        tensor = helper.make_tensor("w", kind, values.shape, flat)
+    table = verify_tensors(tmp_path, [node("Conv", "x", "w")], [tensor])
+    assert table.is_2to4.tolist() == [sparse]
+    assert table.zeros.tolist() == [50 if sparse else 0]
+
+
+def test_negative_zeros_are_zeros(tmp_path):
+    values = weight(6, 8, 1, 1)
+    for dtype in (np.float16, np.float32):
+        stored = np.where(values == 0, -0.0, values).astype(dtype)
+        assert verify(tmp_path, [node("Conv", "x", "w")], w=stored).is_2to4.tolist() == [True]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.FLOAT8E4M3FN])
+def test_a_small_type_is_dequantised(tmp_path, kind, sparse):
+    values = weight(6, 8, sparse=sparse).astype(helper.tensor_dtype_to_np_dtype(kind))
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale"], ["v"]),
+        node("Gemm", "x", "v", transB=1),
+    ]
+    assert verify(tmp_path, nodes, w=values, scale=np.float32(0.5)).is_2to4.tolist() == [sparse]
+
+
+@pytest.mark.parametrize("indices", ["flat", "by axis"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_weight_stored_as_a_sparse_tensor_is_read(tmp_path, indices, sparse):
+    values = weight(6, 8, sparse=sparse)
+    places = np.flatnonzero(values) if indices == "flat" else np.argwhere(values)
+    stored = helper.make_sparse_tensor(
+        numpy_helper.from_array(values[values != 0], "w"),
+        numpy_helper.from_array(places.astype(np.int64), "places"),
+        values.shape,
+    )
+    gemm = node("Gemm", "x", "w", transB=1)
+    as_constant = helper.make_node("Constant", [], ["w"], sparse_value=stored)
+    assert verify(tmp_path, [as_constant, gemm]).is_2to4.tolist() == [sparse]
+    assert verify_tensors(tmp_path, [gemm], [], [stored]).is_2to4.tolist() == [sparse]
+
+
+@pytest.mark.parametrize(("attribute", "kind"), [("value_floats", float), ("value_ints", int)])
+def test_a_constant_node_may_hold_a_list_of_numbers(tmp_path, attribute, kind):
+    values = [kind(value) for value in (1, 0, 0, 2, 0, 0, 3, 4)]
+    nodes = [helper.make_node("Constant", [], ["w"], **{attribute: values}), node("MatMul", *"xw")]
+    assert verify(tmp_path, nodes).is_2to4.tolist() == [True]
+
+
+# Bytes in other files.
+
+
+def with_external_data(tmp_path, values):
+    """Write a convolution whose weight lies in a file of its own, and return its path."""
+    graph = helper.make_graph(
+        [node("Conv", "x", "w")],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "c", "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])],
+        [numpy_helper.from_array(values, "w")],
+    )
+    opset = helper.make_opsetid("", 21)
+    path = tmp_path / "folder" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save(
+        helper.make_model(graph, opset_imports=[opset], ir_version=10),
+        path,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    return path
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_external_data_is_read(tmp_path, sparse):
+    path = with_external_data(tmp_path, weight(16, 8, 3, 3, sparse=sparse))
+    assert (path.parent / "weights.bin").exists()
+    assert verify_onnx(path).is_2to4.tolist() == [sparse]
+
+
+def test_missing_or_truncated_external_data_is_told_in_one_sentence(tmp_path):
+    path = with_external_data(tmp_path, weight(16, 8, 3, 3))
+    data = path.parent / "weights.bin"
+    data.write_bytes(data.read_bytes()[:1000])
+    assert refusal(path).startswith("The tensor w cannot be read: ")
+    data.unlink()
+    assert "weights.bin" in refusal(path)
 
 
 # The weight is looked for behind other nodes.
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    ("op", "others", "attributes", "stored"),
+    [
+        ("Reshape", {"o": np.int64([6, 8, 1, 1])}, {}, (6, 8)),
+        ("Unsqueeze", {"o": np.int64([2, 3])}, {}, (6, 8)),
+        ("Squeeze", {"o": np.int64([0])}, {}, (1, 6, 8, 1, 1)),
+        ("Expand", {"o": np.int64([6, 8, 3, 3])}, {}, (6, 8, 1, 1)),
+        ("Mul", {"o": np.float32(0.5)}, {}, (6, 8, 1, 1)),
+        ("Slice", {"o": np.int64([0]), "e": np.int64([6]), "a": np.int64([0])}, {}, (9, 8, 1, 1)),
+    ],
+)
+def test_a_weight_is_computed_from_constants(tmp_path, op, others, attributes, stored, sparse):
+    values = np.zeros(stored, np.float32)
+    values[...] = weight(9, 8, sparse=sparse)[: 9 if op == "Slice" else 6].reshape(
+        [size if size > 1 else 1 for size in stored]
+    )
+    nodes = [helper.make_node(op, ["w", *others], ["v"], **attributes), node("Conv", "x", "v")]
+    table = verify(tmp_path, nodes, w=values, **others)
+    assert table.weight.tolist() == ["w"]
+    assert table["shape"][0][:2] == (6, 8)
+    assert table.is_2to4.tolist() == [sparse]
+
+
+def test_a_reshape_decides_what_the_groups_of_four_are(tmp_path):
+    nodes = [helper.make_node("Reshape", ["w", "shape"], ["v"]), node("Conv", "x", "v")]
+    shape = np.int64([6, 4, 2, 2])
+    flat_pattern = weight(6, 16)  # all four channels are kept at two of the kernel's places
+    assert not verify(tmp_path, nodes, w=flat_pattern, shape=shape).is_2to4.any()
+    by_channel = weight(6, 4, 2, 2).reshape(6, 16)  # eight non-zeros in a row
+    table = verify(tmp_path, nodes, w=by_channel, shape=shape)
+    assert table["shape"].tolist() == [(6, 4, 2, 2)]
+    assert table.is_2to4.tolist() == [True]
+
+
+def test_a_weight_of_a_shape_computed_at_run_time_is_computed_at_run_time(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Reshape", ["w", "s"], ["v"]),
+        node("Conv", "x", "v"),
+    ]
+    table = verify(tmp_path, nodes, w=weight(6, 8))
+    assert table.reason.tolist() == ["the weight is computed at run time"]
+
+
+@pytest.mark.parametrize("op", ["RandomNormal", "RandomNormalLike"])
+def test_random_numbers_are_no_constant(tmp_path, op):
+    inputs, attributes = ([], {"shape": [4, 4]}) if op == "RandomNormal" else (["w"], {})
+    nodes = [helper.make_node(op, inputs, ["v"], **attributes), node("MatMul", "x", "v")]
+    table = verify(tmp_path, nodes, w=weight(4, 4))
+    assert table.reason.tolist() == ["the weight is computed at run time"]
+
+
+def test_outputs_and_inputs_left_out_have_nothing_in_common(tmp_path):
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["a", ""], kernel_shape=[1, 1]),
+        helper.make_node("Clip", ["w", "", "high"], ["v"]),
+        node("Conv", "a", "v"),
+    ]
+    table = verify(tmp_path, nodes, w=weight(6, 8, 1, 1), high=np.float32(5))
+    assert table.is_2to4.tolist() == [True]
+
+
+def test_an_operator_that_nobody_knows_is_named(tmp_path):
+    nodes = [helper.make_node("Unpack", ["w"], ["v"], domain="acme"), node("Conv", "x", "v")]
+    table = verify(tmp_path, nodes, w=weight(6, 8))
+    assert table.reason.tolist() == ["Unpack before it cannot be evaluated"]
+    assert table.eligible.tolist() == [False]
+
+
+# Bodies of control flow, and functions.
+
+
+def body(nodes, output="inner", inputs=(), **initializers):
+    return helper.make_graph(
+        nodes,
+        "body",
+        [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in initializers.items()],
+    )
+
+
+def product(name, factor, output="inner"):
+    return helper.make_node("MatMul", ["x", factor], [output], name=name)
+
+
+def test_both_branches_of_an_if_are_looked_into(tmp_path):
+    right = np.ascontiguousarray(weight(8, 8).T)
+    branches = {
+        "then_branch": body([product("then", "outer")]),
+        "else_branch": body([product("else", "w")], w=np.ones((8, 8), np.float32)),
+    }
+    nodes = [helper.make_node("If", ["condition"], ["y"], **branches)]
+    table = verify(tmp_path, nodes, outer=right, condition=np.bool_(True))
+    found = table.set_index("node")
+    assert found.weight.to_dict() == {"then": "outer", "else": "w"}
+    assert found.is_2to4.to_dict() == {"then": True, "else": False}
+
+
+def test_a_weight_transposed_outside_a_loop_is_found_in_it(tmp_path):
+    inputs = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []),
+              ("state", TensorProto.FLOAT, None)]  # fmt: skip
+    graph = body(
+        [
+            helper.make_node("Identity", ["go"], ["go on"]),
+            helper.make_node("MatMul", ["state", "v"], ["inner"], name="constant"),
+            helper.make_node("MatMul", ["state", "state"], ["unused"], name="computed"),
+        ],
+        inputs=inputs,
+    )
+    graph.output.insert(0, helper.make_tensor_value_info("go on", TensorProto.BOOL, []))
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["v"]),
+        helper.make_node("Loop", ["count", "", "x"], ["y"], body=graph),
+    ]
+    table = verify(tmp_path, nodes, w=weight(8, 8), count=np.int64(3))
+    assert table.node.tolist() == ["constant", "computed"]
+    assert table.is_2to4.tolist() == [True, False]
+    assert table.reason.tolist() == ["", "the weight is computed at run time"]
+
+
+def test_what_comes_into_the_body_of_a_scan_is_computed_at_run_time(tmp_path):
+    inputs = [("state", TensorProto.FLOAT, None), ("slice", TensorProto.FLOAT, None)]
+    graph = body([helper.make_node("MatMul", ["state", "slice"], ["inner"])], inputs=inputs)
+    nodes = [helper.make_node("Scan", ["x", "w"], ["y"], body=graph, num_scan_inputs=1)]
+    table = verify(tmp_path, nodes, w=np.ones((3, 8, 8), np.float32))
+    assert table.reason.tolist() == ["the weight is computed at run time"]
+
+
+def function(name, inputs, nodes, attributes=(), defaults=(), domain="local"):
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("local", 1)]
+    return helper.make_function(
+        domain, name, inputs, ["out"], nodes, opsets, list(attributes), list(defaults)
+    )
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_weight_that_is_passed_to_a_function_is_found_in_it(tmp_path, sparse):
+    linear = function("Linear", ["a", "b"], [
+        helper.make_node("Transpose", ["b"], ["t"]),
+        helper.make_node("MatMul", ["a", "t"], ["out"], name="inside"),
+    ])  # fmt: skip
+    nodes = [node("Linear", "x", "w", domain="local")]
+    table = verify_tensors(
+        tmp_path, nodes, [numpy_helper.from_array(weight(6, 8, sparse=sparse), "w")], (), [linear]
+    )
+    assert (table.node[0], table.weight[0], table["shape"][0]) == ("inside", "w", (6, 8))
+    assert table.is_2to4.tolist() == [sparse]
+
+
+def test_a_weight_that_a_function_returns_is_found_behind_the_call(tmp_path):
+    flip = function("Flip", ["a"], [helper.make_node("Transpose", ["a"], ["out"])])
+    nested = function("Nested", ["a"], [helper.make_node("Flip", ["a"], ["out"], domain="local")])
+    nodes = [helper.make_node("Nested", ["w"], ["v"], domain="local"), node("Gemm", "x", "v")]
+    table = verify_tensors(
+        tmp_path, nodes, [numpy_helper.from_array(weight(6, 8), "w")], (), [flip, nested]
+    )
+    assert table.weight.tolist() == ["w"]
+    assert table.is_2to4.tolist() == [True]
+
+
+@pytest.mark.parametrize("given", [0, 1, None])
+def test_a_function_takes_the_attributes_of_its_call(tmp_path, given):
+    gemm = helper.make_node("Gemm", ["a", "b"], ["out"])
+    gemm.attribute.append(
+        onnx.AttributeProto(name="transB", type=onnx.AttributeProto.INT, ref_attr_name="flip")
+    )
+    default = helper.make_attribute("flip", 1)
+    call = node("Linear", "x", "w", domain="local", **({} if given is None else {"flip": given}))
+    table = verify_tensors(
+        tmp_path,
+        [call],
+        [numpy_helper.from_array(weight(8, 8), "w")],
+        (),
+        [function("Linear", ["a", "b"], [gemm], defaults=[default])],
+    )
+    assert table.is_2to4.tolist() == [given != 0]
+
+
+def test_an_input_that_a_call_leaves_out_is_left_out(tmp_path):
+    cut = function("Cut", ["a", "starts", "ends", "axes"], [
+        helper.make_node("Slice", ["a", "starts", "ends", "axes"], ["out"]),
+    ])  # fmt: skip
+    nodes = [helper.make_node("Cut", ["w", "s", "e"], ["v"], domain="local"),
+             node("Gemm", "x", "v", transB=1)]  # fmt: skip
+    constants = {"w": weight(6, 8), "s": np.int64([0]), "e": np.int64([4])}
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    table = verify_tensors(tmp_path, nodes, tensors, (), [cut])
+    assert table["shape"].tolist() == [(4, 8)]
+    assert table.is_2to4.tolist() == [True]
+
+
+def test_a_function_that_calls_itself_is_refused(tmp_path):
+    again = function("Again", ["a"], [helper.make_node("Again", ["a"], ["out"], domain="local")])
+    with pytest.raises(TutorialError, match=r"^model.onnx"):
+        verify_tensors(tmp_path, [node("Again", "x", domain="local")], [], (), [again])
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -273,7 +677,21 @@ def test_every_weight_of_a_file_has_its_row(tmp_path):
     )
     assert table.node.tolist() == ["first", "second", "the Conv"]
     assert table.eligible.tolist() == [True, True, False]
-    assert table.is_2to4.tolist() == [False, True, False]
+    assert table.is_2to4.tolist() == [False, True, True]
+
+
+def test_constants_nested_too_deeply_are_told_in_one_sentence(tmp_path):
+    chain = [helper.make_node("Identity", [f"w{i}"], [f"w{i + 1}"]) for i in range(1000)]
+    with pytest.raises(
+        TutorialError, match=r"^The constants or functions of model.onnx are nested"
+    ):
+        verify(tmp_path, [*chain, node("MatMul", "x", "w1000")], w0=weight(8, 8))
+
+
+def test_a_long_network_is_no_nesting(tmp_path):
+    chain = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
+    table = verify(tmp_path, [*chain, node("MatMul", "x3000", "w")], w=weight(8, 8).T.copy())
+    assert table.is_2to4.tolist() == [True]
 
 
 # Files that are no models.
@@ -315,3 +733,121 @@ def test_a_json_file_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "04_sparse_fp16.onnx.json"
     path.write_text('{"sha256": "abc"}')
     assert refusal(path)
+
+
+# Networks and checkpoints.
+
+
+COLUMNS = ["layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason"]
+
+
+class OwnConv(nn.Conv2d):
+    """A reader's own kind of convolution."""
+
+
+def mixed_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(3, 8, 3, bias=False),
+            norm=nn.BatchNorm2d(8),
+            own=OwnConv(8, 8, 1),
+            grouped=nn.Conv2d(8, 8, 3, groups=2),
+            up=nn.ConvTranspose2d(8, 8, 2),
+            table=nn.Embedding(4, 8),
+            fc=nn.Linear(8, 4),
+        )
+    )
+
+
+def test_every_weight_of_a_network_has_its_row():
+    table = verify_model(mixed_net())
+    assert list(table.columns) == COLUMNS
+    assert table.layer.tolist() == ["stem", "own", "grouped", "up", "fc"]
+    assert table.weight.tolist() == [f"{name}.weight" for name in table.layer]
+    assert table.type[1] == "OwnConv"
+    assert table["shape"][0] == (8, 3, 3, 3)
+    assert table.groups.tolist() == [1, 1, 2, 1, 1]
+    assert table.eligible.tolist() == [False, True, False, False, True]
+    assert (table.eligible == (table.reason == "")).all()
+    assert not table.is_2to4.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_pruned_network_is_2to4_where_it_is_eligible(dtype):
+    net = mixed_net()
+    prune_2to4_(net)
+    table = verify_model(net.to(dtype))
+    assert table.is_2to4.tolist() == table.eligible.tolist()
+    assert table.zeros[table.eligible].tolist() == [50, 50]
+
+
+def test_one_value_too_many_is_found_in_a_network():
+    net = mixed_net()
+    prune_2to4_(net)
+    with torch.no_grad():
+        net.fc.weight[2, 4:8] = torch.tensor([1.0, 0, 1e-30, 1])
+    assert verify_model(net).set_index("layer").is_2to4.to_dict()["fc"] is False
+
+
+def test_a_network_and_its_onnx_file_have_the_same_verdicts(exported):
+    model, files = exported
+    columns = ["shape", "groups", "eligible", "is_2to4", "zeros", "reason"]
+    ours = verify_model(model)[columns]
+    assert ours.to_dict("records") == verify_onnx(files["fp32"])[columns].to_dict("records")
+
+
+def resnet(sparse):
+    torch.manual_seed(0)
+    net = create_model("resnext14_8x4d", 10)
+    if sparse:
+        prune_2to4_(net)
+    return net
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_checkpoint_has_the_table_of_its_network(tmp_path, compressed, sparse):
+    net, path = resnet(sparse), tmp_path / "net.safetensors"
+    if compressed:
+        save_compressed(net, path, model="resnext14_8x4d")
+    else:
+        save_checkpoint(net, path, "resnext14_8x4d")
+    table = verify_file(path)
+    pd.testing.assert_frame_equal(table, verify_model(net))
+    assert table[table.eligible].is_2to4.tolist() == [sparse] * int(table.eligible.sum())
+
+
+def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
+    net, path = resnet(sparse=True), tmp_path / "net.safetensors"
+    save_file(net.state_dict(), path)
+    table = verify_checkpoint(path)
+    assert list(table.columns) == COLUMNS[2:]
+    dense = table[table.eligible & ~table.is_2to4]
+    assert len(dense) == 4  # grouped convolutions, which a checkpoint cannot tell
+    named = verify_checkpoint(path, "resnext14_8x4d")
+    assert named[named.eligible].is_2to4.all()
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
+    save_file(resnet(sparse=True).state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(TutorialError, match=r"^net.safetensors does not hold the weights of vgg11"):
+        verify_checkpoint(tmp_path / "net.safetensors", "vgg11")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(TutorialError, match=r"^net.pt may be a pickle"):
+        verify_file(path)
+    path = path.rename(tmp_path / "net.safetensors")
+    with pytest.raises(TutorialError, match=r"^net.safetensors is not a readable safetensors"):
+        verify_file(path)
+    path = path.rename(tmp_path / "net.onnx")
+    with pytest.raises(TutorialError, match=r"^net.onnx is not a valid ONNX model"):
+        verify_file(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("it was unpickled",))

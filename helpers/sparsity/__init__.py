@@ -5,14 +5,20 @@
     prune        masks over a network, holding them while it trains, and back to dense
     sparsegpt    one-shot pruning that corrects the weights it keeps
     permute      an order of the channels in which pruning cuts less
-    compressed   values and 2-bit metadata, the form the GPU stores
-    verify       is every eligible weight of an ONNX file 2:4?
+    compressed   values and 2-bit metadata, the form the GPU stores; a whole network in one file
+    verify       is every eligible weight of a file or a network 2:4?
 
 `permute` stands on `graph` (which channels may change places) and `search` (which
 order keeps the most). Explained in `02_prune_2_4.ipynb`.
 """
 
-from helpers.sparsity.compressed import Compressed, compress_2to4, decompress_2to4
+from helpers.sparsity.compressed import (
+    Compressed,
+    compress_2to4,
+    decompress_2to4,
+    load_compressed,
+    save_compressed,
+)
 from helpers.sparsity.eligibility import SparsityReport, eligible_weights, sparsity_report
 from helpers.sparsity.masks import (
     is_2to4,
@@ -35,7 +41,7 @@ from helpers.sparsity.prune import (
     unpack_masks,
 )
 from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
-from helpers.sparsity.verify import verify_onnx
+from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
 
 __all__ = [
     "Compressed",
@@ -49,6 +55,7 @@ __all__ = [
     "hold_masks",
     "is_2to4",
     "kept_magnitude",
+    "load_compressed",
     "mask_2to4",
     "mask_2to4_transposable",
     "mask_nm",
@@ -60,8 +67,12 @@ __all__ = [
     "prune_sparsegpt_",
     "removed_weights",
     "restore_weights_",
+    "save_compressed",
     "sparsegpt_2to4",
     "sparsity_report",
     "unpack_masks",
+    "verify_checkpoint",
+    "verify_file",
+    "verify_model",
     "verify_onnx",
 ]

@@ -1,15 +1,28 @@
 """The form in which the GPU keeps a 2:4 weight: half the values, and where they stood.
 
-Explained in `02_prune_2_4.ipynb`.
+`compress_2to4` makes it of one weight; `save_compressed` writes a whole network with
+every 2:4 weight in it. Explained in `02_prune_2_4.ipynb`.
 """
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numba import njit
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from helpers.artifacts import atomic_write
 from helpers.checks import TutorialError
-from helpers.sparsity.masks import groups_of_four, is_2to4, mask_2to4
+from helpers.settings import relative
+from helpers.sparsity.masks import groups_of_four
 
 
 @dataclass(frozen=True)
@@ -18,7 +31,7 @@ class Compressed:
 
     `values` has the shape of the weight with half its input channels. `metadata` is
     a flat uint8 tensor: four positions of two bits in each byte, the lowest first,
-    in the order of the values.
+    in the order of the values. Bits that are left over in the last byte are zero.
     """
 
     values: Tensor
@@ -30,46 +43,274 @@ class Compressed:
         return self.values.nbytes + self.metadata.nbytes
 
 
-def compress_2to4(weight: Tensor) -> Compressed:
+def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
     """Store a 2:4 weight as half its values and two bits for each.
 
-    In FP16 the result takes 9/16 of the dense bytes, in INT8 5/8.
+    In FP16 the result takes 9/16 of the dense bytes, in INT8 5/8. Values keep all
+    their bits, those of a NaN too; -0.0 is a zero like any other and comes back as 0.0.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), already 2:4, with a multiple of eight
-            values so that the metadata fills whole bytes.
+        weight: (out, in) or (out, in, *kernel), already 2:4, of any type up to 64 bits
+            and on any device; the work is done on the CPU.
+        name: what to call it in an error.
 
     Raises:
-        TutorialError: the weight is not 2:4, or does not fill whole bytes.
+        TutorialError: the weight is not 2:4, or `in` is no multiple of four.
+
+    Source: Mishra et al., arXiv 2104.08378, section 3. Explained in `02_prune_2_4.ipynb`.
     """
-    if not is_2to4(weight):
+    compressed = _compressed(weight, name)
+    if compressed is None:
         raise TutorialError(
-            "This weight is not 2:4: a group of four holds more than two non-zeros. "
+            f"{name} is not 2:4: a group of four holds more than two non-zeros. "
             "Prune it with prune_2to4_ first."
         )
-    if weight.numel() % 8:
-        raise TutorialError(
-            f"{weight.numel()} weights do not fill whole bytes of metadata; it takes a "
-            "multiple of eight."
-        )
-    # Where a group has fewer than two non-zeros the mask fills up with zeros.
-    ranked = weight if weight.is_floating_point() else weight.float()
-    keep = groups_of_four(mask_2to4(ranked))
-    lanes = torch.arange(4, device=weight.device).view(1, 1, 4, 1)
-    order = torch.where(keep, lanes, 4).sort(dim=2).values[:, :, :2]
-    values = groups_of_four(weight).gather(2, order)
-    quads = order.flatten().view(-1, 4).to(torch.uint8)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=weight.device)
-    shape = (weight.shape[0], weight.shape[1] // 2, *weight.shape[2:])
-    return Compressed(values.reshape(shape), (quads << shifts).sum(1, dtype=torch.uint8))
+    return compressed
+
+
+def _compressed(weight: Tensor, name: str) -> Compressed | None:
+    """Return the compressed form of a weight; None if it is not 2:4."""
+    groups = groups_of_four(_bits(weight), name).contiguous()
+    out, fours, _, kernel = groups.shape
+    values = groups.new_empty(out, fours, 2, kernel)
+    metadata = torch.zeros(-(-values.numel() // 4), dtype=torch.uint8)
+    if not _keep_two(groups.numpy(), _magnitude(weight.dtype), values.numpy(), metadata.numpy()):
+        return None
+    values = values.view(weight.dtype).reshape(out, 2 * fours, *weight.shape[2:])
+    return Compressed(values.to(weight.device), metadata.to(weight.device))
 
 
 def decompress_2to4(compressed: Compressed) -> Tensor:
-    """Return the dense weight, with its zeros, that `compress_2to4` was given."""
+    """Return the dense weight, with its zeros, that `compress_2to4` was given.
+
+    Raises:
+        TutorialError: values and metadata do not belong together.
+    """
     values, metadata = compressed.values, compressed.metadata
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=metadata.device)
-    pairs = values.reshape(values.shape[0], values.shape[1] // 2, 2, -1)
-    order = (metadata.unsqueeze(1) >> shifts & 3).long().reshape(pairs.shape)
-    groups = values.new_zeros(pairs.shape[0], pairs.shape[1], 4, pairs.shape[3])
-    groups.scatter_(2, order, pairs)
-    return groups.reshape(values.shape[0], 2 * values.shape[1], *values.shape[2:])
+    if metadata.numel() != -(-values.numel() // 4):
+        raise TutorialError(
+            f"{metadata.numel()} bytes of metadata do not belong to {values.numel()} values: "
+            "each byte holds the positions of four. Compress the weight again."
+        )
+    out, half, *kernel = values.shape
+    pairs = _bits(values).reshape(out, half // 2, 2, math.prod(kernel)).contiguous()
+    dense = pairs.new_zeros(out, half // 2, 4, math.prod(kernel))
+    _put_back(pairs.numpy(), metadata.cpu().numpy(), dense.numpy())
+    return dense.view(values.dtype).reshape(out, 2 * half, *kernel).to(values.device)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View numbers as integers: NumPy knows neither bfloat16 nor the 8-bit floats."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.dtype.itemsize not in integers:
+        raise TutorialError(
+            f"A weight of {tensor.dtype} cannot be compressed: it takes numbers of at most "
+            "64 bits. Convert it first."
+        )
+    return tensor.detach().cpu().view(integers[tensor.dtype.itemsize])
+
+
+def _magnitude(dtype: torch.dtype) -> np.integer:
+    """Return the bits that tell a number from zero: all but the sign of a float."""
+    bits = np.iinfo(f"int{8 * dtype.itemsize}")
+    # The "fnuz" floats have no -0.0; its bits are their NaN.
+    signed = dtype.is_floating_point and "fnuz" not in str(dtype)
+    return bits.dtype.type(bits.max if signed else -1)
+
+
+@njit(cache=True)
+def _keep_two(
+    groups: np.ndarray, magnitude: np.integer, values: np.ndarray, metadata: np.ndarray
+) -> bool:
+    """Fill `values` and `metadata` from groups of four; return False if one is not 2:4."""
+    out, fours, _, kernel = groups.shape
+    for row, four, k in np.ndindex(out, fours, kernel):
+        first = second = count = 0
+        for lane in range(4):
+            if groups[row, four, lane, k] & magnitude:
+                first, second = second, lane
+                count += 1
+        if count > 2:
+            return False
+        second = max(second, 1)  # fewer than two non-zeros: zeros fill up
+        for slot, lane in enumerate((first, second)):
+            value = groups[row, four, lane, k]
+            values[row, four, slot, k] = value if value & magnitude else 0
+            place = ((row * fours + four) * 2 + slot) * kernel + k
+            metadata[place // 4] |= lane << 2 * (place % 4)
+    return True
+
+
+@njit(cache=True)
+def _put_back(values: np.ndarray, metadata: np.ndarray, groups: np.ndarray) -> None:
+    """Undo `_keep_two`; `groups` comes filled with zeros."""
+    out, fours, _, kernel = groups.shape
+    for row, four, slot, k in np.ndindex(out, fours, 2, kernel):
+        place = ((row * fours + four) * 2 + slot) * kernel + k
+        lane = metadata[place // 4] >> 2 * (place % 4) & 3
+        groups[row, four, lane, k] = values[row, four, slot, k]
+
+
+# --- a whole network in one file ---
+
+_HEADER, _VERSION = "compressed_2to4", 1
+_AGAIN = "Copy it anew, or write it again with save_compressed."
+
+
+def save_compressed(
+    network: nn.Module | Mapping[str, Tensor], path: Path, model: str | None = None
+) -> list[str]:
+    """Write a network as one safetensors file with its 2:4 weights compressed.
+
+    Compressed is every tensor of two or more dimensions that is 2:4 along its input
+    channels, as `name.values` and `name.metadata`; everything else is stored as it is,
+    and tied weights once. The same weights give the same bytes.
+
+    Args:
+        network: a network or its `state_dict`, on any device.
+        path: file to write, in one piece or not at all.
+        model: the network's name, for `helpers.models.create_model`; kept in the header.
+
+    Returns:
+        The names of the compressed weights.
+
+    Raises:
+        TutorialError: an entry is no tensor that safetensors can hold, or two entries
+            would have the same name; nothing is written.
+
+    Explained in `02_prune_2_4.ipynb`.
+    """
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    stored: dict[str, Tensor] = {}
+    sparse: list[str] = []
+    tied: dict[str, str] = {}
+    holders: dict[tuple, str] = {}
+    for name, tensor in state.items():
+        _require_storable(name, tensor)
+        holder = holders.setdefault(_memory(tensor), name)
+        if holder != name:
+            tied[name] = holder
+            continue
+        parts = _parts(name, tensor)
+        if name not in parts:
+            sparse.append(name)
+        for key in parts:
+            if key != name and key in state:
+                raise TutorialError(
+                    f"{key} is the name of a tensor of the network and of a part of a compressed "
+                    "one. Rename the tensor."
+                )
+        stored |= parts
+    header = {"version": _VERSION, "model": model, "sparse": sparse, "tied": tied}
+    header["sha256"] = _checksum(stored, header)
+    with atomic_write(path) as part:
+        # One entry: with two safetensors writes them in a random order.
+        save_file(stored, part, metadata={_HEADER: json.dumps(header)})
+    return sparse
+
+
+def load_compressed(path: Path) -> dict[str, Tensor]:
+    """Return the dense `state_dict` that `save_compressed` wrote, on the CPU.
+
+    `model.load_state_dict` takes it as it is. Nothing is ever unpickled.
+
+    Raises:
+        TutorialError: the file is missing, damaged or of another kind.
+
+    Explained in `02_prune_2_4.ipynb`.
+    """
+    return read_checkpoint(path, only_compressed=True)[0]
+
+
+def read_checkpoint(
+    path: Path, only_compressed: bool = False
+) -> tuple[dict[str, Tensor], str | None]:
+    """Return the weights of a safetensors file, dense, and the network's name in its header.
+
+    Args:
+        path: a file of `save_compressed`, or any other safetensors file.
+        only_compressed: refuse a file that `save_compressed` did not write.
+
+    Raises:
+        TutorialError: the file is missing, damaged or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TutorialError(
+            f"{relative(path)} is not a readable safetensors file ({error})."
+        ) from error
+    if _HEADER in metadata:
+        return _restore(stored, metadata[_HEADER], path)
+    if only_compressed:
+        raise TutorialError(
+            f"{relative(path)} was not written by save_compressed: its weights are dense. "
+            "Read it with helpers.models.load_checkpoint or safetensors."
+        )
+    return stored, metadata.get("model")
+
+
+def _restore(
+    stored: dict[str, Tensor], text: str, path: Path
+) -> tuple[dict[str, Tensor], str | None]:
+    """Return the dense weights and the network's name, if the checksum is right."""
+    try:
+        header = json.loads(text)
+        version, recorded = header["version"], header.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TutorialError(f"The header of {relative(path)} is damaged. {_AGAIN}") from error
+    if version != _VERSION:
+        raise TutorialError(
+            f"{relative(path)} is in version {version} of the compressed form, and this program "
+            f"reads version {_VERSION}. Use the release that wrote it."
+        )
+    if _checksum(stored, header) != recorded:
+        raise TutorialError(f"{relative(path)} is damaged: its checksum is wrong. {_AGAIN}")
+    for name in header["sparse"]:
+        parts = Compressed(stored.pop(f"{name}.values"), stored.pop(f"{name}.metadata"))
+        stored[name] = decompress_2to4(parts)
+    state = stored | {name: stored[holder] for name, holder in header["tied"].items()}
+    return state, header["model"]
+
+
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return what is stored of a tensor: itself, or its values and metadata if it is 2:4."""
+    # safetensors refuses tensors that share memory, so each gets its own.
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    in_fours = tensor.dim() >= 2 and tensor.numel() > 0 and tensor.shape[1] % 4 == 0
+    compressed = _compressed(tensor, name) if in_fours else None
+    if compressed is None:
+        return {name: tensor}
+    return {f"{name}.values": compressed.values, f"{name}.metadata": compressed.metadata}
+
+
+def _require_storable(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise TutorialError(
+            f"{name} is no plain dense tensor but {_kind(tensor)}, which safetensors cannot hold. "
+            "Convert it to one, or leave it out of the state_dict."
+        )
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"
+
+
+def _memory(tensor: Tensor) -> tuple:
+    """Return what two tensors have in common only if they are one, as tied weights are."""
+    return (
+        tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
+    )  # fmt: skip
+
+
+def _checksum(stored: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that a file holds: header, names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
