@@ -121,8 +121,7 @@ def retrain() -> None:
     settings = Settings.load()
     artifacts = Artifacts(settings)
     model = models.load_checkpoint(artifacts.require("02_pruned.safetensors"))
-    # A file from before there was a choice does not name its target.
-    target = artifacts.facts("02_pruned.safetensors").get("target", "tensorrt")
+    target = artifacts.facts("02_pruned.safetensors")["target"]
     splits = data.load_splits(settings)
     history = training.train(
         model,

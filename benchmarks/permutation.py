@@ -1,8 +1,8 @@
-"""Search permutations: 256 channels against ASP's greedy, and all of ResNeXt-101 32x8d.
+"""Permute channels: 256 of them against ASP's greedy, all of ResNeXt-101, and who may move.
 
 The weights are random and normal, without the structure of trained ones, so that the
 magnitude gained is less than a trained network's. Writes
-`benchmarks/results/permutation_search_cpu.json` and a picture beside it.
+`benchmarks/results/permutation_cpu.json` and a picture beside it.
 """
 
 import os
@@ -17,39 +17,31 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numba
 import numpy as np
+import torch
+import torchvision
 from tqdm import tqdm
 
 from helpers import machine, plots
 from helpers.artifacts import write_json
+from helpers.layers import layer_weights
+from helpers.models import create_model
+from helpers.sparsity import permute_channels_
+from helpers.sparsity.graph import find_symmetry
 from helpers.sparsity.search import kept_2to4, search_permutation
 
-RESULT = Path(__file__).parent / "results" / "permutation_search_cpu.json"
+RESULT = Path(__file__).parent / "results" / "permutation_cpu.json"
 ROUNDS = 7
 
 # One run of ASP itself (apex 6424da3b, CUDA calls removed) on a CPU of two cores with other
 # work on it: 256x256 normal weights, escapes off. Recorded elsewhere, not measured here.
 ASP_SECONDS_RECORDED = 1401.0
 
-# What is searched in a ResNeXt-101 32x8d at 224x224: name, searches, rows, columns.
-# Channels shared by several layers are searched once, over the rows of all of them.
-# Inside a grouped convolution each of the 32 groups has channels of its own.
-SHARED = [
-    ("conv1 and downsample of layer1", 1, 512, 64),
-    ("layer1 to layer2", 1, 1536, 256),
-    ("layer2 to layer3", 1, 3584, 512),
-    ("layer3 to layer4", 1, 26624, 1024),
-    ("layer4 to fc", 1, 5096, 2048),
-]
-REPLICATED = [
-    ("conv2 of layer2, all groups alike", 4, 4608, 16),
-    ("conv2 of layer3, all groups alike", 23, 9216, 32),
-    ("conv2 of layer4, all groups alike", 3, 18432, 64),
-]
-PER_GROUP = [
-    (f"{conv} of layer{layer}, by group", 32 * blocks, rows, width)
-    for layer, blocks, width in ((1, 3, 8), (2, 4, 16), (3, 23, 32), (4, 3, 64))
-    for conv, rows in (("conv2", 9 * width), ("conv3", 32 * width))
-]
+NETWORKS = (
+    "alexnet vgg11_bn squeezenet1_1 resnet18 resnet50 resnext50_32x4d resnext101_32x8d "
+    "wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small "
+    "mobilenet_v3_large mnasnet1_0 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s "
+    "regnet_x_400mf regnet_y_400mf convnext_tiny swin_t swin_v2_t vit_b_16 maxvit_t"
+).split()
 
 SPLITS = [
     [*left, *(lane for lane in range(8) if lane not in left)]
@@ -154,26 +146,38 @@ def square(size: int) -> dict[str, dict[str, float]]:
     }
 
 
-def whole_network() -> list[dict]:
-    """Run every search of the network once."""
-    rows_of_table = []
-    listed = SHARED + REPLICATED + PER_GROUP
-    bar = tqdm(total=sum(searches for _, searches, _, _ in listed))
-    for name, searches, rows, width in listed:
-        seconds, facts = 0.0, []
-        for seed in range(searches):
-            matrix = normal(rows, width, seed)
-            start = time.perf_counter()
-            order = search_permutation(matrix)
-            seconds += time.perf_counter() - start
-            facts.append(kept_facts(matrix, order))
-            bar.update()
-        means = {key: statistics.fmean(fact[key] for fact in facts) for key in facts[0]}
-        shape = {"what": name, "searches": searches, "rows": rows, "columns": width}
-        rows_of_table.append({**shape, "seconds": seconds, **means})
-        bar.write(f"{name:34} {searches:4} x ({rows:5}, {width:4}) {seconds:7.2f} s")
-    bar.close()
-    return rows_of_table
+def whole_network() -> dict:
+    """Permute ResNeXt-101 32x8d for all 101 layers that ASP prunes."""
+    torch.manual_seed(0)
+    model = create_model("resnext101_32x8d", num_classes=1000)
+    start = time.perf_counter()
+    report = permute_channels_(model, torch.zeros(1, 3, 224, 224), target="asp")
+    seconds = time.perf_counter() - start
+    gain = report.permuted.after - report.permuted.before
+    kinds = report.permuted.weight.str.extract(r"\.?(conv\d|downsample|fc)", expand=False)
+    return {
+        "layers": len(report.weights),
+        "permuted": len(report.permuted),
+        "seconds": seconds,
+        "points_gained": gain.groupby(kinds).mean().to_dict(),
+        "output_error": report.error,
+    }
+
+
+def free_layers(name: str) -> dict:
+    """Return how many layers of a network have input channels that may change places."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    start = time.perf_counter()
+    size = 299 if name == "inception_v3" else 224
+    symmetry = find_symmetry(model, (torch.zeros(1, 3, size, size),))
+    seconds = time.perf_counter() - start
+    layers = {name: w for name, w in layer_weights(model).items() if w.tensor.shape[1] >= 4}
+    free = 0
+    for weight in layers.values():
+        atoms = symmetry.inputs_of(weight.tensor)
+        free += atoms is not None and bool((symmetry.cell[atoms] >= 0).all())
+    return {"layers": len(layers), "free": free, "seconds": seconds}
 
 
 def draw(result: dict) -> plt.Figure:
@@ -188,14 +192,12 @@ def draw(result: dict) -> plt.Figure:
         bars, [f"{value:,.0f} s" if value > 10 else f"{value:.2f} s" for value in seconds]
     )
     left.set(yscale="log", title="256 x 256, one search", ylabel="seconds")
-    network = result["resnext101_32x8d"]
-    places = range(len(network))
-    bars = right.barh(places, [row["seconds"] for row in network], color=plots.SPARSE)
-    right.bar_label(bars, [f" +{row['gain_percent']:.2f} %" for row in network], fontsize=7)
-    labels = [f"{row['what']} ({row['searches']})" for row in network]
-    right.set_yticks(places, labels, fontsize=7)
+    shares = {name: 100 * row["free"] / row["layers"] for name, row in result["networks"].items()}
+    bars = right.barh(list(shares), list(shares.values()), color=plots.SPARSE)
+    right.bar_label(bars, [f" {row['layers']}" for row in result["networks"].values()], fontsize=7)
+    right.tick_params(axis="y", labelsize=7)
     right.invert_yaxis()
-    right.set(title="ResNeXt-101 32x8d: magnitude gained", xlabel="seconds")
+    right.set(title="layers whose input channels may change places", xlabel="% of the layers")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -211,15 +213,15 @@ def main() -> None:
     network = whole_network()
     to_mib = 2**20 if sys.platform == "darwin" else 2**10
     result = {
-        "what": "channel permutation search for 2:4, normal random weights, float32",
-        "command": "python benchmarks/permutation_search.py",
+        "what": "channel permutation for 2:4, normal random weights, float32",
+        "command": "python benchmarks/permutation.py",
         "load_average_before": load,
         "against_plain_numpy_32x32": small,
         "256x256": large,
         "asp_256x256_seconds_recorded_elsewhere": ASP_SECONDS_RECORDED,
         "resnext101_32x8d": network,
-        "resnext101_32x8d_seconds": sum(row["seconds"] for row in network),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / to_mib,
+        "networks": {name: free_layers(name) for name in tqdm(NETWORKS, leave=False)},
         **machine.provenance(),
     }
     result["versions"] = {
@@ -227,7 +229,9 @@ def main() -> None:
     }  # fmt: skip
     write_json(RESULT, result)
     plots.save(draw(result), RESULT.with_suffix(".png"))
-    print(f"256x256 {large}\n32x32 {small}\nall {result['resnext101_32x8d_seconds']:.1f} s")
+    print(f"256x256 {large}\n32x32 {small}\nResNeXt-101 {network}")
+    for name, row in result["networks"].items():
+        print(f"{name:20} {row['free']} of {row['layers']} layers may be permuted")
 
 
 if __name__ == "__main__":
