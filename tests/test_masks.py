@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from helpers.checks import TutorialError
 from helpers.sparsity import is_2to4, mask_2to4, mask_2to4_transposable, mask_nm
-from helpers.sparsity.masks import _mask_cpu, _mask_torch, groups_of_four
+from helpers.sparsity.masks import _fill_, _fill_on_cpu_, groups_of_four
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = [(), (3,), (2, 2), (1, 2, 2)]  # linear, and convolutions in one to three dimensions
@@ -117,9 +117,15 @@ def test_input_channels_must_be_a_multiple_of_four(shape):
 @given(weights())
 def test_the_cpu_kernel_and_the_comparison_network_agree(weight):
     groups = groups_of_four(weight)
-    (one, finite), (other, also_finite) = _mask_cpu(groups), _mask_torch(groups)
+    one, other = (torch.empty(groups.shape, dtype=torch.bool) for _ in range(2))
+    assert _fill_on_cpu_(one, groups) and _fill_(other, groups)
     assert torch.equal(one, other)
-    assert finite == also_finite == bool(weight.isfinite().all())
+
+
+def test_a_mask_can_be_written_to_memory_that_is_there():
+    weight, out = torch.randn(8, 16, 3, 3), torch.empty(8, 16, 3, 3, dtype=torch.bool)
+    assert mask_2to4(weight, out=out) is out
+    assert torch.equal(out, mask_2to4(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,11 +134,12 @@ def test_the_cpu_kernel_and_the_comparison_network_agree(weight):
 def test_both_ways_find_the_one_value_that_is_not_finite(dtype, value, shape):
     weight = torch.zeros(shape, dtype=dtype)
     weight.view(-1)[300] = torch.finfo(dtype).max
-    for way in (_mask_cpu, _mask_torch):
-        assert way(groups_of_four(weight))[1]
-        with_value = weight.clone()
-        with_value.view(-1)[-7] = value
-        assert not way(groups_of_four(with_value))[1]
+    with_value = weight.clone()
+    with_value.view(-1)[-7] = value
+    mask = torch.empty(groups_of_four(weight).shape, dtype=torch.bool)
+    for fill_ in (_fill_on_cpu_, _fill_):
+        assert fill_(mask, groups_of_four(weight))
+        assert not fill_(mask, groups_of_four(with_value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,6 @@
 from functools import cache
 from itertools import combinations, product
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +45,9 @@ def _groups(weight: Tensor, m: int, name: str, dim: int) -> Tensor:
     return weight.reshape(before, weight.shape[dim] // m, m, after)
 
 
-def mask_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> Tensor:
+def mask_2to4(
+    weight: Tensor, name: str = "the weight", dim: int = 1, out: Tensor | None = None
+) -> Tensor:
     """Keep the two largest magnitudes of every four weights along the input channels.
 
     Of equal magnitudes the one with the lower channel is kept, so exactly two of
@@ -56,6 +57,7 @@ def mask_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> Tensor:
         weight: (out, in) or (out, in, *kernel) in FP64, FP32, FP16 or BF16, on any device.
         name: what to call it in an error.
         dim: the dimension of the input channels; 0 for a transposed convolution.
+        out: where to write the mask, a contiguous boolean tensor of the same shape.
 
     Returns:
         A boolean mask of the same shape; true where the weight is kept.
@@ -73,31 +75,32 @@ def mask_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> Tensor:
             "Convert it first, for example with .float()."
         )
     groups = groups_of_four(weight.detach(), name, dim)
-    mask, finite = (_mask_cpu if weight.device.type == "cpu" else _mask_torch)(groups)
-    if not finite:
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if out is None else out
+    fill_ = _fill_on_cpu_ if weight.device.type == "cpu" else _fill_
+    if not fill_(mask.view(groups.shape), groups):
         raise _diverged(name)
-    return mask.view(weight.shape)
+    return mask
 
 
-def _mask_cpu(groups: Tensor) -> tuple[Tensor, bool]:
-    """Return the mask of groups (before, n, 4, after), and whether all values are finite."""
+def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
+    """Fill the mask of groups (before, n, 4, after); return whether all values are finite."""
     # Imported here: numba takes half a second, and not everybody prunes.
     from helpers.sparsity import _kernels
 
     integer, magnitude, infinite = _BITS[groups.dtype]
     bits = groups.contiguous().view(integer).numpy()
-    mask = np.empty(bits.shape, np.uint8)
+    keep = mask.view(torch.uint8).numpy()
     magnitude = bits.dtype.type(magnitude)
     before, n, _, after = bits.shape
     if after == 1:
-        largest = _kernels.mask_adjacent(bits.reshape(-1), mask.reshape(-1), magnitude)
+        largest = _kernels.mask_adjacent(bits.reshape(-1), keep.reshape(-1), magnitude)
     else:
         shape = (before * n, 4, after)
-        largest = _kernels.mask_strided(bits.reshape(shape), mask.reshape(shape), magnitude)
-    return torch.from_numpy(mask).view(torch.bool), largest < infinite
+        largest = _kernels.mask_strided(bits.reshape(shape), keep.reshape(shape), magnitude)
+    return bool(largest < infinite)
 
 
-def _mask_torch(groups: Tensor) -> tuple[Tensor, bool]:
+def _fill_(mask: Tensor, groups: Tensor) -> bool:
     """Do the same with torch's own operations, on whatever device the groups are."""
     a, b, c, d = groups.abs().unbind(2)
     # Six comparisons decide every rank. `>=` lets the lower channel win a tie; a
@@ -109,7 +112,8 @@ def _mask_torch(groups: Tensor) -> tuple[Tensor, bool]:
         _two_of_three(~ac, ~bc, cd),
         _two_of_three(~ad, ~bd, ~cd),
     ]
-    return torch.stack(keep, dim=2), bool(torch.isfinite(groups).all())
+    torch.stack(keep, dim=2, out=mask)
+    return bool(torch.isfinite(groups).all())
 
 
 def _two_of_three(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
