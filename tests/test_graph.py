@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.checks import TutorialError
+from helpers.sparsity import graph
 from helpers.sparsity.graph import find_symmetry, gather_order, reorder_, source_of
 
 WIDE = 24
@@ -285,10 +286,14 @@ def test_a_weight_reused_by_a_functional_call_serves_both():
         lambda m, x: F.conv2d(m.conv(x), m.conv.weight.transpose(0, 1)),
         lambda m, x: F.conv2d(x, m.conv.weight * 2),
         lambda m, x: m.conv(x) + m.conv.weight.sum(),
+        lambda m, x: m.conv(x * m.conv.weight.std()),
         lambda m, x: F.conv2d(m.conv(x), m.conv.weight.flip(0)),
+        lambda m, x: m.conv(F.conv2d(x, m.conv.weight.flip(1))),
     ],
 )
-def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use):
+@pytest.mark.parametrize("most", [10, 1_000_000])
+def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use, most, monkeypatch):
+    monkeypatch.setattr(graph, "_MOST_ELEMENTS", most)
     unchanged(make(use, conv=nn.Conv2d(WIDE, WIDE, 1)))
 
 

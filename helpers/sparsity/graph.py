@@ -53,7 +53,7 @@ class Symmetry:
     """What `find_symmetry` found: `cell[atom]` is -1 where an atom must stay.
 
     `neuron` and `rank` say which neuron an atom belongs to and as which of its
-    atoms; all neurons of a cell have the same ranks. `reason` says why an atom stays.
+    atoms; all neurons of a cell have as many. `reasons` says why a neuron stays.
     """
 
     placements: dict[int, Placement]
@@ -98,6 +98,7 @@ def _trace(
 ) -> torch.export.ExportedProgram:
     """Return the graph of a network in one of its two modes; the network keeps its own."""
     modes = {module: module.training for module in model.modules()}
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what fails is said once, by the error below
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -111,7 +112,7 @@ def _trace(
             f"({type(error).__name__}: {line[:200]}), so its channels stay where they are."
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         for module, was in modes.items():
             module.training = was
 
@@ -160,7 +161,7 @@ def gather_order(atoms: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def source_of(symmetry: Symmetry, moves: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return for each atom the atom whose place in the file it takes.
+    """Return for each atom the one whose weights it gets.
 
     Args:
         symmetry: of the network.
@@ -304,14 +305,16 @@ class _Labels:
         placement = self.placements.setdefault(id(tensor), Placement(tensor))
         if tensor.dim() == 1 and 0 in placement.axes:
             return placement.axes[0]
-        if placement.axes or tensor.numel() > _MOST_ELEMENTS:
-            reason = "its weight is used outside of a layer"
-            for atoms in placement.axes.values():
-                self.fix(atoms, reason)
-            return self.still(tensor.shape, reason)
         if placement.elements is None:
-            placement.elements = self.fresh(*tensor.shape)
-            self.members.append(((-1, len(self.placements)), placement.elements.flatten().numpy()))
+            if placement.axes or tensor.numel() > _MOST_ELEMENTS:
+                reason = "its weight is used outside of a layer"
+                for atoms in placement.axes.values():
+                    self.fix(atoms, reason)
+                placement.elements = self.still(tensor.shape, reason)
+            else:
+                placement.elements = self.fresh(*tensor.shape)
+                atoms = placement.elements.flatten().numpy()
+                self.members.append(((-1, len(self.placements)), atoms))
         return placement.elements
 
     # --- the walk ---
@@ -335,17 +338,17 @@ class _Labels:
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = _Labels._pointwise
         labels = rule(self, node) if rule else None
-        return self._unknown(node, name) if labels is None else labels
+        return self._unknown(node) if labels is None else labels
 
-    def _unknown(self, node: fx.Node, name: str) -> object:
+    def _unknown(self, node: fx.Node) -> object:
         """Fix all that goes into an operator without a rule."""
         for source in node.all_input_nodes:
             for labels in self._tensors(source):
-                self.fix(labels, f"it goes through aten.{name}")
+                self.fix(labels, f"it goes through {node.target}")
         return fx.node.map_aggregate(
             node.meta.get("val"),
             lambda value: (
-                self.still(value.shape, f"it comes from aten.{name}")
+                self.still(value.shape, f"it comes from {node.target}")
                 if isinstance(value, Tensor)
                 else value
             ),
