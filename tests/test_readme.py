@@ -88,3 +88,22 @@ def test_links_lead_somewhere(page):
 def test_the_version_is_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_peers_figures_are_the_recorded_ones():
+    results = ROOT / "benchmarks" / "results"
+    masks, verify, permutation = (
+        json.loads((results / f"{name}_cpu.json").read_text())
+        for name in ("masks", "verify", "permutation")
+    )
+    for ways, peer in ((masks["masks"], "nvidia-modelopt"), (masks["holding"], "ASP's way")):
+        ours, theirs = ways["ways"]["helpers.sparsity"], ways["ways"][peer]
+        row = rf"\| {ours['ms']:.0f} ms \| [^|]* {theirs['ms']:.0f} ms \| "
+        assert re.search(row + f"{ours['times_faster']:.1f}x", README), peer
+    assert f"| {verify['verify']['seconds']:.2f} s | polygraphy" in README
+    assert f"polygraphy {verify['polygraphy']['seconds']:.1f} s | {verify['ratio']:.0f}x" in README
+    compressed = verify["compressed"]
+    assert f"{compressed['seconds']['compress']:.2f} s | PyTorch" in README
+    assert f"{compressed['seconds']['torch_compress']:.2f} s" in README
+    whole = permutation["resnext101_32x8d"]
+    assert f"all {whole['permuted']} layers | {whole['seconds']:.0f} s" in README
