@@ -111,7 +111,7 @@ NO_KERNEL = "grouped: TensorRT has no sparse kernel"
         (nn.Conv1d(4, 3, 3), ""),
         (nn.Conv2d(4, 3, 3), ""),
         (nn.Conv3d(4, 3, 3), ""),
-        (nn.Conv2d(1, 8, 3), "1 input channels: no multiple of 4"),
+        (nn.Conv2d(1, 8, 3), "1 input channel: no multiple of 4"),
         (nn.Conv2d(8, 8, 3, groups=2), NO_KERNEL),
         (nn.Conv2d(8, 8, 3, groups=8), NO_KERNEL),
         (nn.ConvTranspose2d(8, 8, 3), "transposed: TensorRT has no sparse kernel"),

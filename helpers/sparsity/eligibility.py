@@ -21,7 +21,8 @@ def _any(weight: LayerWeight) -> str:
     """Take whatever the pattern itself fits."""
     if weight.input_channels % 4:
         in_group = " in a group" if weight.groups > 1 else ""
-        return f"{weight.input_channels} input channels{in_group}: no multiple of 4"
+        plural = "s" if weight.input_channels > 1 else ""
+        return f"{weight.input_channels} input channel{plural}{in_group}: no multiple of 4"
     return ""
 
 

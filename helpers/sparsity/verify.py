@@ -464,4 +464,5 @@ def _why_not(groups: int, channels: int) -> str:
     """Return why TensorRT will not run a weight of an ONNX file sparse; empty if it may."""
     if groups > 1:
         return "grouped: TensorRT has no sparse kernel"
-    return f"{channels} input channels: no multiple of 4" if channels % 4 else ""
+    plural = "s" if channels != 1 else ""
+    return f"{channels} input channel{plural}: no multiple of 4" if channels % 4 else ""
