@@ -107,3 +107,13 @@ def test_the_peers_figures_are_the_recorded_ones():
     assert f"{compressed['seconds']['torch_compress']:.2f} s" in README
     whole = permutation["resnext101_32x8d"]
     assert f"all {whole['permuted']} layers | {whole['seconds']:.0f} s" in README
+
+
+def test_the_ways_to_prune_are_the_recorded_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "one_shot_quick.json").read_text())
+    rows = [row for row in record["rows"] if "dampening" not in row]
+    top1 = {row["method"]: row["top1"] for row in rows if row["images"] == record["images"]}
+    assert f"the dense network has {record['dense']:.2f} %" in README
+    for way, retrained in record["retrained"].items():
+        fresh = top1[f"{way}, batch norm re-estimated"]
+        assert f"| {way} | {top1[way]:.2f} % | {fresh:.2f} % | {retrained:.2f} % |" in README
