@@ -27,6 +27,7 @@ from helpers.sparsity.verify import verify_onnx
 
 # What TensorRT-RTX 1.7 can compile for; a GPU outside the list needs TensorRT.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+OLDEST = 10  # of TensorRT: the first with the interface that 11 has too
 DEFAULT_TARGET = "8.6"  # GeForce RTX 30 and A10: the oldest with Sparse Tensor Cores
 
 
@@ -54,7 +55,9 @@ def find_builder() -> Builder:
     if torch.cuda.is_available():
         try:
             trt = importlib.import_module("tensorrt")
-            return Builder("TensorRT", trt, trt.__version__, "a GPU is here and TensorRT loads")
+            if _major(trt.__version__) >= OLDEST:
+                return Builder("TensorRT", trt, trt.__version__, "a GPU is here and TensorRT loads")
+            missing = f"TensorRT {trt.__version__} is too old; from {OLDEST} on it will do"
         except (ImportError, OSError) as error:
             missing = f"TensorRT does not load here ({error}); pip install '.[gpu]' brings it"
     try:
@@ -66,6 +69,10 @@ def find_builder() -> Builder:
             "notebook 05 cannot run; notebook 06 compares ONNX Runtime and PyTorch all the same."
         ) from error
     return Builder("TensorRT-RTX", rtx, rtx.__version__, missing)
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,7 +161,7 @@ class EngineReport:
 
     def _tactic(self, layer: str) -> str:
         """Return a layer's kernel; log and engine may differ in what they see fused into it."""
-        tactics = self.tactics or {}
+        tactics = {name: tactic for name, tactic in (self.tactics or {}).items() if tactic}
         if layer in tactics:
             return tactics[layer]
         nodes = _nodes(layer)
@@ -176,9 +183,8 @@ CHOSEN = re.compile(
 # is true of a 2:4 layer with a dense kernel too: NVIDIA/TensorRT#4694.)
 SPARSE_TACTIC = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
 TIMED_LAYER = re.compile(r"Timing Runner: (?P<layer>.+) \(\w+(?:\[\w+\])?\)$")
-TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d\S*)")
-# "C and K large enough": NVIDIA/TensorRT#3849.
-WIDE = 256
+TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d[\d.e+-]*)")
+WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#3849
 
 
 def sparse_layers(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> tuple[str, ...] | None:
@@ -461,7 +467,7 @@ def build_with_controls(
 def _create_network(builder: Builder, build: Any) -> Any:
     """Return an empty network that is strongly typed: before TensorRT 11 it had to be asked for."""
     trt = builder.module
-    if builder.name == "TensorRT" and int(builder.version.partition(".")[0]) < 11:
+    if builder.name == "TensorRT" and _major(builder.version) < 11:
         return build.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     return build.create_network()
 

@@ -84,7 +84,7 @@ def onnx_gap(path: Path, reference: Path, images: Tensor) -> float:
     Raises:
         TutorialError: a file is missing, damaged, or does not take such images.
 
-    Used in `04_export_onnx.ipynb`.
+    The gap is explained in `04_export_onnx.ipynb`.
     """
     pairs = zip(_run(path, images), _run(reference, images), strict=True)
     return max(relative_gap(output, expected) for output, expected in pairs)
@@ -135,7 +135,7 @@ def rewrite_1x1_as_matmul(
         TutorialError: the file is missing or damaged, older than opset 10, or has no such
             convolution; or the new network computes something else.
 
-    Used in `05_build_engine.ipynb`.
+    Exporting is explained in `04_export_onnx.ipynb`.
     """
     model = load_onnx(path_in)
     onnx.load_external_data_for_model(model, str(Path(path_in).parent))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from helpers import engine, runners
+from helpers import engine, runners, sparsity
 from helpers.engine import (
     CHOSEN,
     ELIGIBLE,
@@ -28,6 +29,7 @@ from helpers.engine import (
     sparse_layers,
     why_dense,
 )
+from helpers.onnx_export import export_onnx, rewrite_1x1_as_matmul
 from helpers.sparsity.verify import verify_onnx
 
 SHAPE, BATCHES = (1, 28, 28), (1, 2, 8)
@@ -88,6 +90,14 @@ def test_a_tensorrt_that_does_not_load_gives_way_and_the_reason_is_kept(fake_gpu
     assert "libnvinfer.so.11" in found.why
 
 
+def test_a_tensorrt_that_is_too_old_gives_way_and_the_reason_is_kept(fake_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1.post1"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
+    found = find_builder()
+    assert found.name == "TensorRT-RTX"
+    assert "TensorRT 8.6.1.post1 is too old" in found.why
+
+
 @pytest.mark.parametrize("gpu", ["no_gpu", "fake_gpu"])
 def test_no_builder_at_all_says_what_it_costs_and_how_to_get_one(gpu, request, monkeypatch):
     request.getfixturevalue(gpu)
@@ -128,6 +138,12 @@ def test_every_target_that_is_offered_can_be_built_for(rtx, exported, tmp_path, 
     plan = tmp_path / "net.engine"
     build_engine(exported[1]["fp16"], plan, SHAPE, BATCHES, target=target, builder=rtx)
     assert plan.stat().st_size > 1000
+
+
+def test_a_network_of_products_builds_too(rtx, exported, tmp_path):
+    rewrite_1x1_as_matmul(exported[1]["fp16"], tmp_path / "products.onnx", SHAPE)
+    build_engine(tmp_path / "products.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
+    assert (tmp_path / "e").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("here", "target"), [((8, 9), "8.9"), ((9, 0), engine.DEFAULT_TARGET)])
@@ -411,6 +427,34 @@ def test_the_controls_are_built_like_the_sparse_engine(tensorrt, gpu, exported, 
     assert sizes["sparse"] == sizes["sparse_without_flag"] < sizes["dense"]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_only_the_flag_and_2to4_weights_make_layers_eligible(tmp_path):
+    try:
+        builder = find_builder()
+    except EngineError as error:
+        pytest.skip(str(error))
+    if builder.name != "TensorRT":
+        pytest.skip(builder.why)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 1), nn.ReLU(), nn.Conv2d(512, 512, 3)
+    )
+    dense = export_onnx(net, tmp_path / "dense.onnx", (3, 16, 16), half=True)
+    sparsity.prune_2to4_(net)
+    sparse = export_onnx(net, tmp_path / "sparse.onnx", (3, 16, 16), half=True)
+    cache = tmp_path / "timing.cache"
+    reports = build_with_controls(
+        dense, sparse, tmp_path, (3, 16, 16), (1, 32, 32), timing_cache=cache
+    )
+    assert cache.stat().st_size > 0
+    assert all(report.tactics for report in reports.values())
+    eligible = {name: report.eligible_count or 0 for name, report in reports.items()}
+    assert eligible["sparse"] > 0
+    assert eligible["dense"] == eligible["sparse_without_flag"] == 0
+    assert not reports["dense"].sparse_tactics
+    assert not reports["sparse_without_flag"].sparse_tactics
+
+
 # --- what the log says about sparsity ------------------------------------------------------
 
 TENSORRT_8 = [
@@ -576,6 +620,9 @@ def test_log_and_engine_are_held_against_each_other():
     tactics = {"a": "sm80_sparse_gemm", "b": "sm80_fprop", "c": "sm80_fprop"}
     assert report(tactics=tactics).disagreements() == ("a", "c")
     assert report(tactics={"b": "sm80_fprop", "c": "spmma"}).disagreements() == ()
+    # A copy has no kernel of its own, whatever it stands beside.
+    copied = {"a + relu": "", "a + add": "sm80_sparse_gemm"}
+    assert report(tactics=copied).disagreements() == ("a",)
     assert report(tactics=None).disagreements() == ()
 
 

@@ -36,6 +36,15 @@ def pruned_resnext() -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def resnext_files(pruned_resnext, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("resnext")
+    return {
+        name: export_onnx(pruned_resnext, folder / f"{name}.onnx", SHAPE, name == "fp16")
+        for name in TYPES
+    }
+
+
 def images(count: int) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(count))
 
@@ -93,8 +102,8 @@ class TestExportedFile:
         floats = {w.data_type for w in weights} - {TensorProto.INT64}
         assert floats == {TYPES[precision]}
 
-    def test_holds_every_eligible_weight_2to4(self, pruned_resnext, tmp_path, precision):
-        path = export_onnx(pruned_resnext, tmp_path / "r.onnx", SHAPE, precision == "fp16")
+    def test_holds_every_eligible_weight_2to4(self, pruned_resnext, resnext_files, precision):
+        path = resnext_files[precision]
         graph = onnx.load(path).graph
         assert "BatchNormalization" not in {node.op_type for node in graph.node}
         weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in graph.initializer}
@@ -125,10 +134,9 @@ def test_the_gap_is_relative_to_the_largest_logit():
 # --- 1x1 convolutions as matrix products ---
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
-def resnext_file(request, pruned_resnext, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("resnext") / f"{request.param}.onnx"
-    return export_onnx(pruned_resnext, path, SHAPE, request.param == "fp16")
+@pytest.fixture(params=["fp32", "fp16"])
+def resnext_file(request, resnext_files) -> Path:
+    return resnext_files[request.param]
 
 
 def operators(path: Path) -> Counter:
@@ -183,7 +191,7 @@ def write_graph(path: Path, nodes: list, weights: dict, outputs: tuple[str, ...]
         nodes,
         "test",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, "h", "w"])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in outputs],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     opsets = [helper.make_opsetid("", 20)]
@@ -241,7 +249,7 @@ def test_tensors_needed_in_both_layouts_exist_in_both(tmp_path):
         [helper.make_node("Relu", ["a"], ["inside"], "relu")],
         "body",
         [],
-        [helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("inside", TensorProto.FLOAT, [None] * 4)],
     )
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["a"], ""),
