@@ -403,10 +403,6 @@ def build_engine(
     with atomic_write(plan_path) as part:
         part.write_bytes(plan)
 
-    said = last_report(logger.lines)
-    eligible, chosen = sparse_layers(said, ELIGIBLE), sparse_layers(said, CHOSEN)
-    named = eligible is not None and chosen is not None
-    dense = tuple(name for name in eligible if name not in chosen) if named else ()
     return EngineReport(
         builder=builder.name,
         version=builder.version,
@@ -415,13 +411,9 @@ def build_engine(
         optimization_level=optimization_level,
         megabytes=plan.nbytes / 1e6,
         seconds=seconds,
-        eligible_count=sparse_count(said, ELIGIBLE),
-        chosen_count=sparse_count(said, CHOSEN),
-        eligible=eligible,
-        chosen=chosen,
-        reasons=why_dense(dense, kernel_times(logger.lines), onnx_path),
         tactics=tactics,
         log=tuple(logger.lines),
+        **_read_log(logger.lines, onnx_path),
     )
 
 
@@ -435,8 +427,8 @@ def build_with_controls(
 ) -> dict[str, EngineReport]:
     """Build the sparse network's engine and the two controls that it is to be judged by.
 
-    `sparse` has 2:4 weights and the flag; `dense` has dense weights and the flag, so nothing
-    may be eligible; `sparse_without_flag` has 2:4 weights, and nothing to gain from them.
+    `sparse` has 2:4 weights and the flag; `dense` has dense weights and the flag, which finds
+    nothing eligible there; `sparse_without_flag` has 2:4 weights and may not gain from them.
 
     Args:
         dense_onnx: the network before pruning.
@@ -461,6 +453,21 @@ def build_with_controls(
             path, Path(folder) / f"{name}.engine", image_shape, batches, sparse=flag, **options
         )
         for name, (path, flag) in builds.items()
+    }
+
+
+def _read_log(log: list[str], onnx_path: Path) -> dict[str, Any]:
+    """Return what a build's log tells about sparsity, as the fields of an `EngineReport`."""
+    report = last_report(log)
+    eligible, chosen = (sparse_layers(report, pattern) for pattern in (ELIGIBLE, CHOSEN))
+    named = eligible is not None and chosen is not None
+    dense = tuple(name for name in eligible if name not in chosen) if named else ()
+    return {
+        "eligible_count": sparse_count(report, ELIGIBLE),
+        "chosen_count": sparse_count(report, CHOSEN),
+        "eligible": eligible,
+        "chosen": chosen,
+        "reasons": why_dense(dense, kernel_times(log), onnx_path),
     }
 
 

@@ -184,7 +184,7 @@ class _ChannelsLast:
         self.graph = graph
         inputs = {item.name for item in graph.input}  # a caller may replace their values
         self.constants = {t.name: t for t in graph.initializer if t.name not in inputs}
-        self.taken = inputs | set(self.constants)
+        self.taken = {*inputs, *self.constants, *_used(graph.node)}
         self.taken |= {name for node in graph.node for name in node.output}
         self.nodes: list[NodeProto] = []
         self.last: dict[str, str] = {}

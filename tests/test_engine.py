@@ -359,6 +359,16 @@ def test_tensorrt_is_asked_what_it_chose_and_the_engine_what_it_holds(tensorrt, 
     json.dumps(report.facts())
 
 
+def test_layers_that_tensorrt_only_counts_are_reported_as_counted(
+    tensorrt, gpu, exported, tmp_path
+):
+    gpu.log = [line.partition(":")[0] for line in REPORT]
+    report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
+    assert (report.eligible_count, report.chosen_count) == (2, 1)
+    assert report.eligible is report.chosen is None
+    assert report.reasons == {}
+
+
 def test_an_engine_that_does_not_load_again_is_not_written(tensorrt, gpu, exported, tmp_path):
     gpu.plan_loads = False
     with pytest.raises(EngineError, match=r"does not load the engine .* out of memory"):

@@ -244,7 +244,7 @@ def test_what_tensorrt_has_no_sparse_product_for_stays_a_convolution(tmp_path):
 
 
 def test_tensors_needed_in_both_layouts_exist_in_both(tmp_path):
-    """A weight used twice, a tensor that is an output too, a body that looks outside."""
+    """A weight used twice, outputs on the way, a body that looks outside, a name that is taken."""
     body = helper.make_graph(
         [helper.make_node("Relu", ["a"], ["inside"], "relu")],
         "body",
@@ -257,19 +257,19 @@ def test_tensors_needed_in_both_layouts_exist_in_both(tmp_path):
         helper.make_node("If", ["yes"], ["d"], "if", then_branch=body, else_branch=body),
         helper.make_node("Add", ["c", "d"], ["e"], "mixed"),
         helper.make_node("Mul", ["c", "half"], ["f"], "scaled"),
-        helper.make_node("Sub", ["f", "offset"], ["g"], "per_channel"),
+        helper.make_node("Sub", ["f", "c_channels_last"], ["g"], "per_channel"),
         helper.make_node("Add", ["e", "g"], ["y"], "sum"),
     ]
     weights = {
         "w": normal(8, 8, 1, 1), "b": normal(8), "yes": np.array(True),
-        "half": np.array(0.5, np.float32), "offset": normal(8, 1, 1),
+        "half": np.array(0.5, np.float32), "c_channels_last": normal(8, 1, 1),
     }  # fmt: skip
     path = write_graph(tmp_path / "in.onnx", nodes, weights, outputs=("y", "c", "a"))
     out = tmp_path / "out.onnx"
     assert rewrite_1x1_as_matmul(path, out, (8, 4, 6)) == ("a", "second")
     assert onnx_gap(out, path, torch.randn(2, 8, 4, 6)) < 1e-5
     names = [item.name for item in onnx.load(out).graph.initializer]
-    assert sorted(names) == ["b", "half", "offset", "w_matrix", "yes"]
+    assert sorted(names) == ["b", "c_channels_last", "half", "w_matrix", "yes"]
 
 
 def test_a_wrong_product_is_refused_and_what_was_there_stays(exported, tmp_path, monkeypatch):
