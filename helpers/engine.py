@@ -6,6 +6,8 @@ builds without a GPU, for a compute capability that is named.
 """
 
 import importlib
+import json
+import math
 import re
 import time
 from dataclasses import dataclass, field
@@ -21,9 +23,11 @@ from helpers.artifacts import atomic_write
 from helpers.checks import TutorialError
 from helpers.onnx_export import INPUT
 from helpers.settings import relative
+from helpers.sparsity.verify import verify_onnx
 
 # What TensorRT-RTX 1.7 can compile for; a GPU outside the list needs TensorRT.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+OLDEST = 10  # of TensorRT: the first with the interface that 11 has too
 DEFAULT_TARGET = "8.6"  # GeForce RTX 30 and A10: the oldest with Sparse Tensor Cores
 
 
@@ -51,7 +55,9 @@ def find_builder() -> Builder:
     if torch.cuda.is_available():
         try:
             trt = importlib.import_module("tensorrt")
-            return Builder("TensorRT", trt, trt.__version__, "a GPU is here and TensorRT loads")
+            if _major(trt.__version__) >= OLDEST:
+                return Builder("TensorRT", trt, trt.__version__, "a GPU is here and TensorRT loads")
+            missing = f"TensorRT {trt.__version__} is too old; from {OLDEST} on it will do"
         except (ImportError, OSError) as error:
             missing = f"TensorRT does not load here ({error}); pip install '.[gpu]' brings it"
     try:
@@ -65,24 +71,41 @@ def find_builder() -> Builder:
     return Builder("TensorRT-RTX", rtx, rtx.__version__, missing)
 
 
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
 @dataclass(frozen=True, repr=False)
 class EngineReport:
-    """What the builder made, and what it said about sparsity."""
+    """What the builder made, and what it said about sparsity.
+
+    Explained in `05_build_engine.ipynb`.
+    """
 
     builder: str
     version: str
     target: str  # the GPU's name, or "compute capability 8.6"
     sparse_flag: bool
+    optimization_level: int
     megabytes: float
     seconds: float
-    eligible: tuple[str, ...] | None  # layers; None where the builder says nothing
+    # By the builder's log; None where it does not say. Some versions count and name nothing.
+    eligible_count: int | None
+    chosen_count: int | None
+    eligible: tuple[str, ...] | None
     chosen: tuple[str, ...] | None
+    # Why an eligible layer was not chosen, as far as log and shape tell.
+    reasons: dict[str, str]
+    # The kernel of each layer in the finished engine; None where it is chosen at run time.
+    tactics: dict[str, str] | None
     log: tuple[str, ...]
 
     def __repr__(self) -> str:
         sparse = "no sparsity report"
-        if self.eligible is not None:
-            sparse = f"{len(self.chosen or ())} of {len(self.eligible)} eligible layers sparse"
+        if self.eligible_count is not None:
+            sparse = f"{self.chosen_count or 0} of {self.eligible_count} eligible layers sparse"
+        if self.tactics is not None:
+            sparse += f", {len(self.sparse_tactics)} sparse by the engine's tactic names"
         return (
             f"{self.builder} {self.version} for {self.target}: {self.megabytes:.2f} MB "
             f"in {self.seconds:.1f} s, {sparse}"
@@ -92,38 +115,217 @@ class EngineReport:
         """Return what the engine's sidecar records."""
         return {key: value for key, value in vars(self).items() if key != "log"}
 
+    @property
+    def sparse_tactics(self) -> dict[str, str]:
+        """The layers of the finished engine whose kernel is sparse by its name."""
+        return {layer: name for layer, name in (self.tactics or {}).items() if _is_sparse(name)}
+
     def layers(self) -> pd.DataFrame:
-        """Return one row for each eligible layer: did the builder choose a sparse kernel?
+        """Return one row for each eligible layer: is its kernel sparse, and if not, why?
+
+        The columns are `layer`, `sparse kernel` (by the builder's log), `tactic` (the kernel's
+        name in the finished engine; empty where it is not known) and `reason`.
 
         Raises:
-            EngineError: the builder printed nothing about sparsity.
+            EngineError: the builder printed nothing about sparsity, or no names.
         """
-        if self.eligible is None:
+        if self.eligible_count is None:
             raise EngineError(f"{self.builder} {self.version} prints no sparsity report.")
-        chosen = set(self.chosen or ())
+        if self.eligible is None or self.chosen is None:
+            raise EngineError(
+                f"{self.builder} {self.version} counts eligible layers ({self.eligible_count}) "
+                f"and chosen ones ({self.chosen_count}), but does not name each. "
+                "See `sparse_tactics` for the layers that run sparse."
+            )
         return pd.DataFrame(
-            {"layer": self.eligible, "sparse kernel": [name in chosen for name in self.eligible]}
+            {
+                "layer": self.eligible,
+                "sparse kernel": [name in self.chosen for name in self.eligible],
+                "tactic": [self._tactic(name) for name in self.eligible],
+                "reason": [self.reasons.get(name, "") for name in self.eligible],
+            }
         )
 
+    def disagreements(self) -> tuple[str, ...]:
+        """Return the eligible layers of which the log and the finished engine differ.
 
-# TensorRT 10 and 11, then TensorRT 8; the last report in a log is the final one.
+        The log tells which layers were given a sparse kernel; the names of the engine's
+        tactics must bear it out. A layer whose tactic is not known differs in nothing.
+
+        Raises:
+            EngineError: as `layers`.
+        """
+        table = self.layers()
+        differs = (table.tactic != "") & (table.tactic.map(_is_sparse) != table["sparse kernel"])
+        return tuple(table.layer[differs])
+
+    def _tactic(self, layer: str) -> str:
+        """Return a layer's kernel; log and engine may differ in what they see fused into it."""
+        tactics = {name: tactic for name, tactic in (self.tactics or {}).items() if tactic}
+        if layer in tactics:
+            return tactics[layer]
+        nodes = _nodes(layer)
+        return next((tactics[name] for name in tactics if nodes & _nodes(name)), "")
+
+
+# --- what the log says ---
+
+# TensorRT 10 and 11, then TensorRT 8.
 ELIGIBLE = re.compile(
-    r"\(Sparsity\) (?:Found \d+ layer\(s\) eligible to use sparse tactics"
+    r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"
     r"|Layers eligible for sparse math)(?:: (?P<names>.*))?"
 )
 CHOSEN = re.compile(
-    r"\(Sparsity\) (?:Chose \d+ layer\(s\) using sparse tactics"
+    r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics"
     r"|TRT inference plan picked sparse implementation for layers)(?:: (?P<names>.*))?"
 )
+# NVIDIA's sparse kernels by their names. (HasSparseWeights, which the engine also tells,
+# is true of a 2:4 layer with a dense kernel too: NVIDIA/TensorRT#4694.)
+SPARSE_TACTIC = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
+TIMED_LAYER = re.compile(r"Timing Runner: (?P<layer>.+) \(\w+(?:\[\w+\])?\)$")
+TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d[\d.e+-]*)")
+WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#3849
 
 
 def sparse_layers(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> tuple[str, ...] | None:
-    """Return the layers that a builder's log lists for a pattern; None if it lists none."""
-    matches = [match for line in log if (match := pattern.search(line))]
-    if not matches:
+    """Return the layers that a builder's log lists for a pattern; None if it lists none.
+
+    Of several lists the last one counts. One that gives a number but not as many names is none.
+    """
+    match = _last(log, pattern)
+    if match is None:
         return None
-    names = matches[-1]["names"] or ""
-    return tuple(name.strip() for name in names.split(",") if name.strip())
+    names = _split(match["names"] or "")
+    return names if match["count"] in (None, str(len(names))) else None
+
+
+def sparse_count(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> int | None:
+    """Return how many layers a builder's log counts for a pattern; None if it says nothing."""
+    match = _last(log, pattern)
+    if match is None:
+        return None
+    return int(match["count"] or len(_split(match["names"] or "")))
+
+
+def last_report(log: list[str] | tuple[str, ...]) -> list[str]:
+    """Return a log from its last list of eligible layers on.
+
+    The builder reports once for each pass of its search. A list of chosen layers that stands
+    before the last list of eligible ones belongs to an earlier pass.
+    """
+    starts = [index for index, line in enumerate(log) if ELIGIBLE.search(line)]
+    return list(log[starts[-1] :]) if starts else []
+
+
+def kernel_times(log: list[str] | tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Return how long each kernel took that was tried for a layer, in ms.
+
+    Of several trials of a kernel, in other layouts say, the fastest counts. Layers whose
+    times came from a timing cache were not tried.
+    """
+    times: dict[str, dict[str, float]] = {}
+    layer = ""
+    for line in log:
+        if match := TIMED_LAYER.search(line):
+            layer = match["layer"]
+        elif match := TIMED_TACTIC.search(line):
+            kernels = times.setdefault(layer, {})
+            kernel, time_ms = match["tactic"], float(match["time"])
+            kernels[kernel] = min(time_ms, kernels.get(kernel, math.inf))
+    return times
+
+
+def read_tactics(information: str) -> dict[str, str]:
+    """Return the kernel of each layer in what an EngineInspector tells as JSON.
+
+    A layer without a tactic of its own, such as a copy, has an empty name.
+    """
+    layers = json.loads(information)["Layers"]
+    return {layer["Name"]: layer.get("TacticName") or "" for layer in layers}
+
+
+def _last(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> re.Match | None:
+    return next((match for line in reversed(log) if (match := pattern.search(line))), None)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    """Split a list at its commas, but not at those inside a name such as `PWN(a, b)`."""
+    parts, depth = [""], 0
+    for character in names:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _nodes(layer: str) -> set[str]:
+    """Return the nodes of the ONNX file that a layer is fused from."""
+    return set(layer.split(" + "))
+
+
+def _is_sparse(tactic: str) -> bool:
+    return SPARSE_TACTIC.search(tactic) is not None
+
+
+# --- why not sparse ---
+
+
+def why_dense(
+    layers: tuple[str, ...], times: dict[str, dict[str, float]], onnx_path: Path
+) -> dict[str, str]:
+    """Return why the builder chose a dense kernel for eligible layers, as far as it can be known.
+
+    Args:
+        layers: names as the builder logs them.
+        times: as `kernel_times` returns them.
+        onnx_path: the network; its shapes must do where no times were logged.
+    """
+    reasons = {layer: _by_times(times.get(layer, {})) for layer in layers}
+    if not all(reasons.values()):
+        sizes = _sizes(onnx_path)
+        for layer, reason in reasons.items():
+            reasons[layer] = reason or _by_size([sizes[n] for n in _nodes(layer) if n in sizes])
+    return reasons
+
+
+def _by_times(kernels: dict[str, float]) -> str:
+    """Return what the trials of a layer's kernels tell; nothing if too few were logged."""
+    sparse = [time_ms for name, time_ms in kernels.items() if _is_sparse(name)]
+    dense = [time_ms for name, time_ms in kernels.items() if not _is_sparse(name)]
+    if not dense:
+        return ""
+    if not sparse:
+        return "no sparse kernel was tried"
+    times = f"{min(sparse):.4g} ms sparse, {min(dense):.4g} ms dense"
+    if min(sparse) >= min(dense):
+        return f"slower: {times}"
+    return f"faster alone ({times}), so something around it decided, such as layouts"
+
+
+def _by_size(sizes: list[tuple[int, int]]) -> str:
+    """Return what a layer's outputs and terms of each sum let expect."""
+    for outputs, terms in sizes:
+        if min(outputs, terms) < WIDE:
+            return (
+                f"small: {outputs} outputs, each a sum of {terms}; sparse kernels tend to win "
+                f"from {WIDE} on"
+            )
+    return "the builder chose a dense kernel and logged no times"
+
+
+def _sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
+    """Return outputs and terms of each sum of a file's products, by the names of their nodes."""
+    table = verify_onnx(onnx_path)
+    rows = table[table.eligible]
+    return {
+        node: (shape[0], math.prod(shape[1:]))
+        for node, shape in zip(rows.node, rows["shape"], strict=True)
+    }
+
+
+# --- building ---
 
 
 def build_engine(
@@ -134,11 +336,13 @@ def build_engine(
     sparse: bool = True,
     target: str | None = None,
     builder: Builder | None = None,
+    optimization_level: int = 3,
+    timing_cache: Path | None = None,
 ) -> EngineReport:
     """Compile an ONNX file into an engine, and report on it.
 
-    The types of the file are kept (TensorRT 11 knows strongly typed networks only),
-    so an FP16 file gives an FP16 engine.
+    The types of the file are kept (the network is strongly typed), so an FP16 file gives an
+    FP16 engine.
 
     Args:
         onnx_path: the network; its input is `images`.
@@ -149,37 +353,42 @@ def build_engine(
         sparse: set SPARSE_WEIGHTS, which allows sparse kernels for 2:4 weights.
         target: compute capability to build for, without a GPU; TensorRT-RTX only.
         builder: as `find_builder` returns it, which is the default.
+        optimization_level: 0 (builds fast) to 5 (tries the most); 3 is TensorRT's default.
+        timing_cache: file with the kernel times of earlier builds, written anew after this
+            one; TensorRT only. Engines that are compared should share one, so that they
+            differ by no chance of the trials. A time from the cache is not logged again.
 
     Raises:
-        EngineError: the ONNX file cannot be parsed, the target is unknown, or the
-            build fails; what the builder said is in the message.
+        EngineError: an argument is out of range, the ONNX file cannot be parsed, the timing
+            cache is another GPU's, or the build fails; what the builder said is in the message.
 
-    Source: TensorRT's Python documentation, "Building an Engine".
+    Source: TensorRT's Python documentation, "Building an Engine". Explained in
+    `05_build_engine.ipynb`.
     """
+    if not 1 <= batches[0] <= batches[1] <= batches[2]:
+        raise EngineError(f"batches must be smallest, best and largest, in this order: {batches}")
+    if optimization_level not in range(6):
+        raise EngineError(f"optimization_level is 0 to 5, not {optimization_level}.")
     builder = builder or find_builder()
     trt = builder.module
     logger = _make_logger(trt)
     build = trt.Builder(logger)
-    network = build.create_network()
-    parser = trt.OnnxParser(network, logger)
-    if not Path(onnx_path).exists():
-        raise EngineError(f"{relative(onnx_path)} is missing. Run 04_export_onnx.ipynb first.")
-    # An empty file parses, as a network of nothing.
-    if not parser.parse_from_file(str(onnx_path)) or network.num_outputs == 0:
-        reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise EngineError(
-            f"{relative(onnx_path)} is not an ONNX file that {builder.name} can read: {reason}"
-        )
+    network = _create_network(builder, build)
+    parser = trt.OnnxParser(network, logger)  # owns the weights, so it has to outlive the build
+    _parse(builder, parser, network, onnx_path)
 
     config = build.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _make_progress_bar(trt)
+    config.builder_optimization_level = optimization_level
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     target = _set_target(builder, config, target)
     profile = build.create_optimization_profile()
     profile.set_shape(INPUT, *((batch, *image_shape) for batch in batches))
     config.add_optimization_profile(profile)
+    if timing_cache is not None:
+        _load_timing_cache(builder, config, Path(timing_cache))
 
     start = time.perf_counter()
     plan = build.build_serialized_network(network, config)
@@ -188,19 +397,136 @@ def build_engine(
         raise EngineError(
             f"{builder.name} could not build {relative(onnx_path)}: " + logger.last_error()
         )
+    tactics = _inspect(builder, plan, logger)
+    if timing_cache is not None:
+        _save_timing_cache(config, Path(timing_cache))
     with atomic_write(plan_path) as part:
         part.write_bytes(plan)
+
     return EngineReport(
         builder=builder.name,
         version=builder.version,
         target=target,
         sparse_flag=sparse,
+        optimization_level=optimization_level,
         megabytes=plan.nbytes / 1e6,
         seconds=seconds,
-        eligible=sparse_layers(logger.lines, ELIGIBLE),
-        chosen=sparse_layers(logger.lines, CHOSEN),
+        tactics=tactics,
         log=tuple(logger.lines),
+        **_read_log(logger.lines, onnx_path),
     )
+
+
+def build_with_controls(
+    dense_onnx: Path,
+    sparse_onnx: Path,
+    folder: Path,
+    image_shape: tuple[int, int, int],
+    batches: tuple[int, int, int],
+    **options: Any,
+) -> dict[str, EngineReport]:
+    """Build the sparse network's engine and the two controls that it is to be judged by.
+
+    `sparse` has 2:4 weights and the flag; `dense` has dense weights and the flag, which finds
+    nothing eligible there; `sparse_without_flag` has 2:4 weights and may not gain from them.
+
+    Args:
+        dense_onnx: the network before pruning.
+        sparse_onnx: the network with 2:4 weights.
+        folder: where the engines go, as `sparse.engine` and so on.
+        image_shape: as `build_engine` takes it.
+        batches: as `build_engine` takes it.
+        **options: the same for all three, as `build_engine` takes them.
+
+    Raises:
+        EngineError: as `build_engine`.
+
+    Explained in `05_build_engine.ipynb`.
+    """
+    builds = {
+        "sparse": (sparse_onnx, True),
+        "dense": (dense_onnx, True),
+        "sparse_without_flag": (sparse_onnx, False),
+    }
+    return {
+        name: build_engine(
+            path, Path(folder) / f"{name}.engine", image_shape, batches, sparse=flag, **options
+        )
+        for name, (path, flag) in builds.items()
+    }
+
+
+def _read_log(log: list[str], onnx_path: Path) -> dict[str, Any]:
+    """Return what a build's log tells about sparsity, as the fields of an `EngineReport`."""
+    report = last_report(log)
+    eligible, chosen = (sparse_layers(report, pattern) for pattern in (ELIGIBLE, CHOSEN))
+    named = eligible is not None and chosen is not None
+    dense = tuple(name for name in eligible if name not in chosen) if named else ()
+    return {
+        "eligible_count": sparse_count(report, ELIGIBLE),
+        "chosen_count": sparse_count(report, CHOSEN),
+        "eligible": eligible,
+        "chosen": chosen,
+        "reasons": why_dense(dense, kernel_times(log), onnx_path),
+    }
+
+
+def _create_network(builder: Builder, build: Any) -> Any:
+    """Return an empty network that is strongly typed: before TensorRT 11 it had to be asked for."""
+    trt = builder.module
+    if builder.name == "TensorRT" and _major(builder.version) < 11:
+        return build.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    return build.create_network()
+
+
+def _parse(builder: Builder, parser: Any, network: Any, onnx_path: Path) -> None:
+    """Read an ONNX file into a network."""
+    if not Path(onnx_path).exists():
+        raise EngineError(f"{relative(onnx_path)} is missing. Run 04_export_onnx.ipynb first.")
+    # An empty file parses, as a network of nothing.
+    if not parser.parse_from_file(str(onnx_path)) or network.num_outputs == 0:
+        reason = "no reason given"
+        if parser.num_errors:
+            problem = parser.get_error(0)
+            reason = problem.desc()
+        raise EngineError(
+            f"{relative(onnx_path)} is not an ONNX file that {builder.name} can read: {reason}"
+        )
+
+
+def _load_timing_cache(builder: Builder, config: Any, path: Path) -> None:
+    """Give the builder the kernel times in a file; without a file it starts with none."""
+    if builder.name != "TensorRT":
+        # There it would change nothing in the engine, but ask for a GPU.
+        raise EngineError("Only TensorRT has a timing cache; leave `timing_cache` out.")
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise EngineError(
+            f"{relative(path)} is no timing cache of {builder.name} {builder.version} on this "
+            "GPU. Delete the file, or give another name."
+        )
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    cache = config.get_timing_cache()
+    with atomic_write(path) as part:
+        part.write_bytes(cache.serialize())
+
+
+def _inspect(builder: Builder, plan: Any, logger: Any) -> dict[str, str] | None:
+    """Return the kernel of each layer of an engine; TensorRT-RTX chooses them at run time."""
+    if builder.name != "TensorRT":
+        return None
+    trt = builder.module
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(
+            f"{builder.name} {builder.version} does not load the engine that it has just built: "
+            + logger.last_error()
+        )
+    inspector = engine.create_engine_inspector()
+    return read_tactics(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _set_target(builder: Builder, config: Any, target: str | None) -> str:

@@ -2,11 +2,21 @@
 
 import copy
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+
+from helpers.artifacts import atomic_write
+from helpers.checks import TutorialError
+from helpers.settings import relative
+from helpers.sparsity.verify import load_onnx
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -61,3 +71,274 @@ def relative_gap(logits: Tensor, reference: Tensor) -> float:
     """Return the largest difference of two sets of logits, relative to the largest logit."""
     logits, reference = logits.double(), reference.double()
     return float((logits - reference).abs().max() / reference.abs().max())
+
+
+def onnx_gap(path: Path, reference: Path, images: Tensor) -> float:
+    """Return the largest `relative_gap` of two ONNX files' outputs, run by ONNX Runtime.
+
+    Args:
+        path: a file with one input.
+        reference: another one, with the same input and outputs.
+        images: (N, C, H, W), of any floating-point type.
+
+    Raises:
+        TutorialError: a file is missing, damaged, or does not take such images.
+
+    The gap is explained in `04_export_onnx.ipynb`.
+    """
+    pairs = zip(_run(path, images), _run(reference, images), strict=True)
+    return max(relative_gap(output, expected) for output, expected in pairs)
+
+
+def _run(path: Path, images: Tensor) -> list[Tensor]:
+    """Return the outputs of an ONNX file."""
+    import onnxruntime as ort
+
+    try:
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (taken,) = session.get_inputs()
+        half = taken.type == "tensor(float16)"
+        feed = images.numpy().astype(np.float16 if half else np.float32)
+        return [torch.from_numpy(output) for output in session.run(None, {taken.name: feed})]
+    except Exception as error:  # ONNX Runtime has a dozen classes without a common base
+        raise TutorialError(
+            f"{relative(path)} does not run in ONNX Runtime on images of shape "
+            f"{tuple(images.shape)}: {error}"
+        ) from error
+
+
+# --- 1x1 convolutions as matrix products ---
+
+
+def rewrite_1x1_as_matmul(
+    path_in: Path, path_out: Path, image_shape: tuple[int, int, int]
+) -> tuple[str, ...]:
+    """Write an ONNX file anew with its 1x1 convolutions as matrix products; return their names.
+
+    A 1x1 convolution multiplies the channels of each pixel by one matrix. Written so, the
+    builder can choose among its sparse GEMM kernels, of which it has more than sparse
+    convolutions. Taken are convolutions that TensorRT may run sparse: without groups or
+    padding, input channels in fours, the weight stored in the file. A 2:4 weight is 2:4
+    afterwards, and a dense network is written anew in the same way, as a fair control.
+
+    The products run on channels-last tensors, and so do the pointwise operators between
+    them; a tensor is transposed where an operator needs the other layout. A product keeps
+    the name of its convolution. Both files are run on random images before the new one is
+    written.
+
+    Args:
+        path_in: a file of `export_onnx`, or any with one input of images.
+        path_out: file to write; at most 2 GB.
+        image_shape: channels, height and width of an input image.
+
+    Raises:
+        TutorialError: the file is missing or damaged, older than opset 10, or has no such
+            convolution; or the new network computes something else.
+
+    Exporting is explained in `04_export_onnx.ipynb`.
+    """
+    model = load_onnx(path_in)
+    onnx.load_external_data_for_model(model, str(Path(path_in).parent))
+    opset = next(item.version for item in model.opset_import if item.domain in _ONNX)
+    if opset < 10:
+        raise TutorialError(f"{relative(path_in)} has opset {opset}. Export it again, with 10 up.")
+    rewriter = _ChannelsLast(model.graph)
+    rewriter.rewrite_()
+    if not rewriter.products:
+        raise TutorialError(
+            f"{relative(path_in)} has no 1x1 convolution that could run sparse as a matrix "
+            "product; verify_onnx tells which of its layers can be sparse. Build it as it is."
+        )
+    with atomic_write(path_out) as part:
+        onnx.save(model, part)
+        images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+        gap = onnx_gap(part, path_in, images)
+        limit = max(_GAPS[rewriter.constants[name].data_type] for name in rewriter.matrices)
+        if not gap <= limit:
+            raise TutorialError(
+                f"{relative(path_in)} computes something else after the rewrite: its outputs "
+                f"differ by {gap:.1e} of the largest. Build it as it is, and please report it."
+            )
+    return tuple(rewriter.products)
+
+
+_ONNX = ("", "ai.onnx")  # the domain of the standard's own operators
+# How far another order of the same sums may take the outputs, relative to the largest.
+_GAPS = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 1e-2}
+_TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+# What works on each element by itself, whatever the layout.
+_POINTWISE = (
+    "Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Max Min Mish "
+    "Mul Neg Pow Relu Selu Sigmoid Softplus Sqrt Sub Tanh"
+).split()
+
+
+class _ChannelsLast:
+    """Rewrites a graph, from its inputs to its outputs, and knows each tensor's layouts.
+
+    A tensor keeps its name where it is channels-first, as the file has it. `last` holds the
+    channels-last names; a tensor in `only_last` does not exist under its own name (yet).
+    """
+
+    def __init__(self, graph: GraphProto) -> None:
+        self.graph = graph
+        inputs = {item.name for item in graph.input}  # a caller may replace their values
+        self.constants = {t.name: t for t in graph.initializer if t.name not in inputs}
+        self.taken = {*inputs, *self.constants, *_used(graph.node)}
+        self.taken |= {name for node in graph.node for name in node.output}
+        self.nodes: list[NodeProto] = []
+        self.last: dict[str, str] = {}
+        self.only_last: set[str] = set()
+        self.matrices: dict[str, str] = {}  # by the weight that each was made from
+        self.products: list[str] = []
+
+    def rewrite_(self) -> None:
+        """Give the graph its new nodes, and the weights that they need."""
+        for node in self.graph.node:
+            if self._is_product(node):
+                self._add_product(node)
+            elif self._is_pointwise(node):
+                self._add_pointwise(node)
+            else:
+                self._add_unchanged(node)
+        for item in self.graph.output:
+            self._need_first(item.name)
+        self._replace_nodes_()
+
+    def _is_product(self, node: NodeProto) -> bool:
+        """Return whether a node is a 1x1 convolution that TensorRT may run sparse."""
+        if node.op_type != "Conv" or node.domain not in _ONNX:
+            return False
+        weight = self.constants.get(node.input[1])
+        if weight is None or weight.data_type not in _GAPS or list(weight.dims[2:]) != [1, 1]:
+            return False
+        attributes = _attributes(node)
+        ungrouped = attributes.get("group", 1) == 1
+        return ungrouped and weight.dims[1] % 4 == 0 and not any(attributes.get("pads", ()))
+
+    def _add_product(self, node: NodeProto) -> None:
+        """Add the product of pixels and matrix; before it the steps, after it the bias."""
+        name = node.name or node.output[0]
+        pixels = self._need_last(node.input[0])
+        strides = _attributes(node).get("strides", [1, 1])
+        if max(strides) > 1:
+            pixels = self._add_slice(name, pixels, strides)
+        result = self._new(f"{node.output[0]}_channels_last")
+        bias = [item for item in node.input[2:] if item]
+        product = self._new(f"{node.output[0]}_product") if bias else result
+        self._add("MatMul", [pixels, self._matrix(node.input[1])], product, name)
+        if bias:
+            self._add("Add", [product, *bias], result, f"{name}_bias")
+        self._set_last(node.output[0], result)
+        self.products.append(name)
+
+    def _add_slice(self, name: str, pixels: str, strides: list[int]) -> str:
+        """Keep the pixels that a strided convolution looks at."""
+        result = self._new(f"{name}_strided")
+        ends = [np.iinfo(np.int64).max] * 2
+        arguments = {"starts": [0, 0], "ends": ends, "axes": [1, 2], "steps": strides}
+        inputs = [
+            self._store(np.array(value, dtype=np.int64), f"{result}_{argument}")
+            for argument, value in arguments.items()
+        ]
+        self._add("Slice", [pixels, *inputs], result, f"{name}_stride")
+        return result
+
+    def _matrix(self, weight: str) -> str:
+        """Return the name of a convolution's weight (K, C, 1, 1) as a matrix (C, K)."""
+        if weight not in self.matrices:
+            matrix = numpy_helper.to_array(self.constants[weight])[:, :, 0, 0].T
+            self.matrices[weight] = self._store(matrix, f"{weight}_matrix")
+        return self.matrices[weight]
+
+    def _is_pointwise(self, node: NodeProto) -> bool:
+        """Return whether a node should follow its inputs into the channels-last layout.
+
+        It can where all but single numbers are in it, and should where one is in no other.
+        """
+        if node.op_type not in _POINTWISE or node.domain not in _ONNX:
+            return False
+        tensors = [name for name in node.input if name and not self._is_number(name)]
+        can = all(name in self.last for name in tensors)
+        return can and any(name in self.only_last for name in tensors)
+
+    def _is_number(self, name: str) -> bool:
+        return name in self.constants and np.prod(self.constants[name].dims) == 1
+
+    def _add_pointwise(self, node: NodeProto) -> None:
+        result = self._new(f"{node.output[0]}_channels_last")
+        moved = NodeProto()
+        moved.CopyFrom(node)
+        moved.input[:] = [self.last.get(name, name) for name in node.input]
+        moved.output[:] = [result]
+        self.nodes.append(moved)
+        self._set_last(node.output[0], result)
+
+    def _add_unchanged(self, node: NodeProto) -> None:
+        for name in _used([node]):
+            self._need_first(name)
+        self.nodes.append(node)
+
+    def _need_last(self, name: str) -> str:
+        """Return the channels-last name of a tensor, transposed if need be."""
+        if name not in self.last:
+            self.last[name] = self._new(f"{name}_channels_last")
+            self._transpose(name, self.last[name], _TO_LAST)
+        return self.last[name]
+
+    def _need_first(self, name: str) -> None:
+        """See to it that a tensor exists as the file has it."""
+        if name in self.only_last:
+            self.only_last.remove(name)
+            self._transpose(self.last[name], name, _TO_FIRST)
+
+    def _set_last(self, name: str, channels_last: str) -> None:
+        self.last[name] = channels_last
+        self.only_last.add(name)
+
+    def _transpose(self, source: str, result: str, order: tuple[int, ...]) -> None:
+        self._add("Transpose", [source], result, f"{result}_transpose", perm=order)
+
+    def _add(self, op: str, inputs: list[str], result: str, name: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op, inputs, [result], name, **attributes))
+
+    def _store(self, value: np.ndarray, name: str) -> str:
+        """Add a constant to the graph and return its name."""
+        name = self._new(name)
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _new(self, name: str) -> str:
+        """Return a name that no tensor has yet."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+    def _replace_nodes_(self) -> None:
+        """Put the new nodes in the place of the old ones, and drop what is used no more."""
+        used = {*_used(self.nodes), *(item.name for item in self.graph.output)}
+        weights = [t for t in self.graph.initializer if t.name in used]
+        made = {name for node in self.nodes for name in node.output}
+        shapes = [item for item in self.graph.value_info if item.name in made]
+        for field, items in (
+            (self.graph.node, self.nodes),
+            (self.graph.initializer, weights),
+            (self.graph.value_info, shapes),
+        ):
+            del field[:]
+            field.extend(items)
+
+
+def _attributes(node: NodeProto) -> dict:
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
+def _used(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """Yield the names of the tensors that nodes take, and of those that their bodies do."""
+    for node in nodes:
+        yield from node.input
+        for item in node.attribute:
+            for body in (item.g, *item.graphs):
+                yield from _used(body.node)
+                yield from (output.name for output in body.output)

@@ -1,14 +1,18 @@
 import ast
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
-from helpers import engine, runners
+from helpers import engine, runners, sparsity
 from helpers.engine import (
     CHOSEN,
     ELIGIBLE,
@@ -16,9 +20,17 @@ from helpers.engine import (
     EngineError,
     EngineReport,
     build_engine,
+    build_with_controls,
     find_builder,
+    kernel_times,
+    last_report,
+    read_tactics,
+    sparse_count,
     sparse_layers,
+    why_dense,
 )
+from helpers.onnx_export import export_onnx, rewrite_1x1_as_matmul
+from helpers.sparsity.verify import verify_onnx
 
 SHAPE, BATCHES = (1, 28, 28), (1, 2, 8)
 
@@ -78,6 +90,14 @@ def test_a_tensorrt_that_does_not_load_gives_way_and_the_reason_is_kept(fake_gpu
     assert "libnvinfer.so.11" in found.why
 
 
+def test_a_tensorrt_that_is_too_old_gives_way_and_the_reason_is_kept(fake_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1.post1"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
+    found = find_builder()
+    assert found.name == "TensorRT-RTX"
+    assert "TensorRT 8.6.1.post1 is too old" in found.why
+
+
 @pytest.mark.parametrize("gpu", ["no_gpu", "fake_gpu"])
 def test_no_builder_at_all_says_what_it_costs_and_how_to_get_one(gpu, request, monkeypatch):
     request.getfixturevalue(gpu)
@@ -107,6 +127,8 @@ def test_an_engine_is_built_without_a_gpu_and_reported(rtx, exported, tmp_path):
     # TensorRT-RTX prints no sparsity report, and none may be claimed for it.
     assert report.eligible is None
     assert report.chosen is None
+    assert (report.eligible_count, report.chosen_count) == (None, None)
+    assert report.tactics is None  # and its kernels are chosen where the engine runs
     assert "no sparsity report" in repr(report)
     assert set(report.facts()) == set(vars(report)) - {"log"}
 
@@ -116,6 +138,12 @@ def test_every_target_that_is_offered_can_be_built_for(rtx, exported, tmp_path, 
     plan = tmp_path / "net.engine"
     build_engine(exported[1]["fp16"], plan, SHAPE, BATCHES, target=target, builder=rtx)
     assert plan.stat().st_size > 1000
+
+
+def test_a_network_of_products_builds_too(rtx, exported, tmp_path):
+    rewrite_1x1_as_matmul(exported[1]["fp16"], tmp_path / "products.onnx", SHAPE)
+    build_engine(tmp_path / "products.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
+    assert (tmp_path / "e").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("here", "target"), [((8, 9), "8.9"), ((9, 0), engine.DEFAULT_TARGET)])
@@ -179,6 +207,41 @@ def test_tensorrt_takes_no_target(trt, exported, tmp_path):
         )
 
 
+@pytest.mark.parametrize("level", [0, 5])
+def test_the_optimisation_level_reaches_the_builder(
+    rtx, trt, exported, tmp_path, monkeypatch, level
+):
+    seen = []
+    real = trt.Builder.build_serialized_network
+
+    def spy(self, network, config):
+        seen.append(config.builder_optimization_level)
+        return real(self, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", spy)
+    path = exported[1]["fp16"]
+    report = build_engine(
+        path, tmp_path / "e", SHAPE, BATCHES, builder=rtx, optimization_level=level
+    )
+    assert seen == [report.optimization_level] == [level]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": (4, 2, 8)}, "smallest, best and largest"),
+        ({"batches": (0, 2, 8)}, "smallest, best and largest"),
+        ({"optimization_level": 6}, "0 to 5, not 6"),
+        ({"timing_cache": Path("times")}, "Only TensorRT has a timing cache"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(rtx, exported, tmp_path, changes, message):
+    arguments = {"image_shape": SHAPE, "batches": BATCHES, "builder": rtx} | changes
+    with pytest.raises(EngineError, match=message):
+        build_engine(exported[1]["fp16"], tmp_path / "e", **arguments)
+    assert not (tmp_path / "e").exists()
+
+
 @pytest.mark.parametrize("content", [b"no", b"", b"this is no model"])
 def test_a_file_that_is_not_onnx_is_refused_by_its_name(rtx, tmp_path, content):
     (tmp_path / "x.onnx").write_bytes(content)
@@ -203,6 +266,205 @@ def test_a_failed_build_gives_the_builders_reason_and_leaves_the_old_engine(
     assert [path.name for path in tmp_path.iterdir()] == ["net.engine"]
 
 
+# --- building with TensorRT: RTX's classes, with a GPU's answers in the places that need one ---
+
+REPORT = [
+    "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: conv_a, conv_b + relu",
+    "(Sparsity) Chose 1 layer(s) using sparse tactics: conv_b + relu",
+]
+INFORMATION = json.dumps(
+    {
+        "Layers": [
+            {"Name": "reformat", "LayerType": "Reformat"},
+            {"Name": "conv_a", "TacticName": "sm80_xmma_fprop", "HasSparseWeights": 1},
+            {"Name": "conv_b + relu", "TacticName": "sm80_xmma_sparse_conv", "HasSparseWeights": 1},
+        ]
+    }
+)
+
+
+class Gpu:
+    """What a GPU would answer; a test changes the answers, and reads what was asked."""
+
+    def __init__(self) -> None:
+        self.log = REPORT
+        self.plan_loads = True
+        self.caches: list[bytes] = []
+        self.cache_fits = True
+        self.typed: list[bool] = []
+        self.flags: list[bool] = []
+
+
+@pytest.fixture
+def gpu(trt, fake_gpu, monkeypatch) -> Gpu:
+    gpu = Gpu()
+    real = {
+        name: getattr(trt.Builder, name) for name in ("create_network", "build_serialized_network")
+    }
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+    def create_network(self, flags=0):
+        gpu.typed.append(flags == strongly_typed)
+        return real["create_network"](self, flags)
+
+    def build_serialized_network(self, network, config):
+        gpu.flags.append(config.get_flag(trt.BuilderFlag.SPARSE_WEIGHTS))
+        for line in gpu.log:
+            self.logger.log(trt.ILogger.VERBOSE, line)
+        return real["build_serialized_network"](self, network, config)
+
+    class Runtime:
+        def __init__(self, logger: object) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: object) -> object:
+            if not gpu.plan_loads:
+                self.logger.log(trt.ILogger.ERROR, "out of memory")
+                return None
+            inspector = SimpleNamespace(get_engine_information=lambda style: INFORMATION)
+            return SimpleNamespace(create_engine_inspector=lambda: inspector)
+
+    def create_timing_cache(self, content: bytes) -> object:
+        gpu.caches.append(content)
+        return SimpleNamespace() if gpu.cache_fits is not None else None
+
+    monkeypatch.setattr(trt.Builder, "create_network", create_network)
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build_serialized_network)
+    monkeypatch.setattr(trt, "Runtime", Runtime)
+    config = trt.IBuilderConfig
+    monkeypatch.setattr(config, "create_timing_cache", create_timing_cache)
+    monkeypatch.setattr(
+        config, "set_timing_cache", lambda self, cache, ignore_mismatch: gpu.cache_fits
+    )
+    times = SimpleNamespace(serialize=lambda: b"times of " + gpu.caches[-1])
+    monkeypatch.setattr(config, "get_timing_cache", lambda self: times)
+    return gpu
+
+
+@pytest.fixture
+def tensorrt(trt, gpu) -> Builder:
+    return Builder("TensorRT", trt, "11.4", "the test asks for it")
+
+
+def test_tensorrt_is_asked_what_it_chose_and_the_engine_what_it_holds(tensorrt, exported, tmp_path):
+    report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
+    assert report.target == "a fake GPU"
+    assert (report.eligible_count, report.chosen_count) == (2, 1)
+    assert report.eligible == ("conv_a", "conv_b + relu")
+    assert report.chosen == ("conv_b + relu",)
+    assert set(report.reasons) == {"conv_a"}
+    assert list(report.sparse_tactics) == ["conv_b + relu"]
+    assert report.disagreements() == ()
+    assert set(report.facts()) == set(vars(report)) - {"log"}
+    json.dumps(report.facts())
+
+
+def test_layers_that_tensorrt_only_counts_are_reported_as_counted(
+    tensorrt, gpu, exported, tmp_path
+):
+    gpu.log = [line.partition(":")[0] for line in REPORT]
+    report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
+    assert (report.eligible_count, report.chosen_count) == (2, 1)
+    assert report.eligible is report.chosen is None
+    assert report.reasons == {}
+
+
+def test_an_engine_that_does_not_load_again_is_not_written(tensorrt, gpu, exported, tmp_path):
+    gpu.plan_loads = False
+    with pytest.raises(EngineError, match=r"does not load the engine .* out of memory"):
+        build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(("version", "asked"), [("10.14.1", True), ("11.4", False)])
+def test_a_network_is_strongly_typed_in_tensorrt_10_too(
+    trt, gpu, exported, tmp_path, version, asked
+):
+    builder = Builder("TensorRT", trt, version, "the test asks for it")
+    build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=builder)
+    assert gpu.typed == [asked]
+
+
+def test_each_build_starts_from_the_times_of_the_one_before(tensorrt, gpu, exported, tmp_path):
+    cache = tmp_path / "timing.cache"
+    for _ in range(2):
+        build_engine(
+            exported[1]["fp16"],
+            tmp_path / "e",
+            SHAPE,
+            BATCHES,
+            builder=tensorrt,
+            timing_cache=cache,
+        )
+    assert gpu.caches == [b"", b"times of "]
+    assert cache.read_bytes() == b"times of times of "
+
+
+@pytest.mark.parametrize("answer", [False, None])
+def test_a_timing_cache_that_does_not_fit_is_refused_by_its_name(
+    tensorrt, gpu, exported, tmp_path, answer
+):
+    gpu.cache_fits = answer
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"another GPU's")
+    with pytest.raises(EngineError, match=r"timing\.cache is no timing cache of TensorRT 11\.4"):
+        build_engine(
+            exported[1]["fp16"],
+            tmp_path / "e",
+            SHAPE,
+            BATCHES,
+            builder=tensorrt,
+            timing_cache=cache,
+        )
+    assert cache.read_bytes() == b"another GPU's"
+
+
+def test_without_a_timing_cache_none_is_made(tensorrt, gpu, exported, tmp_path):
+    build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
+    assert gpu.caches == []
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_the_controls_are_built_like_the_sparse_engine(tensorrt, gpu, exported, tmp_path):
+    dense, sparse = exported[1]["fp32"], exported[1]["fp16"]
+    reports = build_with_controls(
+        dense, sparse, tmp_path, SHAPE, BATCHES, builder=tensorrt, optimization_level=1
+    )
+    assert list(reports) == ["sparse", "dense", "sparse_without_flag"]
+    assert gpu.flags == [report.sparse_flag for report in reports.values()] == [True, True, False]
+    assert {report.optimization_level for report in reports.values()} == {1}
+    sizes = {name: (tmp_path / f"{name}.engine").stat().st_size for name in reports}
+    assert sizes["sparse"] == sizes["sparse_without_flag"] < sizes["dense"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_the_flag_and_2to4_weights_make_layers_eligible(tmp_path):
+    try:
+        builder = find_builder()
+    except EngineError as error:
+        pytest.skip(str(error))
+    if builder.name != "TensorRT":
+        pytest.skip(builder.why)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 1), nn.ReLU(), nn.Conv2d(512, 512, 3)
+    )
+    dense = export_onnx(net, tmp_path / "dense.onnx", (3, 16, 16), half=True)
+    sparsity.prune_2to4_(net)
+    sparse = export_onnx(net, tmp_path / "sparse.onnx", (3, 16, 16), half=True)
+    cache = tmp_path / "timing.cache"
+    reports = build_with_controls(
+        dense, sparse, tmp_path, (3, 16, 16), (1, 32, 32), timing_cache=cache
+    )
+    assert cache.stat().st_size > 0
+    assert all(report.tactics for report in reports.values())
+    eligible = {name: report.eligible_count or 0 for name, report in reports.items()}
+    assert eligible["sparse"] > 0
+    assert eligible["dense"] == eligible["sparse_without_flag"] == 0
+    assert not reports["dense"].sparse_tactics
+    assert not reports["sparse_without_flag"].sparse_tactics
+
+
 # --- what the log says about sparsity ------------------------------------------------------
 
 TENSORRT_8 = [
@@ -210,16 +472,14 @@ TENSORRT_8 = [
     "(Sparsity) Layers eligible for sparse math: conv_a, conv_b + relu",
     "(Sparsity) TRT inference plan picked sparse implementation for layers: conv_b + relu",
 ]
-TENSORRT_10 = [
-    "[V] (Sparsity) Found 2 layer(s) eligible to use sparse tactics: conv_a, conv_b + relu",
-    "[V] (Sparsity) Chose 1 layer(s) using sparse tactics: conv_b + relu",
-]
+TENSORRT_10 = [f"[V] {line}" for line in REPORT]
 
 
 @pytest.mark.parametrize("log", [TENSORRT_8, TENSORRT_10, tuple(TENSORRT_10)])
-def test_sparse_layers_reads_the_lists_of_tensorrt_8_and_of_10_and_11(log):
+def test_the_lists_of_tensorrt_8_and_of_10_and_11_are_read(log):
     assert sparse_layers(log, ELIGIBLE) == ("conv_a", "conv_b + relu")
     assert sparse_layers(log, CHOSEN) == ("conv_b + relu",)
+    assert (sparse_count(log, ELIGIBLE), sparse_count(log, CHOSEN)) == (2, 1)
 
 
 @pytest.mark.parametrize("first", [TENSORRT_8, TENSORRT_10])
@@ -229,13 +489,33 @@ def test_of_several_reports_the_last_pair_counts(first):
         "(Sparsity) Chose 2 layer(s) using sparse tactics: x, z",
     ]
     log = [*first, "between", *last, "after"]
+    assert last_report(log) == [*last, "after"]
     assert sparse_layers(log, ELIGIBLE) == ("x", "y", "z")
     assert sparse_layers(log, CHOSEN) == ("x", "z")
+
+
+def test_what_an_earlier_pass_chose_is_not_taken_for_the_last_ones():
+    unfinished = [*TENSORRT_10, "(Sparsity) Found 1 layer(s) eligible to use sparse tactics: x"]
+    assert sparse_layers(last_report(unfinished), ELIGIBLE) == ("x",)
+    assert sparse_layers(last_report(unfinished), CHOSEN) is None
+    assert last_report(["no", "word"]) == []
+
+
+def test_layers_that_are_counted_and_not_named_are_not_taken_for_none():
+    log = [
+        "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
+        "(Sparsity) Chose 0 layer(s) using sparse tactics",
+    ]
+    assert sparse_layers(log, ELIGIBLE) is None
+    assert sparse_count(log, ELIGIBLE) == 39
+    assert sparse_layers(log, CHOSEN) == ()
+    assert sparse_count(log, CHOSEN) == 0
 
 
 def test_no_report_is_not_a_report_of_none():
     silent = ["Building engine", "conv_a uses sparse weights"]
     assert sparse_layers(silent, ELIGIBLE) is None
+    assert sparse_count(silent, ELIGIBLE) is None
     assert sparse_layers([], CHOSEN) is None
     log = [
         "(Sparsity) Found 0 layer(s) eligible to use sparse tactics",
@@ -243,33 +523,137 @@ def test_no_report_is_not_a_report_of_none():
     ]
     assert sparse_layers(log, ELIGIBLE) == ()
     assert sparse_layers(log, CHOSEN) == ()
+    old = ["(Sparsity) TRT inference plan picked sparse implementation for layers:"]
+    assert sparse_layers(old, CHOSEN) == ()
+
+
+NAMES = st.sampled_from(
+    ["conv", "/layer1/conv + /Relu", "conv + PWN(PWN(a, b), c)", "{f[a...b], g}"]
+)
+
+
+@given(st.lists(NAMES))
+def test_names_with_commas_of_their_own_stay_whole(names):
+    log = [f"(Sparsity) Chose {len(names)} layer(s) using sparse tactics: {', '.join(names)}"]
+    assert sparse_layers(log, CHOSEN) == tuple(names)
+
+
+# --- why not sparse ---------------------------------------------------------------------
+
+TRIALS = [
+    "--------------- Timing Runner: conv_a (CaskConvolution[0x80000009])",
+    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 0.02",
+    "Tactic Name: sm80_xmma_sparse_conv Tactic: 0x0000000000000002 Time: 0.03",
+    "Tactic Name: sm80_xmma_other Tactic: 0x0000000000000003 Time: inf",
+    "Fastest Tactic: 0x0000000000000001 Time: 0.02",
+    "--------------- Timing Runner: conv_b + relu (CaskConvolution)",
+    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 1e-05",
+    "--------------- Timing Runner: conv_c (CaskGemmConvolution[0x80000009])",
+    "Tactic Name: sm90_xmma_sparse_gemm Tactic: 0x0000000000000004 Time: 0.5",
+    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 1.25",
+    "--------------- Timing Runner: conv_a (CaskConvolution[0x80000009])",
+    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 0.01",
+    "Tactic Name: sm80_xmma_sparse_conv Tactic: 0x0000000000000002 Time: 0.04",
+    "--------------- Timing Runner: {ForeignNode[a...b]} (Myelin[0x80000023])",
+    "Tactic: 0x0000000000000000 Time: 18.7728",
+]
+
+
+def test_the_fastest_trial_of_each_kernel_is_kept_for_each_layer():
+    assert kernel_times(TRIALS) == {
+        "conv_a": {"sm80_xmma_fprop": 0.01, "sm80_xmma_sparse_conv": 0.03},
+        "conv_b + relu": {"sm80_xmma_fprop": 1e-05},
+        "conv_c": {"sm90_xmma_sparse_gemm": 0.5, "sm80_xmma_fprop": 1.25},
+    }
+
+
+def test_logged_times_tell_why_a_layer_runs_dense(tmp_path):
+    layers = ("conv_a", "conv_b + relu", "conv_c")
+    assert why_dense(layers, kernel_times(TRIALS), tmp_path / "not_needed.onnx") == {
+        "conv_a": "slower: 0.03 ms sparse, 0.01 ms dense",
+        "conv_b + relu": "no sparse kernel was tried",
+        "conv_c": (
+            "faster alone (0.5 ms sparse, 1.25 ms dense), "
+            "so something around it decided, such as layouts"
+        ),
+    }
+
+
+def test_without_times_the_size_of_a_layer_is_named(exported):
+    path = exported[1]["fp16"]
+    table = verify_onnx(path)
+    conv = table.node[table.op == "Conv"].iloc[-1]
+    reasons = why_dense((f"{conv} + relu",), {}, path)
+    assert reasons == {
+        f"{conv} + relu": "small: 16 outputs, each a sum of 8; sparse kernels tend to win from "
+        "256 on"
+    }
+
+
+def test_where_nothing_is_known_no_reason_is_made_up(exported):
+    reasons = why_dense(("{ForeignNode[a...b]}",), {}, exported[1]["fp16"])
+    assert list(reasons.values()) == ["the builder chose a dense kernel and logged no times"]
+
+
+# --- the report -------------------------------------------------------------------------
 
 
 def report(**changes: object) -> EngineReport:
     values = {
         "builder": "TensorRT", "version": "11.4", "target": "A100", "sparse_flag": True,
-        "megabytes": 1.5, "seconds": 2.0, "eligible": ("a", "b", "c"), "chosen": ("c",), "log": (),
+        "optimization_level": 3, "megabytes": 1.5, "seconds": 2.0, "eligible_count": 3,
+        "chosen_count": 1, "eligible": ("a", "b", "c"), "chosen": ("c",),
+        "reasons": {"a": "slower", "b": "small"}, "tactics": None, "log": (),
     }  # fmt: skip
     return EngineReport(**(values | changes))
 
 
-def test_the_report_lists_each_eligible_layer_and_whether_it_runs_sparse():
-    table = report().layers()
-    assert list(table.columns) == ["layer", "sparse kernel"]
-    assert dict(table.to_numpy()) == {"a": False, "b": False, "c": True}
-    assert repr(report()) == (
-        "TensorRT 11.4 for A100: 1.50 MB in 2.0 s, 1 of 3 eligible layers sparse"
-    )
+def test_the_report_lists_each_eligible_layer_and_why_it_does_not_run_sparse():
+    table = report(tactics={"a": "sm80_fprop", "c + relu": "sm80_SpGemm"}).layers()
+    assert table.to_dict("list") == {
+        "layer": ["a", "b", "c"],
+        "sparse kernel": [False, False, True],
+        "tactic": ["sm80_fprop", "", "sm80_SpGemm"],
+        "reason": ["slower", "small", ""],
+    }
 
 
-def test_eligible_and_none_chosen_is_told_so():
-    assert "0 of 3 eligible layers sparse" in repr(report(chosen=None))
-    assert not report(chosen=()).layers()["sparse kernel"].any()
+def test_the_report_in_one_line():
+    line = "TensorRT 11.4 for A100: 1.50 MB in 2.0 s, 1 of 3 eligible layers sparse"
+    assert repr(report()) == line
+    tactics = {"a": "sm80_fprop", "c": "sm80_sparse_gemm"}
+    assert repr(report(tactics=tactics)) == f"{line}, 1 sparse by the engine's tactic names"
+    assert "0 of 3 eligible layers sparse" in repr(report(chosen=None, chosen_count=None))
+
+
+def test_log_and_engine_are_held_against_each_other():
+    tactics = {"a": "sm80_sparse_gemm", "b": "sm80_fprop", "c": "sm80_fprop"}
+    assert report(tactics=tactics).disagreements() == ("a", "c")
+    assert report(tactics={"b": "sm80_fprop", "c": "spmma"}).disagreements() == ()
+    # A copy has no kernel of its own, whatever it stands beside.
+    copied = {"a + relu": "", "a + add": "sm80_sparse_gemm"}
+    assert report(tactics=copied).disagreements() == ("a",)
+    assert report(tactics=None).disagreements() == ()
 
 
 def test_a_builder_without_a_sparsity_report_has_no_table():
+    silent = report(eligible_count=None, chosen_count=None, eligible=None, chosen=None)
     with pytest.raises(EngineError, match=r"TensorRT 11\.4 prints no sparsity report"):
-        report(eligible=None, chosen=None).layers()
+        silent.layers()
+
+
+def test_a_builder_that_only_counts_has_no_table_but_its_tactics():
+    counted = report(eligible_count=39, eligible=None, tactics={"a": "x_sparse_y", "b": "x"})
+    with pytest.raises(EngineError, match=r"\(39\) .* does not name each"):
+        counted.layers()
+    assert counted.sparse_tactics == {"a": "x_sparse_y"}
+    assert "1 of 39 eligible layers sparse" in repr(counted)
+
+
+def test_a_layer_without_a_tactic_of_its_own_has_an_empty_name():
+    assert read_tactics(INFORMATION) == {
+        "reformat": "", "conv_a": "sm80_xmma_fprop", "conv_b + relu": "sm80_xmma_sparse_conv"
+    }  # fmt: skip
 
 
 # --- the interface that the helpers rely on -----------------------------------------------
@@ -279,45 +663,95 @@ CLASSES = {
     "build": "Builder",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
+    "problem": "ParserError",
     "config": "IBuilderConfig",
     "profile": "IOptimizationProfile",
+    "cache": "ITimingCache",
     "plan": "IHostMemory",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "self.logger": "Logger",
     "self.runtime": "Runtime",
     "self.engine": "ICudaEngine",
     "self.context": "IExecutionContext",
 }
 MODULES = {"trt", "self.trt", "builder.module"}
+# Names for what TensorRT returns that is not of its own making: text, numbers, NumPy's types.
+PLAIN = {"reason", "dtype"}
 
 
-def chains(source: str) -> set[tuple[str, str]]:
-    """Return (owner, attribute) of every dotted name in a source: ("trt", "Builder")."""
-
-    def dotted(node: ast.AST) -> str | None:
-        if isinstance(node, ast.Name):
-            return node.id
-        if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
-            return f"{owner}.{node.attr}"
-        return None
-
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        name = dotted(node) if isinstance(node, ast.Attribute) else None
-        for owner in MODULES | set(CLASSES):
-            if name and name.startswith(owner + "."):
-                found.add((owner, name.removeprefix(owner + ".")))
-    return found
+def dotted(node: ast.AST) -> str:
+    """Return `a.b.c` for such an expression, nothing for any other."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
+        return f"{owner}.{node.attr}"
+    return ""
 
 
-@pytest.mark.parametrize("module", [engine, runners])
-def test_every_name_that_the_helpers_take_from_tensorrt_exists(trt, module):
-    used = chains(Path(inspect.getsourcefile(module)).read_text())
+def from_tensorrt(node: ast.AST) -> tuple[str, str] | None:
+    """Return the owner and the rest of a name of TensorRT's: ("trt", "BuilderFlag.TF32")."""
+    for owner in MODULES | set(CLASSES):
+        if (name := dotted(node)).startswith(owner + "."):
+            return owner, name.removeprefix(owner + ".")
+    return None
+
+
+def resolve(trt: object, owner: str, names: str) -> object:
+    place = trt if owner in MODULES else getattr(trt, CLASSES[owner])
+    for name in names.split("."):
+        assert hasattr(place, name), f"{owner}.{names} does not exist in TensorRT"
+        place = getattr(place, name)
+    return place
+
+
+@pytest.fixture(params=[engine, runners], ids=["engine", "runners"])
+def source(request) -> tuple[object, ast.Module]:
+    return request.param, ast.parse(Path(inspect.getsourcefile(request.param)).read_text())
+
+
+def test_every_name_that_the_helpers_take_from_tensorrt_exists(trt, source):
+    module, tree = source
+    used = {found for node in ast.walk(tree) if (found := from_tensorrt(node))}
     expected = {
         engine: {("trt", "BuilderFlag.SPARSE_WEIGHTS"), ("config", "add_optimization_profile")},
         runners: {("self.trt", "nptype"), ("self.context", "execute_async_v3")},
     }
     assert expected[module] <= used, "the names were not collected"
-    for owner, attributes in used:
-        place = trt if owner in MODULES else getattr(trt, CLASSES[owner])
-        for attribute in attributes.split("."):
-            assert hasattr(place, attribute), f"{owner}.{attributes} does not exist in TensorRT"
-            place = getattr(place, attribute)
+    for owner, names in used:
+        resolve(trt, owner, names)
+
+
+def test_every_keyword_that_the_helpers_give_tensorrt_exists(trt, source):
+    _, tree = source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (found := from_tensorrt(node.func)):
+            signature = resolve(trt, *found).__doc__ or ""
+            for keyword in node.keywords:
+                assert f"{keyword.arg}:" in signature, f"{found}: {keyword.arg}"
+
+
+def test_every_tensorrt_object_that_the_helpers_name_is_one_whose_class_is_known(source):
+    _, tree = source
+    made = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and from_tensorrt(node.value.func)
+    ]
+    assert made, "the assignments were not collected"
+    for node in made:
+        for target in node.targets:
+            assert dotted(target) in set(CLASSES) | PLAIN, ast.unparse(node)
+
+
+def test_the_methods_that_tensorrt_calls_have_its_names(trt):
+    bases = {"Logger": trt.ILogger, "Progress": trt.IProgressMonitor}
+    own = {"last_error"}  # for the helpers themselves
+    for made in (engine._make_logger(trt), engine._make_progress_bar(trt)):
+        base = bases.pop(type(made).__name__)
+        methods = {name for name, value in vars(type(made)).items() if inspect.isfunction(value)}
+        assert methods - own <= set(dir(base))
+    assert not bases
