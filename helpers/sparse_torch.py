@@ -482,7 +482,8 @@ class SparseTorchRunner(Runner):
 
     @torch.inference_mode()
     def load(self, images: Tensor) -> None:
-        self.images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
+        self.images = images.to(self.device, self.dtype, memory_format=layout)
         if self.device.type == "cuda":
             if images.shape not in self.captured:
                 own = self.images.clone()  # the graph will always read from here
