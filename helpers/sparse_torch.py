@@ -189,7 +189,8 @@ class Autotuner:
             input: what the layer is called with, real numbers of the right shape.
 
         Raises:
-            RunnerError: two kernels disagree, or the cache cannot be read.
+            RunnerError: a kernel does not run or gives other numbers than the first, or the
+                cache cannot be read.
         """
         key = f"{self.where}, torch {torch.__version__}, {_describe(kernels, input)}"
         if key not in self.choices:
@@ -201,14 +202,14 @@ class Autotuner:
         return self.choices[key]
 
     def _measure(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
-        algorithms = [kernel.search(input) for kernel in kernels]
-        calls = [
-            partial(kernel, input, **algorithm)
-            for kernel, algorithm in zip(kernels, algorithms, strict=True)
-        ]
-        for kernel, call in zip(kernels[1:], calls[1:], strict=True):
-            _require_agreement(layer, kernel, call(), calls[0]())
-        times = self.timer(calls)
+        reference = kernels[0](input)
+        algorithms = [_search(layer, kernel, input, reference) for kernel in kernels]
+        times = self.timer(
+            [
+                partial(kernel, input, **algorithm)
+                for kernel, algorithm in zip(kernels, algorithms, strict=True)
+            ]
+        )
         best = min(range(len(times)), key=times.__getitem__)
         if times[best] >= (1 - NOISE) * times[0]:
             best = 0
@@ -240,17 +241,31 @@ def _describe(kernels: Sequence[Kernel], input: Tensor) -> str:
     return ", ".join(parts) + ": " + " or ".join(kernel.name for kernel in kernels)
 
 
-def _require_agreement(layer: str, kernel: Kernel, output: Tensor, reference: Tensor) -> None:
-    # FP32 convolutions run in TF32 on a GPU, which rounds as FP16 does.
-    rounding = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float16).eps)
-    output, reference = output.float(), reference.float()
-    # Written so that a NaN, which compares as false, is refused too.
-    if not (output - reference).abs().max() <= TOLERANCE * rounding * reference.abs().max():
+def _search(layer: str, kernel: Kernel, input: Tensor, reference: Tensor) -> dict[str, int]:
+    """Return a kernel's best arguments for an input, if it then gives the right numbers."""
+    try:
+        algorithm = kernel.search(input)
+        output = kernel(input, **algorithm)
+    except RuntimeError as error:
+        raise RunnerError(
+            f"{layer}: the {kernel.name} does not run for an input of shape {tuple(input.shape)} "
+            f"({error}). Use a smaller batch if memory is short, else backend='dense'."
+        ) from error
+    if not _agree(output, reference):
         raise RunnerError(
             f"{layer}: the {kernel.name} does not give the numbers of the dense layer, or they "
             "are not finite. If the network gives finite numbers in PyTorch, this kernel cannot "
-            f"be trusted here, with PyTorch {torch.__version__}: use another version."
+            f"be trusted with PyTorch {torch.__version__}: use another version."
         )
+    return algorithm
+
+
+def _agree(output: Tensor, reference: Tensor) -> bool:
+    # FP32 convolutions run in TF32 on a GPU, which rounds as FP16 does.
+    rounding = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float16).eps)
+    output, reference = output.float(), reference.float()
+    # A NaN compares as false.
+    return bool((output - reference).abs().max() <= TOLERANCE * rounding * reference.abs().max())
 
 
 def capture(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -468,14 +483,14 @@ class SparseTorchRunner(Runner):
         cache: Path | None = None,
     ) -> None:
         self.device = machine.device()
-        on_gpu = self.device.type == "cuda"
-        self.dtype = dtype or (torch.float16 if on_gpu else torch.float32)
+        self.on_gpu = self.device.type == "cuda"
+        self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
         if backend == "cusparselt":
             _require_cusparselt(self.dtype)
         self.model = fold_batch_norm(model).to(
             self.device, self.dtype, memory_format=torch.channels_last
         )
-        autotuner = Autotuner(time_on_gpu, cache) if on_gpu else None
+        autotuner = Autotuner(time_on_gpu, cache) if self.on_gpu else None
         self.layers = use_gemms_(self.model, backend, autotuner)
         self.name = f"PyTorch {torch.__version__.partition('+')[0]}, {backend}, {self.device.type}"
         self.captured: dict[torch.Size, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
@@ -484,16 +499,17 @@ class SparseTorchRunner(Runner):
     def load(self, images: Tensor) -> None:
         layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
         self.images = images.to(self.device, self.dtype, memory_format=layout)
-        if self.device.type == "cuda":
-            if images.shape not in self.captured:
-                own = self.images.clone()  # the graph will always read from here
-                self.captured[images.shape] = (own, *capture(partial(self.model, own)))
-            self.captured[images.shape][0].copy_(self.images)
-            torch.cuda.synchronize()
+        if not self.on_gpu:
+            return
+        if images.shape not in self.captured:
+            own = self.images.clone()  # the graph will always read from here
+            self.captured[images.shape] = (own, *capture(partial(self.model, own)))
+        self.captured[images.shape][0].copy_(self.images)
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def run(self) -> None:
-        if self.device.type == "cpu":
+        if not self.on_gpu:
             self.logits = self.model(self.images)
             return
         _, graph, self.logits = self.captured[self.images.shape]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers import machine, models
+from helpers import machine, models, sparse_torch
 from helpers.onnx_export import fold_batch_norm, relative_gap
 from helpers.runners import RunnerError
 from helpers.sparse_torch import (
@@ -23,6 +23,7 @@ from helpers.sparse_torch import (
     SparseGemm,
     SparseTorchRunner,
     TunedLayer,
+    time_on_gpu,
     use_gemms_,
     why_no_cusparselt,
 )
@@ -475,6 +476,18 @@ def test_a_kernel_with_wrong_numbers_is_refused_before_it_is_timed(layer, wrong)
     assert timer.used == 0
 
 
+def test_a_kernel_that_does_not_run_names_its_layer(layer, monkeypatch):
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("operation not supported")
+
+    kernels = kernels_of(layer)
+    monkeypatch.setattr(kernels[1], "multiply", refuse)
+    with pytest.raises(
+        RunnerError, match=r"^layer1\.fc: the dense GEMM does not run .*\(8, 16\) \(operation not"
+    ):
+        Autotuner(FakeTimer(2.0, 1.0)).choose("layer1.fc", kernels, random(8, 16))
+
+
 def test_a_layer_whose_outputs_are_all_zero_is_no_error(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -539,6 +552,83 @@ def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch)
     fake_gpu(monkeypatch, (8, 0), built=True)
     with pytest.raises(RunnerError, match=r"torch\.float32 .*use torch\.float16"):
         SparseTorchRunner(linear_network(), dtype=torch.float32)
+
+
+class Replay:
+    """A CUDA graph on the CPU: it does the captured work again, into the same tensor."""
+
+    def __init__(self, work: Callable[[], Tensor], result: Tensor) -> None:
+        self.work, self.result = work, result
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[Replay]:
+    """Every graph that is captured, on the CPU."""
+    graphs = []
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        work()
+        graphs.append(Replay(work, work()))
+        return graphs[-1], graphs[-1].result
+
+    monkeypatch.setattr(sparse_torch, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return graphs
+
+
+def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
+    no_gpu, captured, pruned
+):
+    model, images = pruned
+    runner = SparseTorchRunner(model, "dense")
+    runner.on_gpu = True
+    with torch.inference_mode():
+        expected = model(images)
+    for part in (slice(0, 1), slice(1, 2), slice(0, 3), slice(2, 3)):
+        own = images[part].clone()
+        runner.load(own)
+        own.fill_(float("nan"))  # the runner has a copy
+        runner.run()
+        assert relative_gap(runner.fetch(), expected[part]) < GAP
+    assert len(captured) == 2
+    before = runner.fetch()
+    runner.load(images)
+    assert torch.equal(runner.fetch(), before), "loading alone changes no result"
+
+
+def test_kernels_are_timed_in_turns_and_the_median_of_one_call_is_told(captured, monkeypatch):
+    now, ran = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    def kernel(name: str, milliseconds: float) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            ran.append(name)
+            # Once in a while something else keeps the GPU busy.
+            now[0] += milliseconds + (1000 if len(ran) == 31 else 0)
+            return torch.zeros(())
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    calls = [kernel("a", 2.0), kernel("b", 3.0)]
+    assert time_on_gpu(calls, repeats=5, rounds=4) == [2.0, 3.0]
+    measured = ran[2 * 2 * 5 :]  # after warm-up and capture
+    assert measured[::5] == ["a", "b", "b", "a"] * 4
 
 
 # --- on a GPU ------------------------------------------------------------------------------
