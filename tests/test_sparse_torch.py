@@ -323,15 +323,15 @@ def test_a_network_without_any_layer_for_the_backend_is_refused(cusparselt):
     layout=st.sampled_from(["channels first", "channels last", "some of the channels"]),
 )
 def test_a_gemm_is_the_convolution(kind, batch, size, channels, stride, bias, relu, layout):
-    given_, taken = channels
+    inputs, outputs = channels
     torch.manual_seed(0)
-    layer = nn.Conv2d(given_, taken, 1, stride, bias=bias)
+    layer = nn.Conv2d(inputs, outputs, 1, stride, bias=bias)
     prune_2to4_(layer)
-    images = random(batch, given_, *size)
+    images = random(batch, inputs, *size)
     if layout != "channels first":
         images = images.contiguous(memory_format=torch.channels_last)
     if layout == "some of the channels":
-        images = torch.cat([images, images], 1)[:, :given_]
+        images = torch.cat([images, images], 1)[:, :inputs]
     with torch.inference_mode(), fake_cusparselt():
         expected = layer(images).relu() if relu else layer(images)
         output = kind(layer, relu)(images)
@@ -414,7 +414,8 @@ def test_a_network_runs_the_kernel_that_was_chosen_for_each_shape():
 
     (tuned,) = use_gemms_(folded, "dense", Autotuner(timer))
     few, many = random(2, 16), random(8, 16)
-    folded(few), folded(many)
+    for rows in (few, many):
+        folded(rows)  # chooses
     tuned.kernels = {name: lambda input, name=name: name for name in tuned.kernels}
     assert (folded(few), folded(many)) == ("dense layer", "dense GEMM")
 
@@ -430,6 +431,8 @@ def test_the_same_shape_is_measured_once_and_another_one_anew(layer):
     autotuner.choose("without bias", kernels_of(nn.Linear(16, 16, bias=False)), random(8, 16))
     double = copy.deepcopy(layer).double()
     autotuner.choose("another type", kernels_of(double), random(8, 16).double())
+    assert timer.used == 5
+    autotuner.choose("the first again", kernels_of(layer), random(8, 16))
     assert timer.used == 5
 
 
