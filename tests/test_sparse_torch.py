@@ -1,0 +1,687 @@
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from helpers import machine, models, sparse_torch
+from helpers.onnx_export import fold_batch_norm, relative_gap
+from helpers.runners import RunnerError
+from helpers.sparse_torch import (
+    NOISE,
+    Autotuner,
+    DenseGemm,
+    DenseLayer,
+    SparseGemm,
+    SparseTorchRunner,
+    TunedLayer,
+    time_on_gpu,
+    use_gemms_,
+    why_no_cusparselt,
+)
+from helpers.sparsity import is_2to4, prune_2to4_
+
+GAP = 1e-5  # FP32: the order of the sums differs
+
+needs_cusparselt = pytest.mark.skipif(
+    bool(why_no_cusparselt()), reason=why_no_cusparselt() or "it is here"
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quick_network() -> nn.Module:
+    return models.create_model("resnext14_8x4d", 10)
+
+
+def bottlenecks() -> nn.Module:
+    """ResNet-50's blocks; from the second stage on, downsamples have stride 2."""
+    network = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=16)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def linear_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32, bias=False), nn.ReLU(), nn.Linear(32, 16)
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "quick": (quick_network, (1, 28, 28)),
+    "bottlenecks": (bottlenecks, (3, 32, 32)),
+    "linear": (linear_network, (48,)),
+}
+
+
+def prepared(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a network pruned 2:4, whose batch norms have statistics other than 0 and 1."""
+    model(images)
+    prune_2to4_(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def pruned(request) -> tuple[nn.Module, Tensor]:
+    make, shape = NETWORKS[request.param]
+    torch.manual_seed(0)
+    return prepared(make(), random(8, *shape, seed=1)), random(3, *shape, seed=2)
+
+
+class FakeCusparselt:
+    """PyTorch's binding of cuSPARSELt, on the CPU and with its contract.
+
+    It knows the dense matrix by its memory and by whether it is contiguous, and no strides.
+    """
+
+    algorithm = (5, 2, 1)
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, int]] = []
+
+    def compress(self, weight: Tensor) -> Tensor:
+        assert weight.is_contiguous()
+        assert is_2to4(weight)
+        assert all(size % 16 == 0 for size in weight.shape)
+        return weight.clone()
+
+    def sparse_mm(
+        self,
+        compressed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None = None,
+        transpose_result: bool = False,
+        **algorithm: int,
+    ) -> Tensor:
+        self.calls.append(algorithm)
+        k, n = dense.shape
+        assert k % 8 == n % 8 == 0
+        if dense.is_contiguous():
+            seen = dense.as_strided((k, n), (n, 1))
+        else:
+            seen = dense.as_strided((n, k), (k, 1)).t()
+        product = compressed @ seen
+        if bias is not None:
+            product += bias[:, None]
+        return product.t().contiguous() if transpose_result else product
+
+    def mm_search(
+        self,
+        compressed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None,
+        alpha: None,
+        out_dtype: None,
+        transpose_result: bool,
+    ) -> tuple[int, int, int, int]:
+        self.sparse_mm(compressed, dense, bias, transpose_result)
+        return (*self.algorithm, 40)
+
+
+@contextmanager
+def fake_cusparselt() -> Iterator[FakeCusparselt]:
+    fake = FakeCusparselt()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_cslt_compress", fake.compress)
+        patch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
+        patch.setattr(torch._C, "_cusparselt", fake, raising=False)
+        yield fake
+
+
+@pytest.fixture
+def cusparselt():
+    with fake_cusparselt() as fake:
+        yield fake
+
+
+def the_fastest_is(name: str) -> Callable[[Sequence], list[float]]:
+    """Return a timer that finds one kernel twice as fast as all others."""
+
+    def timer(calls: Sequence) -> list[float]:
+        return [0.5 if call.func.name == name else 1.0 for call in calls]
+
+    return timer
+
+
+# --- the network ---------------------------------------------------------------------------
+
+
+def test_the_network_of_gemms_gives_the_outputs_of_the_folded_network(pruned):
+    model, images = pruned
+    folded = fold_batch_norm(model)
+    with torch.inference_mode():
+        expected = folded(images)
+        layers = use_gemms_(folded, "dense")
+        for batch in (images, images[:1], images.contiguous(memory_format=layout_of(images))):
+            output = folded(batch)
+            assert relative_gap(output, expected[: len(batch)]) < GAP
+    assert layers
+    assert all(choice.kernel == "dense GEMM" for layer in layers for choice in chosen(layer))
+
+
+def layout_of(images: Tensor) -> torch.memory_format:
+    return torch.channels_last if images.dim() == 4 else torch.contiguous_format
+
+
+def chosen(layer: TunedLayer) -> list:
+    assert layer.choices
+    return list(layer.choices.values())
+
+
+def test_the_network_of_sparse_gemms_gives_the_outputs_of_the_folded_network(pruned, cusparselt):
+    model, images = pruned
+    folded = fold_batch_norm(model)
+    with torch.inference_mode():
+        expected = folded(images)
+        layers = use_gemms_(folded, "cusparselt", Autotuner(the_fastest_is("sparse GEMM")))
+        folded(images)  # chooses
+        cusparselt.calls.clear()
+        assert relative_gap(folded(images), expected) < GAP
+    algorithm = {"alg_id": 5, "split_k": 2, "split_k_mode": 1}
+    for layer in layers:
+        (choice,) = chosen(layer)
+        assert (choice.kernel, choice.algorithm) == ("sparse GEMM", algorithm)
+    assert cusparselt.calls == [algorithm] * len(layers)
+
+
+def test_the_weights_of_the_gemms_are_the_folded_ones_and_2to4(pruned, cusparselt):
+    model, _ = pruned
+    folded = fold_batch_norm(model)
+    before = {name: value.clone() for name, value in folded.named_parameters()}
+    for layer in use_gemms_(folded, "cusparselt"):
+        for name in ("dense GEMM", "sparse GEMM"):
+            weight = layer.kernels[name].weight
+            assert torch.equal(weight, before[f"{layer.name}.weight"].flatten(1))
+            assert is_2to4(weight)
+
+
+def test_the_model_that_was_given_is_not_changed(pruned):
+    model, images = pruned
+    model = copy.deepcopy(model).train()
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(layer) for layer in model.modules()]
+    runner = SparseTorchRunner(model, "dense", torch.float32)
+    runner(images)
+    assert model.training
+    assert [type(layer) for layer in model.modules()] == kinds
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_exactly_the_eligible_layers_become_gemms():
+    folded = fold_batch_norm(prepared(quick_network(), random(4, 1, 28, 28)))
+    others = {
+        name: layer
+        for name, layer in folded.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and (getattr(layer, "kernel_size", (1, 1)) != (1, 1) or len(layer.weight) % 16)
+    }
+    layers = use_gemms_(folded, "dense")
+    assert {"conv1", "layer1.0.conv2", "fc"} <= set(others)  # 3x3, grouped, ten outputs
+    assert all(folded.get_submodule(name) is layer for name, layer in others.items())
+    expected = {f"layer{i}.0.{conv}" for i in range(1, 5) for conv in ("conv1", "conv3")}
+    expected |= {f"layer{i}.0.downsample.0" for i in range(2, 5)}
+    assert {layer.name for layer in layers} == expected
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(32, 32, 1, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(32, 32, 1, groups=2),
+        nn.Conv2d(32, 24, 1),
+        nn.ConvTranspose2d(32, 32, 1),
+    ],
+    ids=["padded", "3x3", "grouped", "24 channels", "transposed"],
+)
+def test_a_layer_that_is_no_product_of_matrices_stays_as_it_is(layer):
+    network = nn.Sequential(layer, nn.Conv2d(len(layer(random(1, 32, 4, 4))[0]), 16, 2))
+    network.insert(0, nn.Conv2d(16, 32, 1))
+    folded = fold_batch_norm(network)
+    stays = folded.get_submodule("1")
+    assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["0"]
+    assert folded.get_submodule("1") is stays
+    with torch.inference_mode():
+        assert relative_gap(folded(random(2, 16, 4, 4)), network(random(2, 16, 4, 4))) < GAP
+
+
+def test_a_subclass_of_a_layer_stays_as_it_is():
+    special = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
+    folded = fold_batch_norm(nn.Sequential(special, nn.Linear(16, 16)))
+    assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["1"]
+
+
+class Branches(nn.Module):
+    """A ReLU that may be taken into its layer, and two that may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.forked, self.twice = (nn.Linear(16, 16) for _ in range(3))
+        self.relu = nn.ReLU(inplace=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.alone(x))
+        fork = self.forked(x)
+        x = self.relu(fork) + fork
+        return self.relu(self.twice(x)) - self.twice(-x)
+
+
+def test_a_relu_is_taken_in_only_if_nothing_else_sees_what_it_cuts_off():
+    torch.manual_seed(0)
+    network = Branches()
+    folded = fold_batch_norm(network)
+    layers = use_gemms_(folded, "dense")
+    assert {layer.name: layer.kernels["dense GEMM"].relu for layer in layers} == {
+        "alone": True,
+        "forked": False,
+        "twice": False,
+    }
+    with torch.inference_mode():
+        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+
+
+def test_weights_that_are_not_2to4_get_no_sparse_kernel(cusparselt):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    prune_2to4_(network, exclude="0")
+    dense, sparse = use_gemms_(fold_batch_norm(network), "cusparselt")
+    assert list(dense.kernels) == ["dense layer", "dense GEMM"]
+    assert list(sparse.kernels) == ["dense layer", "dense GEMM", "sparse GEMM"]
+
+
+def test_a_network_without_any_layer_for_the_backend_is_refused(cusparselt):
+    unpruned = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(RunnerError, match=r"No layer .* a sparse GEMM.*02_prune_2_4\.ipynb"):
+        use_gemms_(fold_batch_norm(unpruned), "cusparselt")
+    with pytest.raises(RunnerError, match=r"No layer .* a dense GEMM"):
+        use_gemms_(fold_batch_norm(nn.Sequential(nn.Linear(10, 10))), "dense")
+    with pytest.raises(RunnerError, match="no backend 'cutlass'; there are dense, cusparselt"):
+        use_gemms_(fold_batch_norm(unpruned), "cutlass")
+
+
+# --- one kernel ----------------------------------------------------------------------------
+
+
+@given(
+    kind=st.sampled_from([DenseGemm, SparseGemm]),
+    batch=st.integers(1, 5),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    channels=st.tuples(*[st.sampled_from([16, 32, 48])] * 2),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    bias=st.booleans(),
+    relu=st.booleans(),
+    layout=st.sampled_from(["channels first", "channels last", "some of the channels"]),
+)
+def test_a_gemm_is_the_convolution(kind, batch, size, channels, stride, bias, relu, layout):
+    inputs, outputs = channels
+    torch.manual_seed(0)
+    layer = nn.Conv2d(inputs, outputs, 1, stride, bias=bias)
+    prune_2to4_(layer)
+    images = random(batch, inputs, *size)
+    if layout != "channels first":
+        images = images.contiguous(memory_format=torch.channels_last)
+    if layout == "some of the channels":
+        images = torch.cat([images, images], 1)[:, :inputs]
+    with torch.inference_mode(), fake_cusparselt():
+        expected = layer(images).relu() if relu else layer(images)
+        output = kind(layer, relu)(images)
+    assert output.shape == expected.shape
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [DenseGemm, SparseGemm])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16)])
+def test_a_gemm_is_the_linear_layer_for_any_number_of_dimensions(cusparselt, kind, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 32)
+    prune_2to4_(layer)
+    with torch.inference_mode():
+        output, expected = kind(layer, relu=False)(random(*shape)), layer(random(*shape))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not torch.backends.cusparselt.is_available(), reason="PyTorch was built without cuSPARSELt"
+)
+def test_pytorch_has_the_search_that_is_used():
+    taken, returned = torch._C._cusparselt.mm_search.__doc__.split("->")
+    assert taken.count("arg") == 6
+    assert "tuple[int, int, int, int]" in returned.lower()
+
+
+def test_pytorch_has_the_operators_with_the_arguments_that_are_used():
+    arguments = torch.ops.aten._cslt_sparse_mm.default._schema.arguments
+    used = ["bias", "transpose_result", "alg_id", "split_k", "split_k_mode"]
+    assert [argument.name for argument in arguments[:2]] == ["compressed_A", "dense_B"]
+    assert set(used) <= {argument.name for argument in arguments}
+    assert len(torch.ops.aten._cslt_compress.default._schema.arguments) == 1
+
+
+# --- choosing ------------------------------------------------------------------------------
+
+
+class FakeTimer:
+    """A timer that tells what it was told, and counts."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.milliseconds, self.used = list(milliseconds), 0
+
+    def __call__(self, calls: Sequence) -> list[float]:
+        self.used += 1
+        assert len(calls) == len(self.milliseconds)
+        return self.milliseconds
+
+
+def kernels_of(layer: nn.Module) -> list:
+    return [DenseLayer(layer, relu=False), DenseGemm(layer, relu=False)]
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("dense", "gemm", "fastest"),
+    [(2.0, 1.0, "dense GEMM"), (1.0, 2.0, "dense layer"), (1.0, 0.99, "dense layer")],
+    ids=["faster", "slower", "within noise"],
+)
+def test_a_gemm_is_chosen_only_where_it_is_faster_by_more_than_noise(layer, dense, gemm, fastest):
+    choice = Autotuner(FakeTimer(dense, gemm)).choose("fc", kernels_of(layer), random(8, 16))
+    assert choice.kernel == fastest
+    assert choice.milliseconds == {"dense layer": dense, "dense GEMM": gemm}
+
+
+def test_a_network_runs_the_kernel_that_was_chosen_for_each_shape():
+    torch.manual_seed(0)
+    folded = fold_batch_norm(nn.Sequential(nn.Linear(16, 16)))
+
+    def timer(calls: Sequence) -> list[float]:
+        rows = len(calls[0].args[0])
+        return [1.0, 0.5] if rows > 4 else [0.5, 1.0]
+
+    (tuned,) = use_gemms_(folded, "dense", Autotuner(timer))
+    few, many = random(2, 16), random(8, 16)
+    for rows in (few, many):
+        folded(rows)  # chooses
+    tuned.kernels = {name: lambda input, name=name: name for name in tuned.kernels}
+    assert (folded(few), folded(many)) == ("dense layer", "dense GEMM")
+
+
+def test_the_same_shape_is_measured_once_and_another_one_anew(layer):
+    timer = FakeTimer(2.0, 1.0)
+    autotuner = Autotuner(timer)
+    for name in ("layer1", "layer2"):
+        autotuner.choose(name, kernels_of(layer), random(8, 16))
+    assert timer.used == 1
+    autotuner.choose("more rows", kernels_of(layer), random(9, 16))
+    autotuner.choose("more outputs", kernels_of(nn.Linear(16, 32)), random(8, 16))
+    autotuner.choose("without bias", kernels_of(nn.Linear(16, 16, bias=False)), random(8, 16))
+    double = copy.deepcopy(layer).double()
+    autotuner.choose("another type", kernels_of(double), random(8, 16).double())
+    assert timer.used == 5
+    autotuner.choose("the first again", kernels_of(layer), random(8, 16))
+    assert timer.used == 5
+
+
+def test_choices_are_kept_on_disk_for_the_same_gpu_and_version(layer, tmp_path, monkeypatch):
+    cache = tmp_path / "kernels.json"
+    first = Autotuner(FakeTimer(2.0, 1.0), cache).choose("fc", kernels_of(layer), random(8, 16))
+    again = FakeTimer(1.0, 2.0)
+    assert Autotuner(again, cache).choose("fc", kernels_of(layer), random(8, 16)) == first
+    assert again.used == 0
+
+    monkeypatch.setattr(machine, "gpu", lambda: {"gpu": "another GPU"})
+    elsewhere = Autotuner(again, cache).choose("fc", kernels_of(layer), random(8, 16))
+    assert (elsewhere.kernel, again.used) == ("dense layer", 1)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    Autotuner(again, cache).choose("fc", kernels_of(layer), random(8, 16))
+    assert again.used == 2
+    assert len(json.loads(cache.read_text())) == 3
+
+
+def test_two_runners_that_share_a_cache_keep_each_others_choices(layer, tmp_path):
+    cache = tmp_path / "kernels.json"
+    one, two = (Autotuner(FakeTimer(2.0, 1.0), cache) for _ in range(2))
+    one.choose("fc", kernels_of(layer), random(1, 16))
+    two.choose("fc", kernels_of(layer), random(2, 16))
+    one.choose("fc", kernels_of(layer), random(3, 16))
+    assert len(json.loads(cache.read_text())) == 3
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"key": 1}', '{"key": {"kernel": "dense"}}'])
+def test_a_damaged_cache_is_refused(layer, tmp_path, content):
+    cache = tmp_path / "kernels.json"
+    cache.write_text(content)
+    with pytest.raises(RunnerError, match=r"^kernels\.json does not hold choices .*Delete it"):
+        Autotuner(FakeTimer(2.0, 1.0), cache).choose("fc", kernels_of(layer), random(8, 16))
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_a_kernel_with_wrong_numbers_is_refused_before_it_is_timed(layer, wrong):
+    kernels = kernels_of(layer)
+    kernels[1].weight = kernels[1].weight + wrong
+    timer = FakeTimer(2.0, 1.0)
+    with pytest.raises(RunnerError, match=r"^layer1\.fc: the dense GEMM does not give the numbers"):
+        Autotuner(timer).choose("layer1.fc", kernels, random(8, 16))
+    assert timer.used == 0
+
+
+def test_a_kernel_that_does_not_run_names_its_layer(layer, monkeypatch):
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("operation not supported")
+
+    kernels = kernels_of(layer)
+    monkeypatch.setattr(kernels[1], "multiply", refuse)
+    with pytest.raises(
+        RunnerError, match=r"^layer1\.fc: the dense GEMM does not run .*\(8, 16\) \(operation not"
+    ):
+        Autotuner(FakeTimer(2.0, 1.0)).choose("layer1.fc", kernels, random(8, 16))
+
+
+def test_a_layer_whose_outputs_are_all_zero_is_no_error(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    Autotuner(FakeTimer(2.0, 1.0)).choose("fc", kernels_of(layer), random(8, 16))
+
+
+# --- the runner ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_loading_running_and_fetching_are_three_steps(no_gpu, pruned):
+    model, images = pruned
+    with torch.inference_mode():
+        expected = model(images)
+    runner = SparseTorchRunner(model, "dense")
+    runner.load(images)
+    runner.run()
+    first = runner.fetch()
+    runner.load(images[:1])
+    assert torch.equal(runner.fetch(), first), "loading alone changes no result"
+    runner.run()
+    assert relative_gap(first, expected) < GAP
+    assert relative_gap(runner.fetch(), expected[:1]) < GAP
+    assert (first.dtype, first.device.type) == (torch.float32, "cpu")
+
+
+def test_the_table_tells_the_kernel_of_every_layer_and_shape(no_gpu):
+    runner = SparseTorchRunner(linear_network(), "dense")
+    assert runner.choices().empty
+    runner(random(3, 48))
+    runner(random(2, 48))
+    table = runner.choices()
+    assert list(table.layer) == ["0", "0", "2", "2", "4", "4"]
+    assert list(table.input) == ["3x48", "2x48", "3x64", "2x64", "3x32", "2x32"]
+    assert set(table.kernel) == {"dense GEMM"}
+
+
+def test_without_a_gpu_cusparselt_is_refused_in_one_sentence(no_gpu):
+    with pytest.raises(RunnerError, match=r"No NVIDIA GPU was found.*backend='dense'") as raised:
+        SparseTorchRunner(linear_network())
+    assert str(raised.value).count(". ") == 0
+
+
+def fake_gpu(monkeypatch, capability: tuple[int, int], built: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
+    monkeypatch.setattr(torch.backends, "cusparselt", SimpleNamespace(is_available=lambda: built))
+
+
+def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch):
+    fake_gpu(monkeypatch, (7, 5), built=True)
+    with pytest.raises(RunnerError, match="a fake GPU has no Sparse Tensor Cores"):
+        SparseTorchRunner(linear_network())
+    fake_gpu(monkeypatch, (8, 0), built=False)
+    with pytest.raises(RunnerError, match="built without cuSPARSELt"):
+        SparseTorchRunner(linear_network())
+    fake_gpu(monkeypatch, (8, 0), built=True)
+    with pytest.raises(RunnerError, match=r"torch\.float32 .*use torch\.float16"):
+        SparseTorchRunner(linear_network(), dtype=torch.float32)
+
+
+class Replay:
+    """A CUDA graph on the CPU: it does the captured work again, into the same tensor."""
+
+    def __init__(self, work: Callable[[], Tensor], result: Tensor) -> None:
+        self.work, self.result = work, result
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[Replay]:
+    """Every graph that is captured, on the CPU."""
+    graphs = []
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        work()
+        graphs.append(Replay(work, work()))
+        return graphs[-1], graphs[-1].result
+
+    monkeypatch.setattr(sparse_torch, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return graphs
+
+
+def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
+    no_gpu, captured, pruned
+):
+    model, images = pruned
+    runner = SparseTorchRunner(model, "dense")
+    runner.on_gpu = True
+    with torch.inference_mode():
+        expected = model(images)
+    for part in (slice(0, 1), slice(1, 2), slice(0, 3), slice(2, 3)):
+        own = images[part].clone()
+        runner.load(own)
+        own.fill_(float("nan"))  # the runner has a copy
+        runner.run()
+        assert relative_gap(runner.fetch(), expected[part]) < GAP
+    assert len(captured) == 2
+    before = runner.fetch()
+    runner.load(images)
+    assert torch.equal(runner.fetch(), before), "loading alone changes no result"
+
+
+def test_kernels_are_timed_in_turns_and_the_median_of_one_call_is_told(captured, monkeypatch):
+    now, ran = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    def kernel(name: str, milliseconds: float) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            ran.append(name)
+            # Once in a while something else keeps the GPU busy.
+            now[0] += milliseconds + (1000 if len(ran) == 31 else 0)
+            return torch.zeros(())
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    calls = [kernel("a", 2.0), kernel("b", 3.0)]
+    assert time_on_gpu(calls, repeats=5, rounds=4) == [2.0, 3.0]
+    measured = ran[2 * 2 * 5 :]  # after warm-up and capture
+    assert measured[::5] == ["a", "b", "b", "a"] * 4
+
+
+# --- on a GPU ------------------------------------------------------------------------------
+
+
+def poison() -> None:
+    """Fill the memory that PyTorch will hand out next with NaN."""
+    blocks = [torch.full((2**size,), float("nan"), device="cuda") for size in range(8, 27)]
+    torch.cuda.synchronize()
+    del blocks
+
+
+@pytest.mark.gpu
+@needs_cusparselt
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, dtype, tmp_path):
+    model, images = pruned
+    runner = SparseTorchRunner(model, dtype=dtype, cache=tmp_path / "kernels.json")
+    tolerance = 1e-2 if dtype == torch.float16 else 5e-2  # BF16 has three bits fewer
+    for seed in range(3):
+        fresh = random(*images.shape, seed=10 + seed)
+        poison()
+        with torch.inference_mode():
+            expected = model(fresh)
+        assert relative_gap(runner(fresh), expected) < tolerance
+    assert len(json.loads((tmp_path / "kernels.json").read_text())) > 1
+
+
+@pytest.mark.gpu
+@needs_cusparselt
+@pytest.mark.parametrize("rows", [1, 8, 13])
+def test_a_sparse_gemm_is_the_dense_one_on_the_gpu(rows):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 128)
+    prune_2to4_(layer)
+    layer = layer.to("cuda", torch.float16)
+    kernel = SparseGemm(layer, relu=True)
+    x = random(rows, 64).to("cuda", torch.float16)
+    poison()
+    with torch.inference_mode():
+        for algorithm in ({}, kernel.search(x)):
+            assert relative_gap(kernel(x, **algorithm), layer(x).relu()) < 1e-2
+
+
+@pytest.mark.gpu
+@needs_cusparselt
+def test_every_layer_keeps_the_kernel_that_was_measured_to_be_the_fastest(pruned):
+    model, images = pruned
+    runner = SparseTorchRunner(model)
+    runner(images)
+    for row in runner.choices().to_dict("records"):
+        times = [row[kernel] for kernel in ("dense layer", "dense GEMM", "sparse GEMM")]
+        assert row[row["kernel"]] <= min(times) / (1 - NOISE)
