@@ -12,7 +12,7 @@ from helpers.sparsity import search
 from helpers.sparsity.search import kept_2to4, search_permutation
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-plain_search = runpy.run_path(str(BENCHMARKS / "permutation_search.py"))["plain_search"]
+plain_search = runpy.run_path(str(BENCHMARKS / "permutation.py"))["plain_search"]
 
 
 def normal(rows, width, seed=0):
