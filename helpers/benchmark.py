@@ -7,6 +7,7 @@ trtexec keeps two in flight. And contenders take turns within one measurement, s
 their ratio comes with an interval. Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,14 +134,13 @@ def time_in_turns(
 
 
 def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
-    """Run for some seconds and return the logits, after checking that they are an answer."""
+    """Run for some seconds; return the logits, checked to be an answer to the images."""
     others = runner(-images).clone()
     runner.load(images)
     until = time.perf_counter() + seconds
-    runner.run()
+    answer = _answer(runner)
     while time.perf_counter() < until:
         runner.run()
-    answer = runner.fetch().clone()  # a runner may keep its buffer
     if not answer.isfinite().all():
         raise BenchmarkError(
             f"{runner.name}: the logits of {len(images)} random images are not all finite. "
@@ -152,6 +152,12 @@ def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
             "so the network did not run, or its weights are zero. Load or build it again."
         )
     return answer
+
+
+def _answer(runner: Runner) -> Tensor:
+    """Return a copy of the logits, since a runner may write its next ones over them."""
+    runner.run()
+    return runner.fetch().clone()
 
 
 def _take_turn(runner: Runner, seconds: float) -> list[Run]:
@@ -171,8 +177,8 @@ def _check_unchanged(runner: Runner, answer: Tensor) -> None:
     gap = relative_gap(runner.fetch(), answer)
     if not gap < ROUNDING:  # NaN is not below it either
         raise BenchmarkError(
-            f"{runner.name}: its logits moved by {gap:.1e} of the largest one between warm-up "
-            "and end, on the same images, so it does not always do the same work. Look for a "
+            f"{runner.name}: its logits moved by {gap:.1e} of the largest one while it was "
+            "measured, on the same images, so it does not always do the same work. Look for a "
             "buffer that it shares with another runner."
         )
 
@@ -225,8 +231,8 @@ def bootstrap_ratio(
     """Return the ratio of two statistics with its 95 % bootstrap interval over the rounds.
 
     Whole rounds are drawn, the same for both sides: the runs of one round share the
-    state of the machine, so that drawing single runs would promise too much. With three
-    rounds or fewer the interval is the range of what was seen.
+    state of the machine, so that drawing single runs would promise too much. Of two or
+    three rounds the interval is the range of what was seen; one round has none (NaN).
 
     Args:
         above: measurements of the numerator, one array for each round.
@@ -244,6 +250,8 @@ def bootstrap_ratio(
         return float(np.divide(*map(statistic, sides)))
 
     count = len(above)
+    if count == 1:
+        return Ratio(ratio([0]), math.nan, math.nan)
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     low, high = np.percentile([ratio(rounds) for rounds in draws], [2.5, 97.5])
     return Ratio(ratio(range(count)), float(low), float(high))
@@ -266,7 +274,8 @@ def sweep(
         batches: batch sizes.
         seconds: least time to measure for each runner and batch size.
         seed: of the random images.
-        energy_rounds: windows of 5 s for each runner and batch size, on a GPU.
+        energy_rounds: windows of 5 s for each runner and batch size, on a GPU; with
+            one there is no interval.
 
     Returns:
         One row for each runner and batch, times in milliseconds: `network`, `batch`,
@@ -279,7 +288,7 @@ def sweep(
         relative to the first runner, with `perf_per_watt_low` and `perf_per_watt_high`.
 
     Raises:
-        BenchmarkError: as `time_in_turns` does.
+        BenchmarkError: as `time_in_turns` and `energy_in_turns` do.
     """
     meter = _gpu_energy()
     generator = torch.Generator().manual_seed(seed)
@@ -323,13 +332,20 @@ def energy_in_turns(
 
     Returns:
         The windows of each runner, in the order of the runners.
+
+    Raises:
+        BenchmarkError: a runner's logits changed meanwhile.
+        EnergyError: the counter stood still or was reset.
     """
+    answers = [_answer(runner) for runner in runners]
     windows: list[list[EnergyWindow]] = [[] for _ in runners]
     order = list(range(len(runners)))
     for _ in tqdm(range(rounds), desc="energy", leave=False):
         for turn in order:
             windows[turn].append(measure_energy(runners[turn].run, counter))
         order.reverse()
+    for runner, answer in zip(runners, answers, strict=True):
+        _check_unchanged(runner, answer)
     return windows
 
 
@@ -385,5 +401,5 @@ def perf_per_watt(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
 
 def _with_bounds(values: pd.Series, table: pd.DataFrame, name: str, other: str) -> pd.DataFrame:
     own = table[table.network == other].set_index("batch")
-    bounds = own.reindex(columns=[f"{name}_low", f"{name}_high"]).set_axis(["low", "high"], axis=1)
-    return pd.concat([values.rename("value"), bounds], axis=1)
+    bounds = own.reindex(columns=[f"{name}_low", f"{name}_high"]).astype(float)  # None is NaN
+    return pd.concat([values.rename("value"), bounds.set_axis(["low", "high"], axis=1)], axis=1)

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -149,7 +151,8 @@ def test_the_first_run_of_a_turn_does_not_count(clock):
 def test_the_warm_up_lasts_as_long_as_asked(clock):
     calls: list[str] = []
     time_in_turns([FakeRunner("a", calls, clock, 0.25)], IMAGES, seconds=0, warmup=2, rounds=1)
-    assert calls.count("a") == 1 + 8 + 2 * 2  # other images, 2 s of warm-up, then two turns
+    warmup = 7  # and a fetch of 0.25 s are 2 s
+    assert calls.count("a") == 1 + warmup + 2 * 2  # other images, warm-up, two turns
 
 
 def test_the_gpus_time_is_kept_beside_the_hosts(clock):
@@ -260,6 +263,30 @@ def test_three_rounds_give_the_range_of_what_was_seen():
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((7 / 3, 1, 4))
 
 
+def test_a_single_round_tells_of_no_interval():
+    ratio = bootstrap_ratio(rounds_of(3), rounds_of(2))
+    assert ratio.value == 1.5
+    assert math.isnan(ratio.low)
+    assert math.isnan(ratio.high)
+
+
+@given(
+    st.lists(st.tuples(*2 * [st.floats(0.1, 100)]), min_size=2, max_size=8),
+    st.floats(0.01, 100),
+    st.floats(0.01, 100),
+)
+def test_units_scale_the_ratio_and_its_interval_alike(medians, above_unit, below_unit):
+    above, below = (rounds_of(*side) for side in zip(*medians, strict=True))
+    plain = bootstrap_ratio(above, below, resamples=50)
+    scaled = bootstrap_ratio(
+        [above_unit * own for own in above], [below_unit * own for own in below], resamples=50
+    )
+    factor = above_unit / below_unit
+    assert plain.low <= plain.high
+    for name in ("value", "low", "high"):
+        assert getattr(scaled, name) == pytest.approx(factor * getattr(plain, name))
+
+
 def test_the_interval_holds_the_true_ratio_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     held = 0
@@ -361,7 +388,7 @@ def test_on_a_gpu_the_energy_of_each_runner_is_measured(clock, fake_gpu, monkeyp
     assert set(table.idle_watts) == {42}
 
 
-def test_the_windows_of_energy_go_forth_and_back(monkeypatch):
+def test_the_windows_of_energy_go_forth_and_back(clock, monkeypatch):
     order: list[str] = []
 
     def measured(work, counter: object) -> EnergyWindow:
@@ -369,10 +396,25 @@ def test_the_windows_of_energy_go_forth_and_back(monkeypatch):
         return window(len(order))
 
     monkeypatch.setattr(benchmark, "measure_energy", measured)
-    runners = [FakeRunner(name, [], None) for name in "abc"]
+    runners = [FakeRunner(name, [], clock) for name in "abc"]
+    for runner in runners:
+        runner.load(IMAGES)
     windows = energy_in_turns(runners, "the counter", rounds=3)
     assert "".join(order) == "abccbaabc"
     assert [own.joules for own in windows[0]] == [1, 6, 7]
+
+
+def test_logits_that_change_while_energy_is_measured_are_told(clock, monkeypatch):
+    def measured(work, counter: object) -> EnergyWindow:
+        work.__self__.images = IMAGES + 1
+        work()
+        return window(1)
+
+    monkeypatch.setattr(benchmark, "measure_energy", measured)
+    runner = FakeRunner("net", [], clock)
+    runner.load(IMAGES)
+    with pytest.raises(BenchmarkError, match="net: its logits moved by"):
+        energy_in_turns([runner], "the counter")
 
 
 def test_a_gpu_without_an_energy_counter_is_told_and_costs_only_those_columns(
@@ -433,6 +475,26 @@ def test_a_table_recorded_without_intervals_has_its_ratios_all_the_same():
     ratios = speedup(table()[["network", "batch", "p50"]])
     assert list(ratios.value) == [1.5, 0.8]
     assert ratios[["low", "high"]].isna().all(axis=None)
+
+
+def test_an_interval_that_json_holds_as_null_is_none():
+    kept = table().astype(object)
+    kept["speedup_low"] = kept["speedup_high"] = None
+    assert speedup(kept)[["low", "high"]].dtypes.eq(float).all()
+    assert speedup(kept)[["low", "high"]].isna().all(axis=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
+def test_a_sweep_on_a_gpu_measures_the_gpu(tiny_net):
+    """Half a minute: idle power takes ten seconds, and each window of energy five."""
+    runners = {name: TorchRunner(tiny_net) for name in ("dense", "sparse")}
+    swept = sweep(runners, (1, 28, 28), batches=(64,), seconds=0.1, energy_rounds=2)
+    assert (swept.gpu_p50 > 0).all()
+    assert (swept.gpu_p50 <= swept.p50).all()
+    if "watts" in swept:  # a GPU without a counter has none, and sweep has said so
+        assert (swept.images_per_joule > 0).all()
+        assert (swept.idle_watts > 0).all()
 
 
 def test_the_ratios_of_a_sweep_are_those_of_its_rows(clock, no_gpu):
