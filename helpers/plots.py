@@ -22,6 +22,7 @@ from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training import Accuracy, Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
+# What sparse gains in, each with its colour.
 GAINS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
 EMPTY = "#f2f2f0"
 
