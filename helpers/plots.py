@@ -276,11 +276,11 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
 
 
 def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return what sparse gains over dense, by what it gains in, in order of batch size."""
+    """Return what sparse gains over dense, by what it gains in."""
     gains = {"speed": speedup(table)}
     if "images_per_joule" in table:
         gains["performance per watt"] = perf_per_watt(table)
-    return {label: gain.sort_index() for label, gain in gains.items()}
+    return gains
 
 
 def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
