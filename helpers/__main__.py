@@ -3,6 +3,7 @@
 python -m helpers load prune retrain ...   # see `python -m helpers --help`
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -184,6 +185,8 @@ def build(
 @app.command()
 def benchmark() -> None:
     """Measure dense and sparse side by side over batch sizes (notebook 06)."""
+    from helpers import plots  # here, since no other command draws
+
     settings = Settings.load()
     artifacts = Artifacts(settings)
     contenders = runners.find_runners(artifacts)
@@ -192,7 +195,9 @@ def benchmark() -> None:
     table = bench.sweep(
         contenders, settings.image_shape, settings.batches, settings.seconds_per_batch
     )
-    tutorial.save_benchmark(artifacts, contenders, table)
+    path = tutorial.save_benchmark(artifacts, contenders, table)
+    figure = plots.plot_case_study(json.loads(path.read_text()))
+    plots.save(figure, artifacts.figures / "06_case_study.png")
     print(table.round(2).to_string(index=False))
 
 

@@ -1,134 +1,405 @@
-"""Latency and throughput of runners, measured side by side.
+"""Latency, throughput and energy of runners, measured side by side.
 
-Explained in `06_infer_and_benchmark.ipynb`.
+The definitions are those of trtexec, TensorRT's own tool: a warm-up of 200 ms, at
+least 3 s of runs, the transfers left out and measured apart, the GPU's time by CUDA
+events. Two things differ. Every run is waited for before the next one starts, where
+trtexec keeps two in flight. And contenders take turns within one measurement, so that
+their ratio comes with an interval. Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from helpers.energy import EnergyCounter, EnergyError, joules_per_call
+from helpers.checks import TutorialError
+from helpers.energy import EnergyCounter, EnergyError, EnergyWindow, idle_watts, measure_energy
+from helpers.onnx_export import relative_gap
 from helpers.runners import Runner
 
+ROUNDING = 1e-3  # of the largest logit: some GPU kernels add in an order that varies
 
-@dataclass(frozen=True)
+
+class BenchmarkError(TutorialError):
+    """A runner's time would mean nothing, since it does not do its work."""
+
+
+class Run(NamedTuple):
+    """The time of one run, in seconds."""
+
+    host: float  # on the host's clock, until the result is there
+    gpu: float | None  # by CUDA events; None on a CPU
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Latency:
     """The times of many runs at one batch size, in milliseconds."""
 
     batch: int
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    runs: int
+    rounds: tuple[np.ndarray, ...]  # each run on the host's clock, round by round
+    gpu: np.ndarray | None = None  # each run by CUDA events; None on a CPU
+
+    @property
+    def times(self) -> np.ndarray:
+        """The runs of all rounds."""
+        return np.concatenate(self.rounds)
+
+    @property
+    def p50(self) -> float:
+        """The median."""
+        return float(np.median(self.times))
+
+    def percentile(self, share: float) -> float:
+        """Return the shortest time that `share` per cent of the runs do not exceed."""
+        return float(np.percentile(self.times, share, method="inverted_cdf"))
 
     @property
     def images_per_second(self) -> float:
         """Throughput: images over mean time, with nothing between the runs."""
-        return 1000 * self.batch / self.mean
+        return 1000 * self.batch / float(self.times.mean())
+
+    def row(self) -> dict[str, float]:
+        """Return what the table of a sweep says of these runs."""
+        row = {
+            "batch": self.batch,
+            "p50": self.p50,
+            "p90": self.percentile(90),
+            "p95": self.percentile(95),
+            "p99": self.percentile(99),
+            "mean": float(self.times.mean()),
+            "runs": len(self.times),
+            "images_per_second": self.images_per_second,
+        }
+        if self.gpu is not None:
+            row["gpu_p50"] = float(np.median(self.gpu))
+            row["overhead_p50"] = float(np.median(self.times - self.gpu))
+        return row
 
     def __repr__(self) -> str:
         return (
-            f"batch {self.batch}: p50 {self.p50:.2f} ms, p90 {self.p90:.2f} ms, "
-            f"p99 {self.p99:.2f} ms, {self.images_per_second:,.0f} images/s ({self.runs} runs)"
+            f"batch {self.batch}: p50 {self.p50:.2f} ms, p99 {self.percentile(99):.2f} ms, "
+            f"{self.images_per_second:,.0f} images/s ({len(self.times)} runs)"
         )
 
 
-def latency(times: Sequence[float], batch: int) -> Latency:
-    """Sum up the times of single runs, given in seconds."""
-    milliseconds = 1000 * np.asarray(times)
-    p50, p90, p99 = np.percentile(milliseconds, [50, 90, 99])
-    return Latency(batch, p50, p90, p99, float(milliseconds.mean()), len(times))
-
-
 def time_in_turns(
-    runners: Sequence[Runner], images: torch.Tensor, seconds: float, warmup: float = 0.2
+    runners: Sequence[Runner],
+    images: Tensor,
+    seconds: float = 3.0,
+    warmup: float = 0.2,
+    rounds: int = 10,
 ) -> list[Latency]:
     """Time several runners on the same images, in turns.
 
-    They run one after the other and then in the opposite order (ABBA), again and
-    again and each time beginning with the next one, so that a machine that grows
-    slower or faster does so for all of them.
-    Moving the images to the device is not timed.
+    In each round they run one after the other and then in the opposite order (ABBA),
+    and each round begins with the next one, so that a machine that grows slower or
+    faster does so for all of them. Moving the images to the device is not timed.
 
     Args:
         runners: the networks to compare.
-        images: one batch (N, C, H, W).
+        images: one batch (N, C, H, W) of anything but a constant.
         seconds: least time to measure, for each runner.
         warmup: seconds to run each before measuring.
+        rounds: how often everybody gets two turns.
 
     Returns:
         The latencies, in the order of the runners.
+
+    Raises:
+        BenchmarkError: the images are constant, or a runner's logits are not finite,
+            do not depend on the images, or changed between warm-up and end.
     """
-    for runner in runners:
-        runner.load(images)
-        until = time.perf_counter() + warmup
-        runner.run()
-        while time.perf_counter() < until:
-            runner.run()
-    times: list[list[float]] = [[] for _ in runners]
+    if images.min() == images.max():
+        raise BenchmarkError(
+            f"All values of the images are {images.min():g}. Constant data is quicker and cooler "
+            "to multiply than any real image; take random images, as `torch.randn` makes them."
+        )
+    answers = [_warm_up(runner, images, warmup) for runner in runners]
+    runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in runners]
     order = list(range(len(runners)))
-    while min(map(sum, times)) < seconds or len(times[0]) < 10:
+    for number in tqdm(range(rounds), desc=f"batch {len(images)}", leave=False):
         order.append(order.pop(0))  # so that nobody always follows the same one
         for turn in order + order[::-1]:
-            start = time.perf_counter()
-            runners[turn].run()
-            times[turn].append(time.perf_counter() - start)
-    return [latency(own, len(images)) for own in times]
+            runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds))
+    for runner, answer in zip(runners, answers, strict=True):
+        _check_unchanged(runner, answer)
+    return [_latency(own, len(images)) for own in runs]
+
+
+def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
+    """Run for some seconds; return the logits, checked to be an answer to the images."""
+    others = runner(-images).clone()
+    runner.load(images)
+    until = time.perf_counter() + seconds
+    answer = _answer(runner)
+    while time.perf_counter() < until:
+        runner.run()
+    if not answer.isfinite().all():
+        raise BenchmarkError(
+            f"{runner.name}: the logits of {len(images)} random images are not all finite. "
+            "Compare them with those of PyTorch, as 04_export_onnx.ipynb does, before timing it."
+        )
+    if answer.equal(others):
+        raise BenchmarkError(
+            f"{runner.name}: two different batches of {len(images)} images have the same logits, "
+            "so the network did not run, or its weights are zero. Load or build it again."
+        )
+    return answer
+
+
+def _answer(runner: Runner) -> Tensor:
+    """Return a copy of the logits, since a runner may write its next ones over them."""
+    runner.run()
+    return runner.fetch().clone()
+
+
+def _take_turn(runner: Runner, seconds: float) -> list[Run]:
+    """Time runs for some seconds, at least one."""
+    runner.run()  # not counted: the runner before has driven its weights from the caches
+    runs, left = [], seconds
+    while not runs or left > 0:
+        start = time.perf_counter()
+        runner.run()
+        taken = time.perf_counter() - start
+        runs.append(Run(taken, runner.gpu_seconds()))
+        left -= taken
+    return runs
+
+
+def _check_unchanged(runner: Runner, answer: Tensor) -> None:
+    gap = relative_gap(runner.fetch(), answer)
+    if not gap < ROUNDING:  # NaN is not below it either
+        raise BenchmarkError(
+            f"{runner.name}: its logits moved by {gap:.1e} of the largest one while it was "
+            "measured, on the same images, so it does not always do the same work. Look for a "
+            "buffer that it shares with another runner."
+        )
+
+
+def _latency(rounds: list[list[Run]], batch: int) -> Latency:
+    host = tuple(1000 * np.array([run.host for run in own]) for own in rounds)
+    gpu = [run.gpu for own in rounds for run in own]
+    return Latency(batch, host, None if None in gpu else 1000 * np.array(gpu))
+
+
+def time_transfers(runner: Runner, images: Tensor, repeats: int = 10) -> dict[str, float]:
+    """Return how long a runner takes to load images and to fetch logits, in milliseconds.
+
+    `load_p50` covers all of `Runner.load`, its change of type and its buffers too.
+    """
+    loads, fetches = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        runner.load(images)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        loads.append(time.perf_counter() - start)
+        runner.run()
+        start = time.perf_counter()
+        runner.fetch()
+        fetches.append(time.perf_counter() - start)
+    medians = {"load_p50": np.median(loads), "fetch_p50": np.median(fetches)}
+    return {name: 1000 * float(median) for name, median in medians.items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two measurements with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bootstrap_ratio(
+    above: Sequence[np.ndarray],
+    below: Sequence[np.ndarray],
+    statistic: Callable[[np.ndarray], float] = np.median,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Ratio:
+    """Return the ratio of two statistics with its 95 % bootstrap interval over the rounds.
+
+    Whole rounds are drawn, the same for both sides: the runs of one round share the
+    state of the machine, so that drawing single runs would promise too much. Of two or
+    three rounds the interval is the range of what was seen; one round has none (NaN).
+
+    Args:
+        above: measurements of the numerator, one array for each round.
+        below: those of the denominator, of the same rounds.
+        statistic: of the measurements of all rounds together.
+        resamples: how often rounds are drawn.
+        seed: of the draws.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993 (the
+    percentile interval).
+    """
+
+    def ratio(rounds: Sequence[int]) -> float:
+        sides = (np.concatenate([side[number] for number in rounds]) for side in (above, below))
+        return float(np.divide(*map(statistic, sides)))
+
+    count = len(above)
+    if count == 1:
+        return Ratio(ratio([0]), math.nan, math.nan)
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    low, high = np.percentile([ratio(rounds) for rounds in draws], [2.5, 97.5])
+    return Ratio(ratio(range(count)), float(low), float(high))
 
 
 def sweep(
     runners: dict[str, Runner],
     image_shape: tuple[int, int, int],
     batches: Sequence[int],
-    seconds: float,
+    seconds: float = 3.0,
     seed: int = 0,
+    energy_rounds: int = 3,
 ) -> pd.DataFrame:
     """Measure runners over batch sizes, on random images.
 
     Args:
-        runners: by the name they get in the table, such as "dense" and "sparse".
+        runners: by the name they get in the table; the first, "dense", is the one that
+            the others are compared with.
         image_shape: channels, height and width.
         batches: batch sizes.
         seconds: least time to measure for each runner and batch size.
         seed: of the random images.
+        energy_rounds: windows of 5 s for each runner and batch size, on a GPU; with
+            one there is no interval.
 
     Returns:
-        One row for each runner and batch: `network`, `batch`, `p50`, `p90`, `p99` and
-        `mean` in milliseconds, `runs`, `images_per_second`, and `images_per_joule`
-        where there is a GPU with an energy counter.
+        One row for each runner and batch, times in milliseconds: `network`, `batch`,
+        `p50`, `p90`, `p95`, `p99`, `mean`, `runs`, `images_per_second`, `load_p50` and
+        `fetch_p50` (the transfers), and `speedup` over the first runner at the median,
+        with the ends of its 95 % interval, `speedup_low` and `speedup_high`.
+        Where a runner has a GPU also `gpu_p50` (by CUDA events) and `overhead_p50` (what
+        the host adds); where the GPU has an energy counter also `images_per_joule`,
+        `watts`, `idle_watts`, `sm_mhz`, `celsius`, `throttles`, and `perf_per_watt`,
+        relative to the first runner, with `perf_per_watt_low` and `perf_per_watt_high`.
+
+    Raises:
+        BenchmarkError: as `time_in_turns` and `energy_in_turns` do.
     """
-    counter = _gpu_energy()
+    meter = _gpu_energy()
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for batch in tqdm(batches, desc="batch sizes", leave=False):
         images = torch.randn(batch, *image_shape, generator=generator)
-        results = time_in_turns(list(runners.values()), images, seconds)
-        for (name, runner), result in zip(runners.items(), results, strict=True):
-            row = {"network": name, **vars(result)}
-            row["images_per_second"] = result.images_per_second
-            if counter is not None:
-                row["images_per_joule"] = batch / joules_per_call(runner.run, counter)
-            rows.append(row)
+        latencies = time_in_turns(list(runners.values()), images, seconds)
+        batch_rows = [
+            {"network": name, **latency.row(), **time_transfers(runner, images)}
+            | _bounds("speedup", bootstrap_ratio(latencies[0].rounds, latency.rounds))
+            for (name, runner), latency in zip(runners.items(), latencies, strict=True)
+        ]
+        if meter is not None:
+            counter, idle = meter
+            windows = energy_in_turns(list(runners.values()), counter, energy_rounds)
+            for row, own in zip(batch_rows, windows, strict=True):
+                row.update(_energy_row(own, windows[0], batch), idle_watts=idle)
+        rows += batch_rows
     return pd.DataFrame(rows)
 
 
-def _gpu_energy() -> EnergyCounter | None:
+def _gpu_energy() -> tuple[EnergyCounter, float] | None:
+    """Return the GPU's energy counter and idle power, or None after saying why not."""
     if not torch.cuda.is_available():
         return None
     try:
-        return EnergyCounter()
+        counter = EnergyCounter()
+        return counter, idle_watts(counter)
     except EnergyError as error:
         print(error)
         return None
 
 
-def speedup(table: pd.DataFrame, base: str = "dense", other: str = "sparse") -> pd.Series:
-    """Return how many times faster `other` is than `base` at the median, for each batch."""
+def energy_in_turns(
+    runners: Sequence[Runner], counter: EnergyCounter, rounds: int = 3
+) -> list[list[EnergyWindow]]:
+    """Measure the energy of several runners on their loaded images, in turns.
+
+    Every round is one window for each, and the order is turned round after each: a GPU
+    that grows warmer draws more power, whoever runs.
+
+    Returns:
+        The windows of each runner, in the order of the runners.
+
+    Raises:
+        BenchmarkError: a runner's logits changed meanwhile.
+        EnergyError: the counter stood still or was reset.
+    """
+    answers = [_answer(runner) for runner in runners]
+    windows: list[list[EnergyWindow]] = [[] for _ in runners]
+    order = list(range(len(runners)))
+    for _ in tqdm(range(rounds), desc="energy", leave=False):
+        for turn in order:
+            windows[turn].append(measure_energy(runners[turn].run, counter))
+        order.reverse()
+    for runner, answer in zip(runners, answers, strict=True):
+        _check_unchanged(runner, answer)
+    return windows
+
+
+def _energy_row(
+    own: list[EnergyWindow], base: list[EnergyWindow], batch: int
+) -> dict[str, float | str]:
+    """Return what the table of a sweep says of a runner's energy."""
+    mine, theirs = (
+        [np.array([window.joules_per_call]) for window in windows] for windows in (own, base)
+    )
+    return {
+        "images_per_joule": batch / float(np.mean(mine)),
+        "watts": float(np.mean([window.watts for window in own])),
+        "sm_mhz": float(np.mean([window.sm_mhz for window in own])),
+        "celsius": max(window.celsius for window in own),
+        "throttles": ", ".join(sorted(frozenset().union(*(window.throttles for window in own)))),
+        **_bounds("perf_per_watt", bootstrap_ratio(theirs, mine, np.mean)),
+    }
+
+
+def _bounds(name: str, ratio: Ratio) -> dict[str, float]:
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+
+
+def speedup(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
+    """Return how many times faster `other` is than dense at the median, for each batch.
+
+    Args:
+        table: as `sweep` returns it, with "dense" the first of its runners.
+        other: the network to compare with "dense".
+
+    Returns:
+        `value`, and the 95 % interval `low` to `high`, which is NaN in a table that was
+        recorded without one; the index is the batch size.
+    """
     p50 = table.pivot(index="batch", columns="network", values="p50")
-    return (p50[base] / p50[other]).rename("speed-up")
+    return _with_bounds(p50["dense"] / p50[other], table, "speedup", other)
+
+
+def perf_per_watt(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
+    """Return the images per joule of `other` over those of dense, for each batch.
+
+    Args:
+        table: as `sweep` returns it on a GPU with an energy counter.
+        other: the network to compare with "dense".
+
+    Returns:
+        As `speedup` does.
+    """
+    images = table.pivot(index="batch", columns="network", values="images_per_joule")
+    return _with_bounds(images[other] / images["dense"], table, "perf_per_watt", other)
+
+
+def _with_bounds(values: pd.Series, table: pd.DataFrame, name: str, other: str) -> pd.DataFrame:
+    own = table[table.network == other].set_index("batch")
+    bounds = own.reindex(columns=[f"{name}_low", f"{name}_high"]).astype(float)  # None is NaN
+    return pd.concat([values.rename("value"), bounds.set_axis(["low", "high"], axis=1)], axis=1)

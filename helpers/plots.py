@@ -6,6 +6,7 @@ is orange.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,10 +17,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from helpers.artifacts import atomic_write
+from helpers.benchmark import perf_per_watt, speedup
 from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training import Accuracy, Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
+# What sparse gains in, each with its colour.
+GAINS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
 EMPTY = "#f2f2f0"
 
 
@@ -213,17 +217,15 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
 
 
 def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
-    """Draw throughput, and images per joule where measured, against batch size.
+    """Draw throughput against batch size, and beside it what sparse gains over dense.
 
-    The lower panel of the case study's own figure: sparse over dense, above 1 is a gain.
+    Above 1 is a gain, in speed at the median and, where measured, in images per joule;
+    a line through a point is its 95 % interval.
 
     Args:
         table: as `helpers.benchmark.sweep` returns it.
         title: what ran it, and where.
     """
-    measures = {"images_per_second": "images/s"}
-    if "images_per_joule" in table:
-        measures["images_per_joule"] = "images/J"
     figure, (left, right) = _axes(9.5, 3.4, 2)
     batches = sorted(table.batch.unique())
     places = np.arange(len(batches))
@@ -232,19 +234,10 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
         left.bar(places + offset, own.images_per_second, 0.38, color=colour, label=name)
     left.set_ylabel("images/s")
     left.legend(frameon=False)
-    for marker, (column, label) in zip("os", measures.items(), strict=False):
-        pivot = table.pivot(index="batch", columns="network", values=column).loc[batches]
-        ratio = pivot["sparse"] / pivot["dense"]
-        right.plot(places, ratio, marker + "-", color=SPARSE, label=label)
-        for place, value in zip(places, ratio, strict=True):
-            right.annotate(
-                f"{value:.2f}", (place, value), xytext=(0, 8), ha="center", fontsize=8,
-                textcoords="offset points",
-            )  # fmt: skip
-    right.axhline(1, color=DENSE, linestyle="--")
-    low, high = right.get_ylim()
-    right.set_ylim(min(low, 0.8), max(high, 1.25))
-    right.set_ylabel("sparse / dense")
+    for marker, (label, gain) in zip("os", _gains(table).items(), strict=False):
+        right.plot(places, gain.value, marker + "-", color=GAINS[label], label=label)
+        _draw_intervals(right, places, gain)
+    _dense_is_1(right)
     right.legend(frameon=False)
     for axis in (left, right):
         axis.set_xticks(places, batches)
@@ -252,3 +245,57 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def plot_case_study(record: dict[str, Any]) -> Figure:
+    """Draw the case study's figure: speed and performance per watt against batch size.
+
+    Both are those of the sparse network relative to the dense one, with their 95 %
+    intervals; performance per watt is left out where no energy was measured.
+
+    Args:
+        record: what `06_benchmark.json` holds, as `json.loads` returns it.
+    """
+    gains = _gains(pd.DataFrame(record["rows"]))
+    figure, (axis,) = _axes(7, 3.4)
+    width = 0.8 / len(gains)
+    for column, (label, gain) in enumerate(gains.items()):
+        places = np.arange(len(gain)) + (column - (len(gains) - 1) / 2) * width
+        axis.bar(places, gain.value, 0.95 * width, color=GAINS[label], label=label)
+        _draw_intervals(axis, places, gain)
+    _dense_is_1(axis)
+    axis.set_ylim(bottom=0)
+    axis.set_xticks(range(len(gain)), gain.index)
+    axis.set_xlabel("batch size")
+    axis.legend(ncols=2, loc="lower right", fontsize=8)
+    machine = record["machine"]
+    where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+    axis.set_title(f"{record['runner']}\n{where}, {record['date']}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return what sparse gains over dense, by what it gains in."""
+    gains = {"speed": speedup(table)}
+    if "images_per_joule" in table:
+        gains["performance per watt"] = perf_per_watt(table)
+    return gains
+
+
+def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
+    """Draw the intervals as lines, where there are any, and the values above them."""
+    axis.vlines(places, gain.low, gain.high, color="#333333", linewidth=1.2)
+    tops = gain[["value", "high"]].max(axis=1)  # the value's own where there is no interval
+    for place, value, top in zip(places, gain.value, tops, strict=True):
+        axis.annotate(
+            f"{value:.2f}", (place, top), xytext=(0, 5), ha="center", fontsize=8,
+            textcoords="offset points",
+        )  # fmt: skip
+
+
+def _dense_is_1(axis: Axes) -> None:
+    axis.axhline(1, color=DENSE, linestyle="--")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0.8), max(high, 1.25))
+    axis.set_ylabel("sparse / dense")

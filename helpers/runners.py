@@ -46,6 +46,10 @@ class Runner(ABC):
     def fetch(self) -> Tensor:
         """Return the logits (N, classes) of the last run as FP32 on the CPU."""
 
+    def gpu_seconds(self) -> float | None:
+        """Return how long the GPU computed in the last run, by CUDA events; None on a CPU."""
+        return None
+
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of images (N, C, H, W)."""
         self.load(images)
@@ -71,18 +75,29 @@ class TorchRunner(Runner):
         self.model = fold_batch_norm(model).to(
             self.device, self.dtype, memory_format=torch.channels_last
         )
+        if self.device.type == "cuda":
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def load(self, images: Tensor) -> None:
         self.images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def run(self) -> None:
+        if self.device.type == "cpu":
+            self.logits = self.model(self.images)
+            return
+        self.start.record()
         self.logits = self.model(self.images)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.end.record()
+        self.end.synchronize()
 
     def fetch(self) -> Tensor:
         return self.logits.float().cpu()
+
+    def gpu_seconds(self) -> float | None:
+        if self.device.type == "cpu":
+            return None
+        return self.start.elapsed_time(self.end) / 1000
 
 
 class OnnxRunner(Runner):
@@ -156,7 +171,7 @@ class TensorRTRunner(Runner):
                 "Run 05_build_engine.ipynb on this machine."
             )
         self.context = self.engine.create_execution_context()
-        self.stream = cuda.Stream()
+        self.stream, self.start, self.end = cuda.Stream(), cuda.Event(), cuda.Event()
         self.buffers: dict[str, object] = {}
         self.name = f"{builder.name} {builder.version}, {torch.cuda.get_device_name()}"
 
@@ -180,14 +195,19 @@ class TensorRTRunner(Runner):
         self.context.set_tensor_address(name, int(self.buffers[name]))
 
     def run(self) -> None:
+        self.start.record(self.stream)
         if not self.context.execute_async_v3(self.stream.handle):
             raise RunnerError(f"{self.name}: the engine refused to run; see the lines above.")
+        self.end.record(self.stream)
         self.stream.synchronize()
 
     def fetch(self) -> Tensor:
         self.cuda.memcpy_dtoh_async(self.logits, self.buffers[OUTPUT], self.stream)
         self.stream.synchronize()
         return torch.from_numpy(self.logits.astype(np.float32))
+
+    def gpu_seconds(self) -> float | None:
+        return self.end.time_since(self.start) / 1000
 
 
 def network_files() -> dict[str, str]:

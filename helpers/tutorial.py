@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from helpers import engine, machine, runners
 from helpers.artifacts import NOTEBOOKS, Artifacts, atomic_write, write_json
-from helpers.benchmark import speedup
+from helpers.benchmark import Ratio, perf_per_watt, speedup
 from helpers.checks import TutorialError
 from helpers.settings import Settings, project_root, relative
 from helpers.training import Accuracy
@@ -112,11 +112,12 @@ def tidy(notebook: Any) -> None:
 def save_benchmark(
     artifacts: Artifacts, contenders: dict[str, runners.Runner], table: pd.DataFrame
 ) -> Path:
-    """Write the measured table as JSON, with the machine that it was measured on."""
+    """Write the measured table as JSON, with date, machine and versions."""
     content = {
         "runner": contenders["sparse"].name,
-        "machine": machine.describe(),
-        "rows": table.to_dict("records"),
+        **machine.provenance(),
+        # JSON has no NaN: what a runner does not measure is null.
+        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
     }
     parents = list(runners.network_files().values())
     with artifacts.writing("06_benchmark.json", parents) as path:
@@ -156,14 +157,24 @@ def summary(settings: Settings) -> dict[str, str]:
         )
     benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
     rows["measured with"] = benchmark["runner"]
-    table = pd.DataFrame(benchmark["rows"])
-    ratios, chance = speedup(table), speedup(table, other="dense again")
-    p50 = table.pivot(index="batch", columns="network", values="p50")
-    for batch, times in p50.iterrows():
-        rows[f"latency p50, batch {batch}"] = (
-            f"dense {times['dense']:.2f} ms, sparse {times['sparse']:.2f} ms: "
-            f"{ratios[batch]:.2f}x (dense against itself {chance[batch]:.2f}x)"
-        )
+    return rows | _gains(pd.DataFrame(benchmark["rows"]))
+
+
+def _gains(table: pd.DataFrame) -> dict[str, str]:
+    """Return, for each batch size, what sparse gains, beside what chance alone gives."""
+    measures = {"latency p50": ("p50", " ms", speedup)}
+    if "images_per_joule" in table:
+        measures["images per joule"] = ("images_per_joule", "", perf_per_watt)
+    rows = {}
+    for label, (column, unit, compare) in measures.items():
+        values = table.pivot(index="batch", columns="network", values=column)
+        gains, chances = compare(table), compare(table, other="dense again")
+        for batch, own in values.iterrows():
+            gain, chance = (Ratio(*ratios.loc[batch]) for ratios in (gains, chances))
+            rows[f"{label}, batch {batch}"] = (
+                f"dense {own['dense']:.2f}{unit}, sparse {own['sparse']:.2f}{unit}: "
+                f"{gain} (dense against itself {chance})"
+            )
     return rows
 
 

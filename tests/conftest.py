@@ -128,6 +128,9 @@ def clock(monkeypatch):
         def perf_counter(self) -> float:
             return self.now
 
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
     clock = Clock()
     for module in ("helpers.benchmark", "helpers.energy"):
         monkeypatch.setattr(f"{module}.time", clock)

@@ -178,6 +178,8 @@ def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings)
     rows = json.loads(artifacts.require("06_benchmark.json").read_text())["rows"]
     measured = {(row["network"], row["batch"]) for row in rows}
     assert {(n, b) for n in ("dense", "sparse") for b in tiny_settings.batches} <= measured
+    assert all(row["speedup_low"] <= row["speedup_high"] for row in rows)
+    assert (artifacts.figures / "06_case_study.png").exists()
     assert "latency p50, batch 4" in said["summary"]
     assert (tiny_settings.data_dir / "reference" / said["record"].strip()).exists()
 

@@ -1,66 +1,216 @@
+from types import SimpleNamespace
+
 import pynvml
 import pytest
 import torch
 
-from helpers.energy import EnergyCounter, EnergyError, joules_per_call
+from helpers.energy import EnergyCounter, EnergyError, idle_watts, measure_energy
+
+UUID = "b17a6f0c-0000-1111-2222-333344445555"
 
 
-class FakeCounter:
-    """A GPU that draws so many watts, on a clock that the work moves."""
+class FakeNvml:
+    """A GPU as NVML's documentation describes it, which draws so many watts on a clock.
 
-    def __init__(self, clock, watts: float) -> None:
+    The counter holds whole millijoules, never falls, and is refreshed every 100 ms. What
+    changes a GPU is not here, so that calling it fails.
+    """
+
+    def __init__(self, clock, watts: float = 300.0) -> None:
         self.clock, self.watts = clock, watts
+        self.mhz, self.celsius, self.reasons = 1500, 60, 0
 
-    def joules(self) -> float:
-        return 1000 + self.watts * self.clock.now
+    def check(self, handle: str) -> None:
+        if handle != f"the GPU of GPU-{UUID}":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return f"the GPU of {uuid}"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        self.check(handle)
+        refreshed = int(10 * self.clock.now + 1e-6) / 10
+        return 123_456_789 + int(1000 * self.watts * refreshed)
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        self.check(handle)
+        assert kind == pynvml.NVML_CLOCK_SM
+        return self.mhz
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:  # noqa: N802
+        self.check(handle)
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return self.celsius
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
+        self.check(handle)
+        return self.reasons
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU and its driver are here")
-def test_without_a_driver_the_reader_is_told_what_is_left_out():
+@pytest.fixture
+def nvml(clock, monkeypatch) -> FakeNvml:
+    fake = FakeNvml(clock)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    cards = {3: SimpleNamespace(uuid=UUID)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    for name in dir(pynvml):
+        if name.startswith("nvml") and callable(getattr(pynvml, name)):
+            monkeypatch.setattr(pynvml, name, getattr(fake, name, None))
+    return fake
+
+
+def refuse(code: int):
+    def call(*_: object) -> None:
+        raise pynvml.NVMLError(code)
+
+    return call
+
+
+# --- the counter ---------------------------------------------------------------------------
+
+
+def test_without_a_gpu_the_reader_is_told_what_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnergyError, match="images per joule are left out") as raised:
         EnergyCounter()
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("call", ["HandleByIndex", "TotalEnergyConsumption"])
-def test_a_gpu_without_a_counter_is_told_as_well(monkeypatch, call):
-    def refuse(*_: object) -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: "gpu")
-    monkeypatch.setattr(pynvml, f"nvmlDeviceGet{call}", refuse)
-    with pytest.raises(EnergyError, match="Not Supported"):
+@pytest.mark.parametrize(
+    ("call", "code", "said"),
+    [
+        ("nvmlInit", pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "NVML Shared Library Not Found"),
+        ("nvmlDeviceGetHandleByUUID", pynvml.NVML_ERROR_NOT_FOUND, "Not Found"),
+        ("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED, "Not Supported"),
+        ("nvmlDeviceGetCurrentClocksEventReasons", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, "Not F"),
+    ],
+)
+def test_a_driver_that_refuses_is_told_at_once(nvml, monkeypatch, call, code, said):
+    monkeypatch.setattr(pynvml, call, refuse(code))
+    with pytest.raises(EnergyError, match=said):
         EnergyCounter()
 
 
-def test_the_counter_is_read_in_joules_of_the_first_gpu(monkeypatch):
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: f"gpu {index}")
-    monkeypatch.setattr(
-        pynvml, "nvmlDeviceGetTotalEnergyConsumption", {"gpu 0": 12_345}.__getitem__
-    )
-    assert EnergyCounter().joules() == 12.345  # NVML counts in millijoules
+def test_the_counter_is_read_in_joules(nvml):
+    assert EnergyCounter().joules() == 123_456.789  # NVML counts in millijoules
 
 
-def test_energy_is_shared_evenly_by_the_calls_of_the_window(clock):
-    calls = []
+def test_the_counter_is_that_of_the_gpu_that_pytorch_uses(nvml, monkeypatch):
+    """NVML counts all cards of the machine, PyTorch those that it is allowed to see."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(KeyError):
+        EnergyCounter()
 
+
+def test_clock_temperature_and_throttle_reasons_are_read(nvml):
+    counter = EnergyCounter()
+    assert counter.state().throttles == frozenset()
+    nvml.reasons = pynvml.nvmlClocksEventReasonGpuIdle
+    assert counter.state().throttles == frozenset(), "idling is no throttling"
+    nvml.reasons |= pynvml.nvmlClocksEventReasonSwPowerCap
+    nvml.reasons |= pynvml.nvmlClocksEventReasonHwThermalSlowdown
+    state = counter.state()
+    assert (state.sm_mhz, state.celsius) == (1500, 60)
+    assert state.throttles == {"power cap", "thermal slowdown by the GPU"}
+
+
+def test_every_throttle_reason_has_a_name(nvml):
+    counter = EnergyCounter()
+    known = pynvml.nvmlClocksEventReasonAll & ~pynvml.nvmlClocksEventReasonGpuIdle
+    for bit in (1 << n for n in range(64) if known >> n & 1):
+        nvml.reasons = bit
+        (name,) = counter.state().throttles
+        assert name
+
+
+# --- a window ------------------------------------------------------------------------------
+
+
+def test_energy_is_shared_evenly_by_the_calls_of_the_window(nvml, clock):
     def work() -> None:
-        calls.append(clock.now)
         clock.now += 0.5
 
-    joules = joules_per_call(work, FakeCounter(clock, watts=300), seconds=5)
-    assert joules == pytest.approx(150)  # 300 W for half a second
-    assert len(calls) == 10
+    window = measure_energy(work, EnergyCounter())
+    assert window.calls == 10, "five seconds by default"
+    assert window.seconds == 5
+    assert window.joules_per_call == pytest.approx(150)  # 300 W for half a second
+    assert window.watts == pytest.approx(300)
 
 
-def test_the_window_is_five_seconds_by_default(clock):
+@pytest.mark.parametrize("begin", [0.0, 0.033, 0.099])
+def test_the_counters_refresh_costs_at_most_two_per_cent(nvml, clock, begin):
+    clock.now = begin
+
+    def work() -> None:
+        clock.now += 0.017
+
+    assert measure_energy(work, EnergyCounter()).watts == pytest.approx(300, rel=0.02)
+
+
+def test_what_the_gpu_went_through_in_the_window_is_kept(nvml, clock):
+    seconds = iter(
+        [(1400, 60, 0), (1500, 70, pynvml.nvmlClocksEventReasonSwPowerCap), (1600, 65, 0)]
+    )
+
+    def work() -> None:
+        clock.now += 1.0
+        nvml.mhz, nvml.celsius, nvml.reasons = next(seconds)
+
+    window = measure_energy(work, EnergyCounter(), seconds=3)
+    assert window.sm_mhz == pytest.approx((1500 + 1400 + 1500) / 3)
+    assert window.celsius == 70
+    assert window.throttles == {"power cap"}
+
+
+def test_the_gpu_is_asked_for_its_state_once_a_second(nvml, clock, monkeypatch):
+    counter, asked = EnergyCounter(), []
+    state = EnergyCounter.state
+
+    def spy(self):
+        asked.append(clock.now)
+        return state(self)
+
+    monkeypatch.setattr(EnergyCounter, "state", spy)
+
+    def work() -> None:
+        clock.now += 0.125
+
+    measure_energy(work, counter)
+    assert asked == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("watts", [0.0, -300.0])
+def test_a_counter_that_stands_still_or_begins_anew_is_no_measurement(nvml, clock, watts):
+    nvml.watts = watts
+
     def work() -> None:
         clock.now += 1.0
 
-    assert joules_per_call(work, FakeCounter(clock, watts=100)) == pytest.approx(100)
-    assert clock.now == 5
+    with pytest.raises(EnergyError, match="stands still, or its driver was loaded anew"):
+        measure_energy(work, EnergyCounter())
+
+
+def test_a_gpu_that_is_lost_while_measuring_is_told(nvml, clock, monkeypatch):
+    def work() -> None:
+        clock.now += 1.0
+        monkeypatch.setattr(
+            pynvml,
+            "nvmlDeviceGetTotalEnergyConsumption",
+            refuse(pynvml.NVML_ERROR_GPU_IS_LOST),
+        )
+
+    with pytest.raises(EnergyError, match="GPU is lost"):
+        measure_energy(work, EnergyCounter())
+
+
+def test_idle_power_is_measured_while_nothing_runs(nvml, clock):
+    nvml.watts = 70.0
+    assert idle_watts(EnergyCounter()) == pytest.approx(70)
+    assert clock.now == pytest.approx(10, rel=0.02)
 
 
 @pytest.mark.gpu
@@ -76,4 +226,6 @@ def test_a_real_gpu_uses_energy():
         x @ x
         torch.cuda.synchronize()
 
-    assert joules_per_call(work, counter, seconds=2) > 0
+    window = measure_energy(work, counter, seconds=2)
+    assert window.joules > 0
+    assert window.sm_mhz > 0

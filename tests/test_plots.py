@@ -1,3 +1,5 @@
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -152,20 +154,32 @@ def sweep_table() -> pd.DataFrame:
         {
             "network": ["dense", "sparse", "dense", "sparse"],
             "batch": [8, 8, 1, 1],
+            "p50": [9.0, 6.0, 1.0, 2.0],
+            "speedup_low": [1.0, 1.25, 1.0, 0.25],
+            "speedup_high": [1.0, 1.75, 1.0, 0.75],
             "images_per_second": [100.0, 150.0, 40.0, 20.0],
             "images_per_joule": [2.0, 6.0, 1.0, 3.0],
+            "perf_per_watt_low": [1.0, 2.5, 1.0, 2.0],
+            "perf_per_watt_high": [1.0, 3.5, 1.0, 4.0],
         }
     )
 
 
-def test_a_sweep_shows_throughput_and_the_ratio_in_order_of_batch_size():
+def intervals(axis) -> list[tuple[float, float, float]]:
+    """Return place, low and high of every line of an interval."""
+    segments = [segment for lines in axis.collections for segment in lines.get_segments()]
+    return [(x, low, high) for (x, low), (_, high) in filter(len, segments)]
+
+
+def test_a_sweep_shows_throughput_and_the_ratios_in_order_of_batch_size():
     figure = plots.plot_sweep(sweep_table(), "on a GPU")
     left, right = figure.axes
     assert figure.get_suptitle() == "on a GPU"
     assert [bar.get_height() for bar in left.patches] == [40, 100, 20, 150]
     assert legend(left) == ["dense", "sparse"]
     assert texts(right) == ["0.50", "1.50", "3.00", "3.00"]
-    assert legend(right) == ["images/s", "images/J"]
+    assert legend(right) == ["speed", "performance per watt"]
+    assert intervals(right) == [(0, 0.25, 0.75), (1, 1.25, 1.75), (0, 2, 4), (1, 2.5, 3.5)]
     for axis in (left, right):
         assert labels(axis.get_xticklabels()) == ["1", "8"]
 
@@ -181,7 +195,49 @@ def test_a_control_in_the_sweep_is_left_out_of_the_picture():
 def test_a_sweep_without_energy_shows_no_energy():
     _, right = plots.plot_sweep(sweep_table().drop(columns="images_per_joule"), "on a CPU").axes
     assert texts(right) == ["0.50", "1.50"]
-    assert legend(right) == ["images/s"]
+    assert legend(right) == ["speed"]
+
+
+def test_a_sweep_recorded_without_intervals_is_drawn_without_them():
+    table = sweep_table()[["network", "batch", "p50", "images_per_second"]]
+    _, right = plots.plot_sweep(table, "long ago").axes
+    assert texts(right) == ["0.50", "1.50"]
+    assert intervals(right) == []
+
+
+def record(table: pd.DataFrame, **machine: object) -> dict[str, object]:
+    """Return what comes back from a benchmark's JSON file."""
+    content = {
+        "runner": "TensorRT 11.4",
+        "date": "2026-11-23",
+        "machine": {"cpu": "EPYC", "cores": 2} | machine,
+        "rows": table.to_dict("records"),
+    }
+    return json.loads(json.dumps(content))
+
+
+def test_the_case_study_is_drawn_from_its_record():
+    (axis,) = plots.plot_case_study(record(sweep_table(), gpu="H100")).axes
+    assert [bar.get_height() for bar in axis.patches] == [0.5, 1.5, 3, 3]
+    assert texts(axis) == ["0.50", "1.50", "3.00", "3.00"]
+    assert legend(axis) == ["speed", "performance per watt"]
+    assert axis.get_title() == "TensorRT 11.4\nH100, 2026-11-23"
+    assert labels(axis.get_xticklabels()) == ["1", "8"]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
+    places, lows, highs = zip(*intervals(axis), strict=True)
+    assert places == pytest.approx(centres), "each interval stands on its own bar"
+    assert (lows, highs) == ((0.25, 1.25, 2, 2.5), (0.75, 1.75, 4, 3.5))
+    (dense,) = axis.lines
+    assert list(dense.get_ydata()) == [1, 1]
+    assert axis.get_ylim()[0] == 0
+
+
+def test_the_case_study_without_energy_shows_speed_alone():
+    table = sweep_table().drop(columns="images_per_joule")
+    (axis,) = plots.plot_case_study(record(table)).axes
+    assert legend(axis) == ["speed"]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axis.patches] == pytest.approx([0, 1])
+    assert axis.get_title().endswith("2 cores of EPYC, 2026-11-23")
 
 
 def test_save_writes_a_png(tmp_path):

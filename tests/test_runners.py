@@ -1,4 +1,5 @@
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,20 @@ def test_with_a_gpu_and_without_pycuda_the_reason_says_how_to_get_it(monkeypatch
         TensorRTRunner(tmp_path / "05_sparse.engine")
 
 
+class FakeEvent:
+    """PyCUDA's event; the fake GPU takes 5 ms for each execution."""
+
+    def __init__(self, gpu: "FakeGpu") -> None:
+        self.gpu = gpu
+
+    def record(self, stream: SimpleNamespace) -> None:
+        assert stream.handle == 7
+        self.milliseconds = self.gpu.milliseconds
+
+    def time_since(self, earlier: "FakeEvent") -> float:
+        return self.milliseconds - earlier.milliseconds
+
+
 class FakeGpu:
     """PyCUDA, TensorRT and an engine in one: device memory is an array for each address.
 
@@ -127,6 +142,7 @@ class FakeGpu:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.memory, self.shape, self.address = model, {}, None, {}
+        self.milliseconds = 0.0
 
     # PyCUDA: destination first, as memcpy does it.
     def pagelocked_empty(self, shape: tuple, dtype: type) -> np.ndarray:
@@ -144,6 +160,9 @@ class FakeGpu:
 
     def Stream(self) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(handle=7, synchronize=lambda: None)
+
+    def Event(self) -> "FakeEvent":  # noqa: N802
+        return FakeEvent(self)
 
     # TensorRT: builder's module, runtime, engine and context.
     class Logger:
@@ -185,6 +204,7 @@ class FakeGpu:
         with torch.inference_mode():
             logits = self.model(torch.from_numpy(images).float()).half().numpy()
         self.memory[self.address["logits"]][:] = logits.view(np.uint8).ravel()
+        self.milliseconds += 5
         return True
 
 
@@ -216,6 +236,31 @@ def test_the_tensorrt_runner_moves_images_and_logits_in_the_engines_type(
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
         assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+
+
+def test_the_tensorrt_runner_tells_the_gpus_time_of_the_last_run(fake_gpu, tmp_path):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan)
+    for _ in range(3):
+        runner(images(1))
+        assert runner.gpu_seconds() == pytest.approx(0.005)
+
+
+def test_on_a_cpu_there_is_no_gpu_time_to_tell(no_gpu, exported):
+    for runner in (TorchRunner(exported[0]), OnnxRunner(exported[1]["fp32"])):
+        runner(images(1))
+        assert runner.gpu_seconds() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
+def test_the_gpus_time_is_part_of_the_time_that_the_host_sees(exported):
+    runner = TorchRunner(exported[0])
+    runner(images(64))
+    start = time.perf_counter()
+    runner.run()
+    assert 0 < runner.gpu_seconds() < time.perf_counter() - start
 
 
 def test_an_engine_that_does_not_load_or_run_is_refused(fake_gpu, tmp_path, monkeypatch):

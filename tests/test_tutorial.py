@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,8 @@ def finished(tiny_settings, monkeypatch) -> Artifacts:
             "network": ["dense", "sparse", "dense again"] * 2,
             "batch": [1, 1, 1, 8, 8, 8],
             "p50": [2.0, 1.0, 2.5, 5.0, 10.0, 5.0],
+            "speedup_low": [1.0, 1.75, 0.75, 1.0, 0.25, 0.5],
+            "speedup_high": [1.0, 2.25, 1.25, 1.0, 0.75, 1.5],
         }
     )
     tutorial.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
@@ -205,10 +208,30 @@ def test_the_summary_gives_the_key_figures_of_every_step(finished):
     assert rows["engine, sparse"] == "1.25 MB, TensorRT-RTX 1.7, 8.6"
     assert rows["measured with"] == "made up"
     assert rows["latency p50, batch 1"] == (
-        "dense 2.00 ms, sparse 1.00 ms: 2.00x (dense against itself 0.80x)"
+        "dense 2.00 ms, sparse 1.00 ms: 2.00x [1.75, 2.25] "
+        "(dense against itself 0.80x [0.75, 1.25])"
     )
     assert rows["latency p50, batch 8"] == (
-        "dense 5.00 ms, sparse 10.00 ms: 0.50x (dense against itself 1.00x)"
+        "dense 5.00 ms, sparse 10.00 ms: 0.50x [0.25, 0.75] "
+        "(dense against itself 1.00x [0.50, 1.50])"
+    )
+    assert not any("joule" in name for name in rows), "none was measured"
+
+
+def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
+    rows = pd.DataFrame(
+        {
+            "network": ["dense", "sparse", "dense again"],
+            "batch": 8,
+            "p50": 1.0,
+            "images_per_joule": [4.0, 5.0, 4.2],
+            "perf_per_watt_low": [1.0, 1.2, 1.0],
+            "perf_per_watt_high": [1.0, 1.3, 1.1],
+        }
+    )
+    tutorial.save_benchmark(finished, {"sparse": SimpleNamespace(name="made up")}, rows)
+    assert summary(finished.settings)["images per joule, batch 8"] == (
+        "dense 4.00, sparse 5.00: 1.25x [1.20, 1.30] (dense against itself 1.05x [1.00, 1.10])"
     )
 
 
@@ -235,13 +258,24 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished, monk
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"04_dense_fp32.onnx", "04_sparse_fp32.onnx"}
     assert content["machine"] == machine.describe()
-    assert content["rows"][0] == {"network": "dense", "batch": 1, "p50": 2.0}
+    assert content["versions"] == machine.versions()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])
+    assert content["rows"][1] == {
+        "network": "sparse", "batch": 1, "p50": 1.0, "speedup_low": 1.75, "speedup_high": 2.25,
+    }  # fmt: skip
 
     monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "")
     gpu = {"sparse": SimpleNamespace(name="an engine")}
     tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}))
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
+
+
+def test_what_a_runner_does_not_measure_is_null(finished):
+    rows = pd.DataFrame({"batch": [1, 2], "gpu_p50": [0.5, float("nan")]})
+    tutorial.save_benchmark(finished, {"sparse": SimpleNamespace(name="mixed")}, rows)
+    content = json.loads(finished.path("06_benchmark.json").read_text())
+    assert content["rows"] == [{"batch": 1, "gpu_p50": 0.5}, {"batch": 2, "gpu_p50": None}]
 
 
 def test_the_figures_of_a_run_can_be_kept_as_reference(finished, monkeypatch):
