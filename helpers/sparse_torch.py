@@ -494,6 +494,8 @@ class SparseTorchRunner(Runner):
         self.layers = use_gemms_(self.model, backend, autotuner)
         self.name = f"PyTorch {torch.__version__.partition('+')[0]}, {backend}, {self.device.type}"
         self.captured: dict[torch.Size, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
+        if self.on_gpu:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     @torch.inference_mode()
     def load(self, images: Tensor) -> None:
@@ -513,11 +515,16 @@ class SparseTorchRunner(Runner):
             self.logits = self.model(self.images)
             return
         _, graph, self.logits = self.captured[self.images.shape]
+        self.start.record()
         graph.replay()
-        torch.cuda.synchronize()
+        self.end.record()
+        self.end.synchronize()
 
     def fetch(self) -> Tensor:
         return self.logits.float().cpu()
+
+    def gpu_seconds(self) -> float | None:
+        return self.start.elapsed_time(self.end) / 1000 if self.on_gpu else None
 
     def choices(self) -> pd.DataFrame:
         """Return one row for each layer and input shape so far: which kernel it runs.
