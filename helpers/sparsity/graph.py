@@ -645,7 +645,7 @@ _RULES: dict[str, Callable[[_Labels, fx.Node], object]] = {
         _Labels._move: "permute transpose swapaxes movedim t chunk split split_with_sizes "
         "tensor_split unbind slice select narrow cat concat stack roll flip repeat "
         "repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle",
-        _Labels._pointwise: "hardswish_",  # ATen does not tag this one
+        _Labels._pointwise: "hardswish_ hardtanh_",  # not every version of PyTorch tags them
         _Labels._spatial: "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
         "adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
