@@ -270,6 +270,13 @@ def test_a_spatial_attention_map_stays_and_lets_the_channels_move():
     assert unchanged(make(lambda m, x: x * torch.sigmoid(m.gate(x)), gate=gate)) == WIDE
 
 
+def test_a_map_over_the_image_from_a_linear_layer_stays():
+    """Its outputs are pixels, which meet every channel: they must not change places."""
+    pixels = nn.Linear(WIDE, 64)
+    model = make(lambda m, x: x * m.pixels(x.mean((2, 3))).view(-1, 1, 8, 8), pixels=pixels)
+    assert unchanged(model) == WIDE
+
+
 def test_a_pixel_shuffle_moves_whole_channels():
     _, moves, error = outcome(make(lambda m, x: F.pixel_shuffle(x, 2), WIDE // 4))
     assert error < 1e-9 and moves
