@@ -19,20 +19,35 @@ Selection = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 def _any(weight: LayerWeight) -> str:
     """Take whatever the pattern itself fits."""
-    if weight.input_channels % 4:
-        in_group = " in a group" if weight.groups > 1 else ""
-        plural = "s" if weight.input_channels > 1 else ""
-        return f"{weight.input_channels} input channel{plural}{in_group}: no multiple of 4"
-    return ""
+    return _why_not_in_fours(weight.input_channels, weight.groups)
+
+
+def _why_not_in_fours(channels: int, groups: int) -> str:
+    if channels % 4 == 0:
+        return ""
+    in_group = " in a group" if groups > 1 else ""
+    plural = "s" if channels > 1 else ""
+    return f"{channels} input channel{plural}{in_group}: no multiple of 4"
 
 
 def _tensorrt(weight: LayerWeight) -> str:
     """Take what TensorRT's documentation and maintainers say it has sparse kernels for."""
-    if weight.transposed:
+    return why_not_tensorrt(weight.input_channels, weight.groups, weight.transposed)
+
+
+def why_not_tensorrt(channels: int, groups: int = 1, transposed: bool = False) -> str:
+    """Return why TensorRT will not run a weight sparse; empty if it may.
+
+    Args:
+        channels: input channels, of each group.
+        groups: of the convolution.
+        transposed: whether it is a transposed one.
+    """
+    if transposed:
         return "transposed: TensorRT has no sparse kernel"
-    if weight.groups > 1:
+    if groups > 1:
         return "grouped: TensorRT has no sparse kernel"
-    return _any(weight)
+    return _why_not_in_fours(channels, groups)
 
 
 def _asp(weight: LayerWeight) -> str:

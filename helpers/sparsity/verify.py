@@ -23,7 +23,7 @@ from helpers.layers import layer_weights
 from helpers.models import create_model
 from helpers.settings import relative
 from helpers.sparsity.compressed import read_checkpoint
-from helpers.sparsity.eligibility import why_not_sparse
+from helpers.sparsity.eligibility import why_not_sparse, why_not_tensorrt
 
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
@@ -84,7 +84,7 @@ def verify_checkpoint(path: Path, model: str | None = None) -> pd.DataFrame:
     name = model or name
     if name is None:
         rows = [
-            {"weight": key, **_verdict(_kept(tensor), 1, _why_not(1, tensor.shape[1]))}
+            {"weight": key, **_verdict(_kept(tensor), 1, why_not_tensorrt(tensor.shape[1]))}
             for key, tensor in state.items()
             if tensor.dim() >= 2
         ]
@@ -418,7 +418,7 @@ def _row(node: NodeProto, scope: _Scope, side: int) -> dict:
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     weight = _output_channels_first(weight, node.op_type, side, attributes)
     groups = attributes.get("group", 1)
-    return start | _verdict(weight != 0, groups, _why_not(groups, weight.shape[1]))
+    return start | _verdict(weight != 0, groups, why_not_tensorrt(weight.shape[1], groups))
 
 
 def _output_channels_first(weight: np.ndarray, op: str, side: int, attributes: dict) -> np.ndarray:
@@ -455,14 +455,3 @@ def _is_2to4(kept: np.ndarray) -> bool:
         return False
     a, b, c, d = (kept[:, lane::4] for lane in range(4))
     return not ((a & b & (c | d)) | (c & d & (a | b))).any()
-
-
-# --- eligibility ---
-
-
-def _why_not(groups: int, channels: int) -> str:
-    """Return why TensorRT will not run a weight of an ONNX file sparse; empty if it may."""
-    if groups > 1:
-        return "grouped: TensorRT has no sparse kernel"
-    plural = "s" if channels != 1 else ""
-    return f"{channels} input channel{plural}: no multiple of 4" if channels % 4 else ""
