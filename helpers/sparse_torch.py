@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from helpers import machine
+from helpers import cuda_graphs, machine
 from helpers.artifacts import write_json
 from helpers.layers import LayerWeight
 from helpers.onnx_export import fold_batch_norm
@@ -268,54 +268,9 @@ def _agree(output: Tensor, reference: Tensor) -> bool:
     return bool((output - reference).abs().max() <= TOLERANCE * rounding * reference.abs().max())
 
 
-def capture(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Return a CUDA graph of some work, and the tensor that every replay fills anew.
-
-    Args:
-        work: is called twice, first outside of the graph; must always use the same tensors.
-
-    Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up here, which no graph can hold
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
-
-
-def time_on_gpu(
-    calls: Sequence[Callable[[], Tensor]], repeats: int = 20, rounds: int = 10
-) -> list[float]:
-    """Return the median GPU time of each call in milliseconds, measured in turns.
-
-    Calls are repeated in a CUDA graph, so that what Python does between them costs nothing.
-
-    Args:
-        calls: what to time; none may synchronise.
-        repeats: calls in one graph.
-        rounds: rounds over all calls, each there and back (ABBA).
-    """
-    graphs = [capture(partial(_repeat, call, repeats))[0] for call in calls]
-    times: list[list[float]] = [[] for _ in graphs]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    there = list(range(len(graphs)))
-    for turn in (there + there[::-1]) * rounds:
-        start.record()
-        graphs[turn].replay()
-        end.record()
-        end.synchronize()
-        times[turn].append(start.elapsed_time(end) / repeats)
-    return [median(own) for own in times]
-
-
-def _repeat(call: Callable[[], Tensor], times: int) -> Tensor:
-    for _ in range(times):
-        result = call()
-    return result
+def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Return the median GPU time of each call in milliseconds, measured in turns."""
+    return [float(np.median(np.concatenate(own))) for own in cuda_graphs.time_calls(calls)]
 
 
 # --- a network of them ---
@@ -490,7 +445,7 @@ class SparseTorchRunner(Runner):
         self.model = fold_batch_norm(model).to(
             self.device, self.dtype, memory_format=torch.channels_last
         )
-        autotuner = Autotuner(time_on_gpu, cache) if self.on_gpu else None
+        autotuner = Autotuner(median_times, cache) if self.on_gpu else None
         self.layers = use_gemms_(self.model, backend, autotuner)
         self.name = f"PyTorch {torch.__version__.partition('+')[0]}, {backend}, {self.device.type}"
         self.captured: dict[torch.Size, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
@@ -505,7 +460,7 @@ class SparseTorchRunner(Runner):
             return
         if images.shape not in self.captured:
             own = self.images.clone()  # the graph will always read from here
-            self.captured[images.shape] = (own, *capture(partial(self.model, own)))
+            self.captured[images.shape] = (own, *cuda_graphs.capture(partial(self.model, own)))
         self.captured[images.shape][0].copy_(self.images)
         torch.cuda.synchronize()
 

@@ -1,16 +1,17 @@
 """What several test modules share."""
 
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.error import URLError
 
 import hypothesis
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from helpers import onnx_export, sparsity
+from helpers import cuda_graphs, onnx_export, sparsity
 from helpers.data import InMemoryImages, Splits
 from helpers.settings import PRESETS, Settings
 
@@ -135,3 +136,53 @@ def clock(monkeypatch):
     for module in ("helpers.benchmark", "helpers.energy"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
+
+
+# --- for what captures CUDA graphs, without a GPU ---
+
+
+class Replay:
+    """A CUDA graph on the CPU: it does the captured work again, into the same tensor."""
+
+    def __init__(self, work: Callable[[], Tensor], result: Tensor) -> None:
+        self.work, self.result = work, result
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[Replay]:
+    """Every graph that is captured, on the CPU."""
+    graphs = []
+
+    def capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        work()
+        graphs.append(Replay(work, work()))
+        return graphs[-1], graphs[-1].result
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return graphs
+
+
+@pytest.fixture
+def gpu_clock(monkeypatch) -> list[float]:
+    """The GPU's clock in milliseconds, which CUDA events read; a test moves its one entry."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return now

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers import machine, models, sparse_torch
+from helpers import machine, models
 from helpers.onnx_export import fold_batch_norm, relative_gap
 from helpers.runners import RunnerError
 from helpers.sparse_torch import (
@@ -24,7 +24,6 @@ from helpers.sparse_torch import (
     SparseGemm,
     SparseTorchRunner,
     TunedLayer,
-    time_on_gpu,
     use_gemms_,
     why_no_cusparselt,
 )
@@ -558,31 +557,6 @@ def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch)
         SparseTorchRunner(linear_network(), dtype=torch.float32)
 
 
-class Replay:
-    """A CUDA graph on the CPU: it does the captured work again, into the same tensor."""
-
-    def __init__(self, work: Callable[[], Tensor], result: Tensor) -> None:
-        self.work, self.result = work, result
-
-    def replay(self) -> None:
-        self.result.copy_(self.work())
-
-
-@pytest.fixture
-def captured(monkeypatch) -> list[Replay]:
-    """Every graph that is captured, on the CPU."""
-    graphs = []
-
-    def capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        work()
-        graphs.append(Replay(work, work()))
-        return graphs[-1], graphs[-1].result
-
-    monkeypatch.setattr(sparse_torch, "capture", capture)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return graphs
-
-
 def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
     no_gpu, captured, pruned
 ):
@@ -602,38 +576,6 @@ def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
     before = runner.fetch()
     runner.load(images)
     assert torch.equal(runner.fetch(), before), "loading alone changes no result"
-
-
-def test_kernels_are_timed_in_turns_and_the_median_of_one_call_is_told(captured, monkeypatch):
-    now, ran = [0.0], []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = now[0]
-
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, end: "Event") -> float:
-            return end.at - self.at
-
-    def kernel(name: str, milliseconds: float) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            ran.append(name)
-            # Once in a while something else keeps the GPU busy.
-            now[0] += milliseconds + (1000 if len(ran) == 31 else 0)
-            return torch.zeros(())
-
-        return call
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    calls = [kernel("a", 2.0), kernel("b", 3.0)]
-    assert time_on_gpu(calls, repeats=5, rounds=4) == [2.0, 3.0]
-    measured = ran[2 * 2 * 5 :]  # after warm-up and capture
-    assert measured[::5] == ["a", "b", "b", "a"] * 4
 
 
 # --- on a GPU ------------------------------------------------------------------------------
