@@ -12,7 +12,17 @@ import torch
 import typer
 
 from helpers import benchmark as bench
-from helpers import data, engine, machine, models, onnx_export, runners, training, tutorial
+from helpers import (
+    contenders,
+    data,
+    engine,
+    machine,
+    models,
+    onnx_export,
+    runners,
+    training,
+    tutorial,
+)
 from helpers.artifacts import Artifacts, atomic_write, sha256, write_json
 from helpers.checks import TutorialError, check
 from helpers.settings import Settings, relative
@@ -189,13 +199,13 @@ def benchmark() -> None:
 
     settings = Settings.load()
     artifacts = Artifacts(settings)
-    contenders = runners.find_runners(artifacts)
+    measured = contenders.find_runners(artifacts)
     # The dense network against itself shows how much of any ratio is chance.
-    contenders["dense again"] = runners.find_runners(artifacts)["dense"]
+    measured["dense again"] = contenders.find_runners(artifacts)["dense"]
     table = bench.sweep(
-        contenders, settings.image_shape, settings.batches, settings.seconds_per_batch
+        measured, settings.image_shape, settings.batches, settings.seconds_per_batch
     )
-    path = tutorial.save_benchmark(artifacts, contenders, table)
+    path = tutorial.save_benchmark(artifacts, measured, table)
     figure = plots.plot_case_study(json.loads(path.read_text()))
     plots.save(figure, artifacts.figures / "06_case_study.png")
     print(table.round(2).to_string(index=False))

@@ -137,6 +137,7 @@ def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
     """Run for some seconds; return the logits, checked to be an answer to the images."""
     others = runner(-images).clone()
     runner.load(images)
+    runner.poison()  # a runner that writes nothing must not pass with what was there before
     until = time.perf_counter() + seconds
     answer = _answer(runner)
     while time.perf_counter() < until:

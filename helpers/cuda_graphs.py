@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 
-def capture(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(
+    work: Callable[[], Tensor | None], stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
     """Return a CUDA graph of some work, and the tensor that every replay fills anew.
 
     Args:
         work: is called twice, first outside of the graph; must always use the same tensors.
+        stream: where the work is launched; one of PyTorch's unless it is given.
 
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up here, which no graph can hold
+    stream = stream or torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set themselves up here, which no graph can hold
         work()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         result = work()
     return graph, result
 

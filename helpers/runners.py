@@ -3,16 +3,20 @@
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from helpers.artifacts import Artifacts
+from helpers import cuda_graphs
 from helpers.checks import TutorialError
 from helpers.engine import find_builder
 from helpers.machine import device
@@ -46,6 +50,10 @@ class Runner(ABC):
     def fetch(self) -> Tensor:
         """Return the logits (N, classes) of the last run as FP32 on the CPU."""
 
+    @abstractmethod
+    def poison(self) -> None:
+        """Overwrite the logits of the last run with NaN: a run that writes none is found out."""
+
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU computed in the last run, by CUDA events; None on a CPU."""
         return None
@@ -66,38 +74,101 @@ class Runner(ABC):
 
 
 class TorchRunner(Runner):
-    """PyTorch in eager mode with batch norm folded: FP16 on a GPU, FP32 on a CPU."""
+    """PyTorch with batch norm folded, channels-last: FP16 on a GPU, FP32 on a CPU.
 
-    def __init__(self, model: nn.Module) -> None:
+    On a GPU each batch size is captured in a CUDA graph when it is first loaded, with the
+    fastest convolutions that cuDNN finds.
+
+    Args:
+        model: a network that torch.fx can trace; it is not changed.
+        dtype: FP16 on a GPU and FP32 on a CPU unless it is given.
+        compile: let `torch.compile` fuse the network's operators and try its kernels, which
+            takes minutes for each batch size of a large network.
+
+    Raises:
+        RunnerError: later on, the network cannot be captured.
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False
+    ) -> None:
         self.device = device()
-        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self.name = f"PyTorch {torch.__version__.partition('+')[0]}, {self.device.type}"
+        self.on_gpu = self.device.type == "cuda"
+        self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
+        self.compile = compile
+        version = torch.__version__.partition("+")[0]
+        self.name = f"PyTorch {version}, {self.device.type}" + ", compiled" * compile
         self.model = fold_batch_norm(model).to(
             self.device, self.dtype, memory_format=torch.channels_last
         )
-        if self.device.type == "cuda":
+        self.prepared: dict[torch.Size, Prepared] = {}
+        if self.on_gpu:
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
+    @torch.inference_mode()
     def load(self, images: Tensor) -> None:
-        self.images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
+        self.images = images.to(self.device, self.dtype, memory_format=layout)
+        if images.shape not in self.prepared:
+            own = self.images.clone()  # a graph will always read from here
+            self.prepared[images.shape] = self.prepare(own)
+        if self.on_gpu:
+            self.prepared[images.shape].images.copy_(self.images)
+            torch.cuda.synchronize()
+
+    def prepare(self, images: Tensor) -> "Prepared":
+        """Return what runs images of one shape."""
+        return self.made_ready(self.model, images)
+
+    def made_ready(self, model: fx.GraphModule, images: Tensor) -> "Prepared":
+        """Return a network compiled and captured for images of one shape, as this runner is to."""
+        if self.compile:
+            # A module of its own for each shape: torch.compile gives up on one that it has
+            # compiled for eight shapes, and then runs it as it is.
+            model = fx.GraphModule(model, copy.deepcopy(model.graph))
+            mode = "max-autotune-no-cudagraphs" if self.on_gpu else "default"
+            model = torch.compile(model, mode=mode, dynamic=False)
+        if not self.on_gpu:
+            return Prepared(model, images)
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                return Prepared(model, images, *cuda_graphs.capture(partial(model, images)))
+        except RuntimeError as error:
+            raise RunnerError(
+                f"{self.name}: the network cannot be prepared for {len(images)} images of shape "
+                f"{tuple(images.shape[1:])} ({error}). Use a smaller batch if memory is short."
+            ) from error
 
     @torch.inference_mode()
     def run(self) -> None:
-        if self.device.type == "cpu":
-            self.logits = self.model(self.images)
+        ready = self.prepared[self.images.shape]
+        if not self.on_gpu:
+            self.logits = ready.network(self.images)
             return
+        self.logits = ready.logits
         self.start.record()
-        self.logits = self.model(self.images)
+        ready.graph.replay()
         self.end.record()
         self.end.synchronize()
 
     def fetch(self) -> Tensor:
         return self.logits.float().cpu()
 
+    @torch.inference_mode()
+    def poison(self) -> None:
+        self.logits.fill_(float("nan"))
+
     def gpu_seconds(self) -> float | None:
-        if self.device.type == "cpu":
-            return None
-        return self.start.elapsed_time(self.end) / 1000
+        return self.start.elapsed_time(self.end) / 1000 if self.on_gpu else None
+
+
+class Prepared(NamedTuple):
+    """A network that is ready for images of one shape; on a GPU with its CUDA graph."""
+
+    network: Callable[[Tensor], Tensor]
+    images: Tensor  # what the graph reads
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor | None = None  # what the graph writes
 
 
 class OnnxRunner(Runner):
@@ -140,20 +211,28 @@ class OnnxRunner(Runner):
     def fetch(self) -> Tensor:
         return torch.from_numpy(self.logits.astype(np.float32))
 
+    def poison(self) -> None:
+        self.logits = np.full_like(self.logits, np.nan)
+
 
 class TensorRTRunner(Runner):
     """A TensorRT or TensorRT-RTX engine on the GPU, with PyCUDA's buffers and stream.
 
+    The engine runs in a CUDA graph. TensorRT-RTX makes its own; around TensorRT's engine
+    PyTorch captures one, on PyCUDA's stream, since PyCUDA has no graphs.
+
     Args:
         path: an engine, built by the builder that `find_builder` finds here. Engines
             hold native code: load only files that you trust.
+        graph: use a CUDA graph; without one the host launches every kernel.
 
     Raises:
-        RunnerError: no GPU, no PyCUDA, or the engine is for another GPU or version.
+        RunnerError: no GPU, no PyCUDA, or the engine is for another GPU or version; later
+            on, it cannot be captured or does not take such images.
     """
 
-    def __init__(self, path: Path) -> None:
-        if reason := why_no_tensorrt():
+    def __init__(self, path: Path, graph: bool = True) -> None:
+        if reason := why_no_engine():
             raise RunnerError(reason)
         import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses as well)
         import pycuda.driver as cuda
@@ -170,34 +249,69 @@ class TensorRTRunner(Runner):
                 "GPU: an engine runs only on the kind of GPU and the version it was built with. "
                 "Run 05_build_engine.ipynb on this machine."
             )
-        self.context = self.engine.create_execution_context()
+        self.context = self._create_context(builder.name, graph)
+        self.captures = graph and builder.name == "TensorRT"
         self.stream, self.start, self.end = cuda.Stream(), cuda.Event(), cuda.Event()
-        self.buffers: dict[str, object] = {}
+        self.torch_stream = torch.cuda.ExternalStream(self.stream.handle)
+        self.shape: tuple[int, ...] | None = None
+        self.buffers: dict[str, Any] = {}
         self.name = f"{builder.name} {builder.version}, {torch.cuda.get_device_name()}"
 
+    def _create_context(self, builder: str, graph: bool) -> Any:
+        if builder == "TensorRT" or not graph:
+            return self.engine.create_execution_context()
+        runtime_config = self.engine.create_runtime_config()
+        runtime_config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self.engine.create_execution_context(runtime_config)
+
     def load(self, images: Tensor) -> None:
-        dtype = self.trt.nptype(self.engine.get_tensor_dtype(INPUT))
-        host = self.cuda.pagelocked_empty(tuple(images.shape), dtype)
-        host[...] = images.numpy()
-        self.context.set_input_shape(INPUT, tuple(images.shape))
-        self._bind(INPUT, host.nbytes)
-        shape = tuple(self.context.get_tensor_shape(OUTPUT))
-        self.logits = self.cuda.pagelocked_empty(
-            shape, self.trt.nptype(self.engine.get_tensor_dtype(OUTPUT))
-        )
-        self._bind(OUTPUT, self.logits.nbytes)
-        self.cuda.memcpy_htod_async(self.buffers[INPUT], host, self.stream)
+        if tuple(images.shape) != self.shape:
+            self._prepare(tuple(images.shape))
+        self.images[...] = images.numpy()
+        self.cuda.memcpy_htod_async(self.buffers[INPUT], self.images, self.stream)
         self.stream.synchronize()
 
-    def _bind(self, name: str, nbytes: int) -> None:
-        """Give a tensor device memory of its own; the old buffer is freed with its object."""
-        self.buffers[name] = self.cuda.mem_alloc(nbytes)
+    def _prepare(self, shape: tuple[int, ...]) -> None:
+        """Make buffers for images of a shape, and capture the engine with them."""
+        self.shape, self.graph = None, None
+        if not self.context.set_input_shape(INPUT, shape):
+            raise RunnerError(
+                f"{self.name}: the engine does not take images of shape {shape}; it was built "
+                "for other sizes or a smaller largest batch. Build it with `batches` that cover "
+                "this one."
+            )
+        self.images = self._bind(INPUT)
+        self.logits = self._bind(OUTPUT)
+        if self.captures:
+            try:
+                self.graph, _ = cuda_graphs.capture(self._enqueue, self.torch_stream)
+            except RuntimeError as error:
+                raise RunnerError(
+                    f"{self.name}: the engine cannot be captured in a CUDA graph ({error}). "
+                    "Run it with TensorRTRunner(path, graph=False)."
+                ) from error
+        self.shape = shape
+
+    def _bind(self, name: str) -> np.ndarray:
+        """Give a tensor memory on the GPU, and return page-locked memory for it on the host."""
+        shape = tuple(self.context.get_tensor_shape(name))
+        dtype = self.trt.nptype(self.engine.get_tensor_dtype(name))
+        host = self.cuda.pagelocked_empty(shape, dtype)
+        self.buffers[name] = self.cuda.mem_alloc(host.nbytes)  # frees the one before
         self.context.set_tensor_address(name, int(self.buffers[name]))
+        return host
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self.stream.handle):
+            raise RunnerError(f"{self.name}: the engine refused to run; see the lines above.")
 
     def run(self) -> None:
         self.start.record(self.stream)
-        if not self.context.execute_async_v3(self.stream.handle):
-            raise RunnerError(f"{self.name}: the engine refused to run; see the lines above.")
+        if self.graph is None:
+            self._enqueue()
+        else:
+            with torch.cuda.stream(self.torch_stream):
+                self.graph.replay()
         self.end.record(self.stream)
         self.stream.synchronize()
 
@@ -206,32 +320,16 @@ class TensorRTRunner(Runner):
         self.stream.synchronize()
         return torch.from_numpy(self.logits.astype(np.float32))
 
+    def poison(self) -> None:
+        # All bits set is a NaN in FP16, BF16 and FP32.
+        self.cuda.memset_d8_async(self.buffers[OUTPUT], 0xFF, self.logits.nbytes, self.stream)
+        self.stream.synchronize()
+
     def gpu_seconds(self) -> float | None:
         return self.end.time_since(self.start) / 1000
 
 
-def network_files() -> dict[str, str]:
-    """Return the artifacts that the best runner of this machine takes, dense and sparse."""
-    if why_no_tensorrt():
-        return {name: f"04_{name}_fp32.onnx" for name in ("dense", "sparse")}
-    return {name: f"05_{name}.engine" for name in ("dense", "sparse")}
-
-
-def find_runners(artifacts: Artifacts) -> dict[str, Runner]:
-    """Return the dense and the sparse network on the best runner of this machine.
-
-    TensorRT where a GPU and PyCUDA are, ONNX Runtime on the CPU elsewhere; both
-    networks always run on the same one, in the same precision.
-
-    Raises:
-        ArtifactError: an engine or ONNX file is missing; names its notebook.
-        RunnerError: an engine was built for another GPU or version.
-    """
-    runner = OnnxRunner if why_no_tensorrt() else TensorRTRunner
-    return {name: runner(artifacts.require(file)) for name, file in network_files().items()}
-
-
-def why_no_tensorrt() -> str:
+def why_no_engine() -> str:
     """Return in one sentence why engines cannot run on this machine; empty if they can."""
     if not torch.cuda.is_available():
         return (

@@ -6,13 +6,16 @@ Each layer keeps whichever of its kernels is the fastest at the batch it meets.
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import copy
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +26,7 @@ from torch import Tensor, fx, nn
 from helpers import cuda_graphs, machine
 from helpers.artifacts import write_json
 from helpers.layers import LayerWeight
-from helpers.onnx_export import fold_batch_norm
-from helpers.runners import Runner, RunnerError
+from helpers.runners import Prepared, RunnerError, TorchRunner
 from helpers.settings import relative
 from helpers.sparsity import is_2to4
 from helpers.sparsity.eligibility import why_not_sparse
@@ -304,14 +306,61 @@ class TunedLayer(nn.Module):
         return self.autotuner.choose(self.name, kernels, input)
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention as two linear layers around the attention itself.
+
+    It computes what `attention` does in evaluation mode, and shares its weights.
+
+    Args:
+        attention: one for which `_is_self_attention` holds wherever it is called.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        self.qkv = _linear(attention.in_proj_weight, attention.in_proj_bias)
+        self.out = _linear(attention.out_proj.weight, attention.out_proj.bias)
+
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        split = self.qkv(query).unflatten(-1, (3, self.heads, -1))  # batch, token, 3, head, width
+        mixed = F.scaled_dot_product_attention(*split.permute(2, 0, 3, 1, 4))
+        return self.out(mixed.transpose(1, 2).flatten(2)), None
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """Return a linear layer of parameters that exist."""
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def _is_self_attention(layer: nn.MultiheadAttention, calls: Sequence[fx.Node]) -> bool:
+    """Return whether attention is always that of one batch of sequences to itself, unmasked."""
+    if not layer.batch_first or layer.in_proj_weight is None:
+        return False
+    if layer.bias_k is not None or layer.add_zero_attn:
+        return False
+    for call in calls:
+        given = dict(zip(ATTENTION_ARGUMENTS, call.args, strict=False)) | call.kwargs
+        own = {given.get(name) for name in ("query", "key", "value")}
+        masked = any(given.get(name) is not None for name in ("key_padding_mask", "attn_mask"))
+        if len(own) > 1 or masked or given.get("need_weights", True):
+            return False
+    return True
+
+
+ATTENTION_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
+
+
 def use_gemms_(
     folded: fx.GraphModule, backend: str = "cusparselt", autotuner: Autotuner | None = None
 ) -> list[TunedLayer]:
     """Let the layers of a network that are matrix products run as such, in place.
 
-    These are linear layers and 1x1 convolutions of the shapes that cuSPARSELt takes. A
-    ReLU that follows is taken into the layer; all other layers stay as they are. The
-    network then computes the same outputs, and can no longer be trained.
+    These are linear layers, 1x1 convolutions and the projections of self-attention, of the
+    shapes that cuSPARSELt takes. A ReLU that follows is taken into the layer; all other
+    layers stay as they are. The network then computes the same outputs, and can no longer
+    be trained.
 
     Args:
         folded: as `fold_batch_norm` returns it, already on its device and in its type.
@@ -331,7 +380,7 @@ def use_gemms_(
     if backend not in BACKENDS:
         raise RunnerError(f"There is no backend {backend!r}; there are {', '.join(BACKENDS)}.")
     tuned = []
-    for name, calls in _calls(folded).items():
+    for name, calls in _linear_calls_(folded):
         layer = folded.get_submodule(name)
         if _is_product(name, layer):
             relu = _absorb_relus_(folded, calls)
@@ -347,6 +396,18 @@ def use_gemms_(
             "Run 02_prune_2_4.ipynb first, or prune the network with prune_2to4_."
         )
     return tuned
+
+
+def _linear_calls_(network: fx.GraphModule) -> Iterator[tuple[str, list[fx.Node]]]:
+    """Yield each module's name and calls; self-attention is replaced by ours, in its two parts."""
+    for name, calls in _calls(network).items():
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.MultiheadAttention) and _is_self_attention(layer, calls):
+            network.set_submodule(name, SelfAttention(layer))
+            yield f"{name}.qkv", []
+            yield f"{name}.out", []
+        else:
+            yield name, calls
 
 
 def _calls(network: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -374,7 +435,7 @@ def _takes(kind: type[Gemm], layer: nn.Module) -> bool:
 def _absorb_relus_(network: fx.GraphModule, calls: list[fx.Node]) -> bool:
     """Take the ReLUs out of the graph if all that a layer gives goes into one."""
     users = [user for call in calls for user in call.users]
-    if not all(_is_relu(network, user) for user in users):
+    if not users or not all(_is_relu(network, user) for user in users):
         return False
     for relu in users:
         relu.replace_all_uses_with(relu.args[0])
@@ -410,11 +471,12 @@ def why_no_cusparselt() -> str:
     return ""
 
 
-class SparseTorchRunner(Runner):
-    """PyTorch with sparse matrix products where they are the fastest, in a CUDA graph.
+class SparseTorchRunner(TorchRunner):
+    """PyTorch with sparse matrix products where they are the fastest.
 
-    On a GPU each batch size is prepared when it is first loaded: the layers are timed on
-    these images and the network is captured. On a CPU nothing is timed or captured.
+    On a GPU each batch size is prepared when it is first loaded, on these images: every
+    layer's kernels are timed, then the network of the fastest ones takes turns with the dense
+    network, and the faster of the two is kept. On a CPU nothing is timed.
 
     Args:
         model: a network pruned 2:4; it is not changed.
@@ -422,10 +484,13 @@ class SparseTorchRunner(Runner):
         dtype: FP16 on a GPU and FP32 on a CPU unless it is given; `cusparselt` takes
             FP16 and BF16.
         cache: JSON file for the choices of kernels, so that they are measured once.
+        compile: let `torch.compile` fuse what is between the products, such as residual
+            additions with their ReLU; as `TorchRunner` takes it.
 
     Raises:
         RunnerError: the backend does not run here or not in this type, or the network has
-            no layer for it; later on, a kernel gives wrong numbers.
+            no layer for it; later on, a kernel gives wrong numbers, or the network cannot
+            be captured.
 
     Explained in `06_infer_and_benchmark.ipynb`.
     """
@@ -436,56 +501,36 @@ class SparseTorchRunner(Runner):
         backend: str = "cusparselt",
         dtype: torch.dtype | None = None,
         cache: Path | None = None,
+        compile: bool = False,
     ) -> None:
-        self.device = machine.device()
-        self.on_gpu = self.device.type == "cuda"
-        self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
         if backend == "cusparselt":
-            _require_cusparselt(self.dtype)
-        self.model = fold_batch_norm(model).to(
-            self.device, self.dtype, memory_format=torch.channels_last
-        )
+            _require_cusparselt(dtype)
+        super().__init__(model, dtype, compile)
+        self.name += f", {backend}"
         autotuner = Autotuner(median_times, cache) if self.on_gpu else None
-        self.layers = use_gemms_(self.model, backend, autotuner)
-        self.name = f"PyTorch {torch.__version__.partition('+')[0]}, {backend}, {self.device.type}"
-        self.captured: dict[torch.Size, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
-        if self.on_gpu:
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Another graph over the same layers: use_gemms_ replaces them in this one alone.
+        self.converted = fx.GraphModule(self.model, copy.deepcopy(self.model.graph))
+        self.layers = use_gemms_(self.converted, backend, autotuner)
+        self.whole: dict[torch.Size, dict[str, float]] = {}
 
-    @torch.inference_mode()
-    def load(self, images: Tensor) -> None:
-        layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
-        self.images = images.to(self.device, self.dtype, memory_format=layout)
+    def prepare(self, images: Tensor) -> Prepared:
+        self.converted(images)  # every layer meets its input and chooses
+        chosen = self.made_ready(self.converted, images)
         if not self.on_gpu:
-            return
-        if images.shape not in self.captured:
-            own = self.images.clone()  # the graph will always read from here
-            self.captured[images.shape] = (own, *cuda_graphs.capture(partial(self.model, own)))
-        self.captured[images.shape][0].copy_(self.images)
-        torch.cuda.synchronize()
-
-    @torch.inference_mode()
-    def run(self) -> None:
-        if not self.on_gpu:
-            self.logits = self.model(self.images)
-            return
-        _, graph, self.logits = self.captured[self.images.shape]
-        self.start.record()
-        graph.replay()
-        self.end.record()
-        self.end.synchronize()
-
-    def fetch(self) -> Tensor:
-        return self.logits.float().cpu()
-
-    def gpu_seconds(self) -> float | None:
-        return self.start.elapsed_time(self.end) / 1000 if self.on_gpu else None
+            return chosen
+        # Layers that win alone can still lose together, by what the dense ones are fused with.
+        dense = self.made_ready(self.model, images)
+        times = cuda_graphs.time_graphs([dense.graph, chosen.graph])
+        medians = [float(np.median(np.concatenate(own))) for own in times]
+        self.whole[images.shape] = dict(zip(("dense", "chosen"), medians, strict=True))
+        return chosen if medians[1] <= medians[0] else dense
 
     def choices(self) -> pd.DataFrame:
-        """Return one row for each layer and input shape so far: which kernel it runs.
+        """Return one row for each layer and input shape so far: which kernel is its fastest.
 
         The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and on a GPU the
-        milliseconds of every kernel, under its name.
+        milliseconds of every kernel, under its name. Whether the network of these kernels is
+        faster than the dense one, and is therefore run, tells `networks`.
         """
         rows = [
             {
@@ -499,11 +544,24 @@ class SparseTorchRunner(Runner):
         ]
         return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
 
+    def networks(self) -> pd.DataFrame:
+        """Return one row for each input shape so far: which network runs, and both times.
 
-def _require_cusparselt(dtype: torch.dtype) -> None:
+        The columns are `input`, `dense` and `chosen`, the milliseconds of the network with
+        dense layers and with the chosen kernels, and `runs`, the name of the faster one.
+        Without a GPU there are no rows.
+        """
+        rows = [
+            {"input": "x".join(map(str, shape)), **times, "runs": min(times, key=times.get)}
+            for shape, times in self.whole.items()
+        ]
+        return pd.DataFrame(rows, columns=["input", "dense", "chosen", "runs"])
+
+
+def _require_cusparselt(dtype: torch.dtype | None) -> None:
     if reason := why_no_cusparselt():
         raise RunnerError(reason)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (None, torch.float16, torch.bfloat16):
         raise RunnerError(
             f"cuSPARSELt does not run in {dtype} here; use torch.float16 or torch.bfloat16."
         )

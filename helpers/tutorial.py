@@ -14,10 +14,11 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from helpers import engine, machine, runners
+from helpers import contenders, engine, machine
 from helpers.artifacts import NOTEBOOKS, Artifacts, atomic_write, write_json
 from helpers.benchmark import Ratio, perf_per_watt, speedup
 from helpers.checks import TutorialError
+from helpers.runners import Runner
 from helpers.settings import Settings, project_root, relative
 from helpers.training import Accuracy
 
@@ -31,8 +32,8 @@ def check_setup(settings: Settings) -> None:
         print(f"[{'OK' if fine else 'FAIL'}] {line}")
     builder = engine.find_builder()
     print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
-    reason = runners.why_no_tensorrt()
-    print(f"[OK] inference: {'ONNX Runtime, CPU. ' + reason if reason else 'TensorRT, PyCUDA'}")
+    for kind, reason in contenders.reasons_against().items():
+        print(f"[{'--' if reason else 'OK'}] inference with {kind}" + f": {reason}" * bool(reason))
     with Artifacts(settings).writing("00_setup.json") as path:
         write_json(path, {"machine": machine.describe(), "builder": builder.name})
 
@@ -109,17 +110,15 @@ def tidy(notebook: Any) -> None:
     }
 
 
-def save_benchmark(
-    artifacts: Artifacts, contenders: dict[str, runners.Runner], table: pd.DataFrame
-) -> Path:
+def save_benchmark(artifacts: Artifacts, runners: dict[str, Runner], table: pd.DataFrame) -> Path:
     """Write the measured table as JSON, with date, machine and versions."""
     content = {
-        "runner": contenders["sparse"].name,
+        "runner": runners["sparse"].name,
         **machine.provenance(),
         # JSON has no NaN: what a runner does not measure is null.
         "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
     }
-    parents = list(runners.network_files().values())
+    parents = list(contenders.network_files().values())
     with artifacts.writing("06_benchmark.json", parents) as path:
         write_json(path, content)
     return artifacts.path("06_benchmark.json")

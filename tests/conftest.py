@@ -148,7 +148,9 @@ class Replay:
         self.work, self.result = work, result
 
     def replay(self) -> None:
-        self.result.copy_(self.work())
+        result = self.work()
+        if self.result is not None:
+            self.result.copy_(result)
 
 
 @pytest.fixture
@@ -156,7 +158,7 @@ def captured(monkeypatch) -> list[Replay]:
     """Every graph that is captured, on the CPU."""
     graphs = []
 
-    def capture(work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def capture(work: Callable[[], Tensor], stream: object = None) -> tuple[Replay, Tensor]:
         work()
         graphs.append(Replay(work, work()))
         return graphs[-1], graphs[-1].result

@@ -53,6 +53,10 @@ class FakeRunner(Runner):
         self.clock.now += 0.25
         return self.logits
 
+    def poison(self) -> None:
+        self.calls.append(f"poison {self.name}")
+        self.logits = torch.full_like(self.logits, float("nan"))
+
     def gpu_seconds(self) -> float | None:
         return self.gpu
 
@@ -182,6 +186,16 @@ def test_a_runner_that_never_writes_its_logits_is_not_timed(clock, monkeypatch):
     monkeypatch.setattr(FakeRunner, "answer", lambda self, pixels: buffer)
     with pytest.raises(BenchmarkError, match=r"net: two different batches .* the same logits"):
         time_in_turns([FakeRunner("net", [], clock)], IMAGES)
+
+
+def test_a_runner_that_leaves_its_old_logits_is_not_timed(clock):
+    class Idle(FakeRunner):
+        def run(self) -> None:
+            if not hasattr(self, "logits") or len(self.calls) < 3:
+                super().run()
+
+    with pytest.raises(BenchmarkError, match="net: the logits of 4 random images are not all fin"):
+        time_in_turns([Idle("net", [], clock)], IMAGES)
 
 
 @pytest.mark.parametrize("damage", [0.01, float("nan")])

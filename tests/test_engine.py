@@ -669,6 +669,7 @@ CLASSES = {
     "cache": "ITimingCache",
     "plan": "IHostMemory",
     "runtime": "Runtime",
+    "runtime_config": "IRuntimeConfig",
     "engine": "ICudaEngine",
     "inspector": "EngineInspector",
     "self.logger": "Logger",

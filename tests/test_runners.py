@@ -1,25 +1,23 @@
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import runners
-from helpers.artifacts import ArtifactError, Artifacts
+from helpers import cuda_graphs, runners
 from helpers.data import first_images
 from helpers.engine import Builder, build_engine
 from helpers.onnx_export import relative_gap
-from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner, find_runners
+from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner
 from helpers.training import Accuracy
 
 SHAPE = (1, 28, 28)
 GAPS = {"fp32": 1e-5, "fp16": 1e-2}
 
-needs_gpu = pytest.mark.skipif(
-    bool(runners.why_no_tensorrt()), reason=runners.why_no_tensorrt() or "-"
-)
+needs_gpu = pytest.mark.skipif(bool(runners.why_no_engine()), reason=runners.why_no_engine() or "-")
 
 
 def images(count: int) -> torch.Tensor:
@@ -61,6 +59,17 @@ def test_the_onnx_runner_gives_the_logits_of_the_network(exported, reference, pr
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
         assert relative_gap(logits, reference(images(batch))) < GAPS[precision]
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_poisoned_logits_are_nan_until_the_next_run(no_gpu, exported, kind):
+    model, files = exported
+    runner = TorchRunner(model) if kind == "torch" else OnnxRunner(files["fp32"])
+    logits = runner(images(2)).clone()
+    runner.poison()
+    assert runner.fetch().isnan().all()
+    runner.run()
+    assert torch.equal(runner.fetch(), logits)
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
@@ -158,6 +167,9 @@ class FakeGpu:
     def memcpy_dtoh_async(self, to: np.ndarray, source: int, stream: object) -> None:
         to[...] = self.memory[source].view(to.dtype).reshape(to.shape)
 
+    def memset_d8_async(self, to: int, byte: int, count: int, stream: object) -> None:
+        self.memory[to][:count] = byte
+
     def Stream(self) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(handle=7, synchronize=lambda: None)
 
@@ -187,6 +199,8 @@ class FakeGpu:
         return dtype
 
     def set_input_shape(self, name: str, shape: tuple) -> bool:
+        if shape[0] > 8:  # the largest batch of the engine's profile
+            return False
         self.shape = shape if name == "images" else None
         return True
 
@@ -208,34 +222,112 @@ class FakeGpu:
         return True
 
 
-@pytest.fixture
-def fake_gpu(exported, monkeypatch) -> FakeGpu:
-    gpu = FakeGpu(exported[0])
+class FakeRtx(FakeGpu):
+    """The same with TensorRT-RTX, whose contexts take a configuration."""
+
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="the whole graph")
+    config = None
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace(cuda_graph_strategy="disabled")
+
+    def create_execution_context(self, config: SimpleNamespace | None = None) -> "FakeGpu":
+        self.config = config
+        return self
+
+
+def install(gpu: FakeGpu, name: str, monkeypatch) -> None:
+    """Let the fake be PyCUDA, PyTorch's GPU and the builder of that name."""
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: f"stream {handle}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
     package = SimpleNamespace(driver=gpu, autoprimaryctx=None)
-    for name, module in {
+    for module, content in {
         "pycuda": package,
         "pycuda.driver": gpu,
         "pycuda.autoprimaryctx": 0,
     }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    builder = Builder("TensorRT", gpu, "11.4", "the test says so")
+        monkeypatch.setitem(sys.modules, module, content)
+    builder = Builder(name, gpu, "11.4", "the test says so")
     monkeypatch.setattr(runners, "find_builder", lambda: builder)
+
+
+@pytest.fixture
+def fake_gpu(exported, monkeypatch, captured) -> FakeGpu:
+    gpu = FakeGpu(exported[0])
+    install(gpu, "TensorRT", monkeypatch)
     return gpu
 
 
 def test_the_tensorrt_runner_moves_images_and_logits_in_the_engines_type(
-    fake_gpu, reference, tmp_path
+    fake_gpu, captured, reference, tmp_path
 ):
     plan = tmp_path / "05_sparse.engine"
     plan.write_bytes(b"an engine")
     runner = TensorRTRunner(plan)
     assert runner.name == "TensorRT 11.4, a fake GPU"
-    for batch in (1, 5, 2):
+    for batch in (1, 5, 5, 2):
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
         assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+    assert len(captured) == 3, "a graph is captured for each change of shape"
+
+
+def test_without_a_graph_the_host_launches_the_engine(fake_gpu, captured, reference, tmp_path):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan, graph=False)
+    assert relative_gap(runner(images(2)), reference(images(2))) < GAPS["fp16"]
+    assert not captured
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_tensorrt_rtx_makes_its_graph_itself(
+    exported, monkeypatch, captured, reference, tmp_path, graph
+):
+    rtx = FakeRtx(exported[0])
+    install(rtx, "TensorRT-RTX", monkeypatch)
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan, graph=graph)
+    assert relative_gap(runner(images(2)), reference(images(2))) < GAPS["fp16"]
+    assert not captured
+    assert (rtx.config is not None) == graph
+    if graph:
+        assert rtx.config.cuda_graph_strategy == "the whole graph"
+
+
+def test_a_poisoned_result_stays_until_the_engine_runs(fake_gpu, tmp_path):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan)
+    logits = runner(images(3))
+    runner.poison()
+    assert runner.fetch().isnan().all()
+    runner.run()
+    assert torch.equal(runner.fetch(), logits)
+
+
+def test_a_batch_that_the_engine_was_not_built_for_is_refused(fake_gpu, tmp_path):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner = TensorRTRunner(plan)
+    logits = runner(images(2))
+    with pytest.raises(RunnerError, match=r"does not take images of shape \(9, 1, 28, 28\)"):
+        runner.load(images(9))
+    assert torch.equal(runner(images(2)), logits), "what it takes it still runs"
+
+
+def test_an_engine_that_cannot_be_captured_is_told(fake_gpu, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    monkeypatch.setattr(cuda_graphs, "capture", fail)
+    with pytest.raises(RunnerError, match=r"not permitted .*graph=False"):
+        TensorRTRunner(plan)(images(1))
 
 
 def test_the_tensorrt_runner_tells_the_gpus_time_of_the_last_run(fake_gpu, tmp_path):
@@ -298,40 +390,3 @@ def test_an_engine_of_another_make_is_refused_on_the_gpu(tmp_path):
     (tmp_path / "05_x.engine").write_bytes(b"no engine at all" * 100)
     with pytest.raises(RunnerError, match=r"05_x\.engine cannot be loaded .*05_build_engine"):
         TensorRTRunner(tmp_path / "05_x.engine")
-
-
-# --- which runner --------------------------------------------------------------------------
-
-
-def put(artifacts: Artifacts, name: str, content: bytes) -> None:
-    with artifacts.writing(name) as path:
-        path.write_bytes(content)
-
-
-def test_on_a_cpu_both_networks_run_in_onnx_runtime_in_fp32(no_gpu, tiny_settings, exported):
-    artifacts = Artifacts(tiny_settings)
-    for name in ("dense", "sparse"):
-        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
-    found = find_runners(artifacts)
-    assert list(found) == ["dense", "sparse"]
-    assert all(isinstance(runner, OnnxRunner) for runner in found.values())
-    assert found["dense"].name == found["sparse"].name
-    assert "FP32" in found["dense"].name
-
-
-@pytest.mark.parametrize("there", [[], ["dense"], ["sparse"]])
-def test_on_a_cpu_a_missing_onnx_file_names_its_notebook(no_gpu, tiny_settings, exported, there):
-    artifacts = Artifacts(tiny_settings)
-    for name in there:
-        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
-    missing = "sparse" if there == ["dense"] else "dense"
-    with pytest.raises(
-        ArtifactError, match=rf"04_{missing}_fp32\.onnx is missing\. Run 04_export_onnx\.ipynb"
-    ):
-        find_runners(artifacts)
-
-
-def test_on_a_gpu_the_engines_are_asked_for(monkeypatch, tiny_settings):
-    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "")
-    with pytest.raises(ArtifactError, match=r"05_dense\.engine is missing\. Run 05_build_engine"):
-        find_runners(Artifacts(tiny_settings))

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers import machine, models
+from helpers import cuda_graphs, machine, models
 from helpers.onnx_export import fold_batch_norm, relative_gap
-from helpers.runners import RunnerError
+from helpers.runners import RunnerError, TorchRunner
 from helpers.sparse_torch import (
     NOISE,
     Autotuner,
@@ -57,10 +59,24 @@ def linear_network() -> nn.Module:
     )
 
 
+def transformer() -> nn.Module:
+    """Two blocks of a vision transformer; torchvision starts its head with zeros."""
+    network = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128,
+        num_classes=16,
+    )  # fmt: skip
+    nn.init.normal_(network.heads.head.weight)
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.1)
+    return network
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "quick": (quick_network, (1, 28, 28)),
     "bottlenecks": (bottlenecks, (3, 32, 32)),
     "linear": (linear_network, (48,)),
+    "transformer": (transformer, (3, 32, 32)),
 }
 
 
@@ -199,9 +215,10 @@ def test_the_weights_of_the_gemms_are_the_folded_ones_and_2to4(pruned, cusparsel
     folded = fold_batch_norm(model)
     before = {name: value.clone() for name, value in folded.named_parameters()}
     for layer in use_gemms_(folded, "cusparselt"):
-        for name in ("dense GEMM", "sparse GEMM"):
-            weight = layer.kernels[name].weight
-            assert torch.equal(weight, before[f"{layer.name}.weight"].flatten(1))
+        for kernel in ("dense GEMM", "sparse GEMM"):
+            weight = layer.kernels[kernel].weight
+            name = f"{layer.name}.weight".replace("qkv.weight", "in_proj_weight")
+            assert torch.equal(weight, before[name.replace("n.out.", "n.out_proj.")].flatten(1))
             assert is_2to4(weight)
 
 
@@ -557,13 +574,19 @@ def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch)
         SparseTorchRunner(linear_network(), dtype=torch.float32)
 
 
-def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
-    no_gpu, captured, pruned
-):
-    model, images = pruned
+def on_a_fake_gpu(model: nn.Module) -> SparseTorchRunner:
+    """Return a runner that prepares and replays graphs, though on the CPU."""
     runner = SparseTorchRunner(model, "dense")
     runner.on_gpu = True
     runner.start = runner.end = MagicMock()
+    return runner
+
+
+def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
+    no_gpu, captured, gpu_clock, pruned
+):
+    model, images = pruned
+    runner = on_a_fake_gpu(model)
     with torch.inference_mode():
         expected = model(images)
     for part in (slice(0, 1), slice(1, 2), slice(0, 3), slice(2, 3)):
@@ -572,10 +595,121 @@ def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
         own.fill_(float("nan"))  # the runner has a copy
         runner.run()
         assert relative_gap(runner.fetch(), expected[part]) < GAP
-    assert len(captured) == 2
+    assert len(captured) == 2 * 2  # for each shape the chosen kernels and the dense network
     before = runner.fetch()
     runner.load(images)
     assert torch.equal(runner.fetch(), before), "loading alone changes no result"
+
+
+def test_a_run_writes_all_that_was_poisoned(no_gpu, captured, gpu_clock, pruned):
+    model, images = pruned
+    runner = on_a_fake_gpu(model)
+    expected = runner(images)
+    runner.poison()
+    assert runner.fetch().isnan().all()
+    runner.run()
+    assert torch.equal(runner.fetch(), expected)
+
+
+@pytest.mark.parametrize("faster", ["dense", "chosen"])
+def test_the_faster_of_the_whole_networks_runs(no_gpu, captured, gpu_clock, faster):
+    """What wins layer by layer can lose as a network."""
+    model = prepared(linear_network(), random(4, 48))
+    runner = on_a_fake_gpu(model)
+    slow = runner.converted if faster == "dense" else runner.model
+    slow.get_submodule("0").register_forward_hook(
+        lambda *_: gpu_clock.__setitem__(0, gpu_clock[0] + 2.0)
+    )
+    quick = runner.model if faster == "dense" else runner.converted
+    quick.get_submodule("2").register_forward_hook(
+        lambda *_: gpu_clock.__setitem__(0, gpu_clock[0] + 1.0)
+    )
+    images = random(3, 48)
+    with torch.inference_mode():
+        assert relative_gap(runner(images), model(images)) < GAP
+    (row,) = runner.networks().to_dict("records")
+    other = {"dense": "chosen", "chosen": "dense"}[faster]
+    assert row == {"input": "3x48", faster: 1.0, other: 2.0, "runs": faster}
+    gpu_clock[0] = 0.0
+    runner.run()
+    assert gpu_clock[0] == 1.0
+
+
+def test_a_network_that_cannot_be_captured_is_told_in_one_sentence(
+    no_gpu, captured, gpu_clock, monkeypatch
+):
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    runner = on_a_fake_gpu(prepared(linear_network(), random(4, 48)))
+    monkeypatch.setattr(cuda_graphs, "capture", out_of_memory)
+    with pytest.raises(RunnerError, match=r"cannot be prepared for 3 images of shape \(48,\)"):
+        runner.load(random(3, 48))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_computes_the_same(no_gpu):
+    model = prepared(linear_network(), random(4, 48))
+    with torch.inference_mode():
+        for runner in (
+            TorchRunner(model, compile=True), SparseTorchRunner(model, "dense", compile=True),
+        ):  # fmt: skip
+            assert "compiled" in runner.name
+            for images in (random(3, 48), random(5, 48, seed=1)):
+                assert relative_gap(runner(images), model(images)) < GAP
+
+
+def test_the_projections_of_self_attention_become_gemms(pruned_transformer):
+    layers = use_gemms_(fold_batch_norm(pruned_transformer), "dense")
+    block = "encoder.layers.encoder_layer_{}."
+    parts = ("self_attention.qkv", "self_attention.out", "mlp.0", "mlp.3")
+    expected = [block.format(number) + part for number in (0, 1) for part in parts]
+    assert [layer.name for layer in layers] == [*expected, "heads.head"]
+
+
+@pytest.fixture
+def pruned_transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return prepared(transformer(), random(2, 3, 32, 32))
+
+
+class Attends(nn.Module):
+    """Attention in one of its many forms."""
+
+    def __init__(self, how: dict, of: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attention, self.of = nn.MultiheadAttention(64, 4, **how), of
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.of(self.attention, x))
+
+
+@pytest.mark.parametrize(
+    ("how", "of"),
+    [
+        ({}, lambda own, x: own(x, x, x, need_weights=False)[0]),  # tokens come first
+        ({"batch_first": True}, lambda own, x: own(x, x.relu(), x, need_weights=False)[0]),
+        ({"batch_first": True}, lambda own, x: own(x, x, x)[0]),  # wants the weights
+        (
+            {"batch_first": True},
+            lambda own, x: own(x, x, x, need_weights=False, attn_mask=torch.eye(6).bool())[0],
+        ),
+        ({"batch_first": True, "kdim": 64, "vdim": 64, "add_bias_kv": True},
+         lambda own, x: own(x, x, x, need_weights=False)[0]),
+        ({"batch_first": True, "add_zero_attn": True},
+         lambda own, x: own(x, x, x, need_weights=False)[0]),
+    ],
+)  # fmt: skip
+def test_other_attention_stays_as_it_is(how, of):
+    torch.manual_seed(0)
+    model = Attends(how, of).eval()
+    folded = fold_batch_norm(model)
+    (layer,) = use_gemms_(folded, "dense")
+    assert layer.name == "head"
+    x = random(5, 6, 64)
+    with torch.inference_mode():
+        assert relative_gap(folded(x), model(x)) < GAP
 
 
 # --- on a GPU ------------------------------------------------------------------------------

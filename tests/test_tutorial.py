@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from nbformat import v4
 
-from helpers import engine, machine, runners, tutorial
+from helpers import contenders, engine, machine, tutorial
 from helpers.artifacts import ArtifactError, Artifacts, write_json
 from helpers.checks import TutorialError
 from helpers.tutorial import run_notebooks, source_digest, summary, tidy
@@ -144,13 +145,15 @@ def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
     found = engine.Builder("TensorRT-RTX", json, "1.7", "the test says so")
     monkeypatch.setattr(engine, "find_builder", lambda: found)
     monkeypatch.setattr(machine, "setup_report", lambda _: [(True, "Python"), (False, "onnx")])
-    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "No GPU.")
+    reasons = {"TensorRT": "No GPU.", "ONNX Runtime": ""}
+    monkeypatch.setattr(contenders, "reasons_against", lambda: reasons)
     tutorial.check_setup(tiny_settings)
     assert capsys.readouterr().out.splitlines() == [
         "[OK] Python",
         "[FAIL] onnx",
         "[OK] engines: TensorRT-RTX 1.7 (the test says so)",
-        "[OK] inference: ONNX Runtime, CPU. No GPU.",
+        "[--] inference with TensorRT: No GPU.",
+        "[OK] inference with ONNX Runtime",
     ]
     record = json.loads(Artifacts(tiny_settings).require("00_setup.json").read_text())
     assert record == {"machine": machine.describe(), "builder": "TensorRT-RTX"}
@@ -176,7 +179,7 @@ RUN = {
 @pytest.fixture
 def finished(tiny_settings, monkeypatch) -> Artifacts:
     """The artifacts of a whole run on a CPU, all of them made up."""
-    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "No GPU.")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     artifacts = Artifacts(tiny_settings)
     for name, facts in RUN.items():
         with artifacts.writing(name, facts=facts) as path:
@@ -264,7 +267,8 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished, monk
         "network": "sparse", "batch": 1, "p50": 1.0, "speedup_low": 1.75, "speedup_high": 2.25,
     }  # fmt: skip
 
-    monkeypatch.setattr(runners, "why_no_tensorrt", lambda: "")
+    engines = {name: f"05_{name}.engine" for name in ("dense", "sparse")}
+    monkeypatch.setattr(contenders, "network_files", lambda: engines)
     gpu = {"sparse": SimpleNamespace(name="an engine")}
     tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}))
     parents = finished.describe("06_benchmark.json")["parents"]

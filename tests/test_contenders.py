@@ -1,0 +1,116 @@
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers import contenders, engine, sparse_torch
+from helpers.artifacts import ArtifactError, Artifacts
+from helpers.contenders import KINDS, find_runners, network_files, reasons_against
+from helpers.engine import Builder, EngineError
+from helpers.models import create_model, save_checkpoint
+from helpers.runners import OnnxRunner, RunnerError, TorchRunner
+from helpers.sparse_torch import SparseTorchRunner
+from helpers.sparsity import prune_2to4_
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def put(artifacts: Artifacts, name: str, content: bytes) -> None:
+    with artifacts.writing(name) as path:
+        path.write_bytes(content)
+
+
+def build_with(name: str, monkeypatch) -> None:
+    """Let a GPU and PyCUDA be here, and a builder of that name."""
+    builder = Builder(name, types.SimpleNamespace(), "1.0", "the test says so")
+    monkeypatch.setattr(contenders, "why_no_engine", str)
+    monkeypatch.setattr(engine, "find_builder", lambda: builder)
+
+
+def test_on_a_cpu_both_networks_run_in_onnx_runtime_in_fp32(no_gpu, tiny_settings, exported):
+    artifacts = Artifacts(tiny_settings)
+    for name in ("dense", "sparse"):
+        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
+    found = find_runners(artifacts)
+    assert list(found) == ["dense", "sparse"]
+    assert all(isinstance(runner, OnnxRunner) for runner in found.values())
+    assert found["dense"].name == found["sparse"].name
+    assert "FP32" in found["dense"].name
+
+
+@pytest.mark.parametrize("there", [[], ["dense"], ["sparse"]])
+def test_on_a_cpu_a_missing_onnx_file_names_its_notebook(no_gpu, tiny_settings, exported, there):
+    artifacts = Artifacts(tiny_settings)
+    for name in there:
+        put(artifacts, f"04_{name}_fp32.onnx", exported[1]["fp32"].read_bytes())
+    missing = "sparse" if there == ["dense"] else "dense"
+    with pytest.raises(
+        ArtifactError, match=rf"04_{missing}_fp32\.onnx is missing\. Run 04_export_onnx\.ipynb"
+    ):
+        find_runners(artifacts)
+
+
+def test_without_a_gpu_each_kind_but_one_has_its_reason(no_gpu):
+    reasons = reasons_against()
+    assert list(reasons) == ["TensorRT", "cuSPARSELt", "TensorRT-RTX", "ONNX Runtime"]
+    assert reasons.pop("ONNX Runtime") == ""
+    for reason in reasons.values():
+        assert reason.startswith("No NVIDIA GPU was found")
+        assert "\n" not in reason
+
+
+def test_tensorrt_comes_first_where_it_builds(monkeypatch, tiny_settings):
+    build_with("TensorRT", monkeypatch)
+    assert reasons_against()["TensorRT"] == ""
+    assert reasons_against()["TensorRT-RTX"] == "Engines are TensorRT's here: the test says so."
+    assert network_files() == {"dense": "05_dense.engine", "sparse": "05_sparse.engine"}
+    with pytest.raises(ArtifactError, match=r"05_dense\.engine is missing\. Run 05_build_engine"):
+        find_runners(Artifacts(tiny_settings))
+
+
+@pytest.mark.parametrize("cusparselt", ["", "PyTorch was built without it."])
+def test_tensorrt_rtx_which_ignores_sparsity_comes_after_cusparselt(monkeypatch, cusparselt):
+    build_with("TensorRT-RTX", monkeypatch)
+    kind = replace(KINDS["cuSPARSELt"], why_not=lambda: cusparselt)
+    monkeypatch.setitem(KINDS, "cuSPARSELt", kind)
+    files = network_files()
+    assert files["sparse"] == ("05_sparse.engine" if cusparselt else "03_retrained.safetensors")
+
+
+def test_without_any_builder_the_reason_is_the_builders(monkeypatch):
+    def none() -> Builder:
+        raise EngineError("No engine builder loads here.")
+
+    build_with("TensorRT", monkeypatch)
+    monkeypatch.setattr(engine, "find_builder", none)
+    assert reasons_against()["TensorRT"] == "No engine builder loads here."
+
+
+def test_cusparselt_runs_the_checkpoints(monkeypatch, no_gpu, tiny_settings):
+    artifacts = Artifacts(tiny_settings)
+    model = create_model("resnext14_8x4d", 10)
+    for name in ("01_dense", "03_retrained"):
+        with artifacts.writing(f"{name}.safetensors") as path:
+            save_checkpoint(model, path, "resnext14_8x4d")
+        prune_2to4_(model)
+    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+    dense, sparse = (
+        make(artifacts.require(file))
+        for make, file in zip(KINDS["cuSPARSELt"].make, KINDS["cuSPARSELt"].files, strict=True)
+    )
+    assert type(dense) is TorchRunner
+    assert type(sparse) is SparseTorchRunner
+
+
+def test_a_kind_that_is_asked_for_must_run_here(no_gpu, tiny_settings):
+    with pytest.raises(RunnerError, match="No NVIDIA GPU was found, so cuSPARSELt cannot run"):
+        find_runners(Artifacts(tiny_settings), "cuSPARSELt")
+    with pytest.raises(
+        RunnerError, match=r"no kind of runner .ORT.; there are TensorRT, "
+    ):
+        find_runners(Artifacts(tiny_settings), "ORT")
