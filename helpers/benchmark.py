@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
@@ -87,6 +87,56 @@ class Latency:
             f"batch {self.batch}: p50 {self.p50:.2f} ms, p99 {self.percentile(99):.2f} ms, "
             f"{self.images_per_second:,.0f} images/s ({len(self.times)} runs)"
         )
+
+
+def check_outputs(
+    runner: Runner,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    batch: int,
+    tolerance: float = 1e-2,
+    repeats: int = 3,
+    seed: int = 0,
+) -> float:
+    """Return how far a runner's logits are from a network's own, relative to the largest logit.
+
+    Every time on fresh random images, and with the runner's earlier logits poisoned.
+
+    Args:
+        runner: what is to be checked.
+        model: the network in FP32, on any device; TF32 stays off.
+        image_shape: channels, height and width.
+        batch: images at a time.
+        tolerance: the largest gap that passes; 1e-2 suits FP16.
+        repeats: how often.
+        seed: of the images.
+
+    Returns:
+        The largest gap that was seen.
+
+    Raises:
+        BenchmarkError: a gap is larger, or a logit is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    where = next(model.parameters()).device
+    largest = 0.0
+    for _ in range(repeats):
+        images = torch.randn(batch, *image_shape, generator=generator)
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            expected = model.eval()(images.to(where)).cpu()
+        runner.load(images)
+        runner.run()
+        runner.poison()
+        runner.run()
+        gap = relative_gap(runner.fetch(), expected)
+        if not gap <= tolerance:  # NaN is not below it either
+            raise BenchmarkError(
+                f"{runner.name}: its logits of {batch} random images are off those of the network "
+                f"by {gap:.1e} of the largest, where {tolerance:g} is allowed. Its time would mean "
+                "nothing; look for the layer that differs, or for numbers too large for its type."
+            )
+        largest = max(largest, gap)
+    return largest
 
 
 def time_in_turns(
@@ -276,7 +326,7 @@ def sweep(
         seconds: least time to measure for each runner and batch size.
         seed: of the random images.
         energy_rounds: windows of 5 s for each runner and batch size, on a GPU; with
-            one there is no interval.
+            one there is no interval, with none no energy.
 
     Returns:
         One row for each runner and batch, times in milliseconds: `network`, `batch`,
@@ -291,7 +341,7 @@ def sweep(
     Raises:
         BenchmarkError: as `time_in_turns` and `energy_in_turns` do.
     """
-    meter = _gpu_energy()
+    meter = _gpu_energy() if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for batch in tqdm(batches, desc="batch sizes", leave=False):

@@ -13,6 +13,7 @@ from helpers.benchmark import (
     Latency,
     Ratio,
     bootstrap_ratio,
+    check_outputs,
     energy_in_turns,
     perf_per_watt,
     speedup,
@@ -99,6 +100,41 @@ def test_the_hosts_overhead_is_what_it_adds_to_the_gpus_time():
     assert row["gpu_p50"] == 9.5
     assert row["overhead_p50"] == pytest.approx(1)
     assert {"gpu_p50", "overhead_p50"}.isdisjoint(Latency(1, rounds).row())
+
+
+# --- correct before fast ---
+
+
+def network(scale: float = 1.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    model[1].weight.data *= scale
+    return model
+
+
+def test_the_gap_of_a_runner_to_its_network_is_told(no_gpu):
+    assert check_outputs(TorchRunner(network()), network(), (1, 2, 2), batch=4) < 1e-6
+    gap = check_outputs(TorchRunner(network(1.001)), network(), (1, 2, 2), batch=4)
+    assert 1e-4 < gap < 1e-2
+
+
+def test_a_runner_that_computes_something_else_is_refused(no_gpu):
+    with pytest.raises(BenchmarkError, match=r"4 random images are off .* where 0\.01 is allowed"):
+        check_outputs(TorchRunner(network(1.1)), network(), (1, 2, 2), batch=4)
+
+
+def test_a_runner_that_leaves_old_logits_is_refused_however_right_they_were(no_gpu, monkeypatch):
+    runner = TorchRunner(network())
+    run, calls = runner.run, []
+
+    def only_every_other_time() -> None:
+        calls.append(0)
+        if len(calls) % 2:
+            run()
+
+    monkeypatch.setattr(runner, "run", only_every_other_time)
+    with pytest.raises(BenchmarkError, match="off those of the network by nan"):
+        check_outputs(runner, network(), (1, 2, 2), batch=4)
 
 
 # --- several in turns ----------------------------------------------------------------------
