@@ -4,6 +4,7 @@ Dense is grey and sparse is green throughout; what is pruned but not yet retrain
 is orange.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from helpers.artifacts import atomic_write
 from helpers.benchmark import perf_per_watt, speedup
+from helpers.gemm import Datasheet, GemmError, floor_ms, intensity
 from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training import Accuracy, Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
+CONTENDERS = {"dense": DENSE, "sparse": SPARSE}
 # What sparse gains in, each with its colour.
 GAINS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
 EMPTY = "#f2f2f0"
@@ -299,3 +304,168 @@ def _dense_is_1(axis: Axes) -> None:
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, 0.8), max(high, 1.25))
     axis.set_ylabel("sparse / dense")
+
+
+def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
+    """Draw the rates of dense and sparse products over sizes, one panel for each datatype.
+
+    The ratio of the times stands above each pair. A product that did not run says so, and a
+    datatype of which none ran shows why.
+
+    Args:
+        table: as `helpers.gemm.measure_gemms` returns it.
+        sheet: of the GPU that it was measured on; its peaks are dashed lines.
+    """
+    kinds = list(dict.fromkeys(table.datatype))
+    figure, axes = _axes(max(7, 2.9 * len(kinds)), 3.8, len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        own = table[table.datatype == kind].reset_index(drop=True)
+        axis.set_title(kind, fontsize=10)
+        if own.ratio.isna().all():
+            _draw_reason(axis, own.reason[0])
+            continue
+        _draw_rates(axis, own)
+        axis.set_ylabel("TOP/s" if kind.startswith("INT") else "TFLOP/s")
+        if sheet is not None and kind in sheet.tflops:
+            for peak, colour in zip(sheet.tflops[kind], CONTENDERS.values(), strict=True):
+                axis.axhline(peak, color=colour, linestyle="--", linewidth=1.2)
+        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the ratios
+    handles = [Patch(color=colour, label=name) for name, colour in CONTENDERS.items()]
+    if sheet is not None:
+        label = f"published peaks, {sheet.gpu}"
+        handles.append(Line2D([], [], color="#333333", linestyle="--", label=label))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    return figure
+
+
+def _draw_reason(axis: Axes, reason: str) -> None:
+    axis.text(
+        0.5, 0.5, textwrap.fill(reason, 30), ha="center", va="center", fontsize=8,
+        transform=axis.transAxes,
+    )  # fmt: skip
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
+    """Draw the two bars of each size, and above them their ratio."""
+    for offset, (name, colour) in zip((-0.2, 0.2), CONTENDERS.items(), strict=True):
+        axis.bar(rows.index + offset, rows[f"{name}_tflops"], 0.38, color=colour)
+    tops = rows[["dense_tflops", "sparse_tflops"]].max(axis=1)
+    for place, top, ratio in zip(rows.index, tops.fillna(0), rows.ratio, strict=True):
+        ran = not np.isnan(ratio)
+        axis.annotate(
+            f"{ratio:.2f}x" if ran else "did not run", (place, top), xytext=(0, 4),
+            textcoords="offset points", ha="center", va="bottom", fontsize=8,
+            rotation=0 if ran else 90, zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
+    if ((rows.m == rows.n) & (rows.n == rows.k)).all():
+        axis.set_xticks(rows.index, rows.m, fontsize=8)
+        axis.set_xlabel("m = n = k")
+    else:
+        sizes = [f"{m}x{n}x{k}" for m, n, k in zip(rows.m, rows.n, rows.k, strict=True)]
+        axis.set_xticks(rows.index, sizes, rotation=40, ha="right", fontsize=8)
+        axis.set_xlabel("m x n x k")
+    axis.set_xlim(-0.6, len(rows) - 0.4)
+
+
+def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figure:
+    """Draw what memory and Tensor Cores of a GPU allow by intensity, and where products stand.
+
+    A filled point was measured. An empty one is no more than the bound of that product, and
+    the figure says so.
+
+    Args:
+        sheet: with peaks for the datatype.
+        datatype: a name in `helpers.gemm.DATATYPES`.
+        points: one product in each row: `label`, `m`, `n`, `k`, and where they were measured
+            `dense_tflops` and `sparse_tflops` (NaN: this product did not run).
+
+    Raises:
+        GemmError: the datasheet has no peaks for the datatype.
+    """
+    if datatype not in sheet.tflops:
+        raise GemmError(
+            f"The datasheet of the {sheet.gpu} has no peaks for {datatype}; it has them for "
+            f"{', '.join(sheet.tflops)}."
+        )
+    figure, (axis,) = _axes(8, 4.8)
+    places = {name: _roofline_places(sheet, datatype, points, name) for name in CONTENDERS}
+    dense, sparse = places.values()
+    peaks = dict(zip(CONTENDERS, sheet.tflops[datatype], strict=True))
+    ridge = 1000 * peaks["sparse"] / sheet.bandwidth
+    reach = (dense.x.min() / 2, 6 * max(sparse.x.max(), ridge))  # room for the peaks' names
+    for name, peak in peaks.items():
+        _draw_roof(axis, name, peak, sheet.bandwidth, reach)
+        measured = f"{name}_tflops" in points
+        axis.plot(
+            places[name].x, places[name].y, "o", color=CONTENDERS[name], zorder=3,
+            markerfacecolor=CONTENDERS[name] if measured else "white",
+            label=f"{name}, {'measured' if measured else 'bound from the datasheet'}",
+        )  # fmt: skip
+    axis.plot([dense.x, sparse.x], [dense.y, sparse.y], ":", color=DENSE, linewidth=1)
+    lowest = np.nanmin([*dense.y, *sparse.y, reach[0] * sheet.bandwidth / 1000])
+    axis.set(xscale="log", yscale="log", xlim=reach)
+    axis.set_ylim(lowest / 4, 2 * peaks["sparse"])  # room for the labels
+    axis.set_xlabel("operations for each byte moved")
+    axis.set_ylabel("TOP/s" if datatype.startswith("INT") else "TFLOP/s")
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    title = f"{datatype}, {sheet.gpu}, memory {sheet.bandwidth:g} GB/s"
+    if not {f"{name}_tflops" for name in CONTENDERS} <= set(points):
+        title += "\nempty points: bounds from the datasheet, not measured"
+    axis.set_title(title, fontsize=10)
+    figure.tight_layout()
+    lower = dense.where(dense.y.notna(), sparse).assign(label=points.label.to_numpy())
+    _label_below(axis, lower.dropna())
+    return figure
+
+
+def _draw_roof(
+    axis: Axes, name: str, peak: float, bandwidth: float, reach: tuple[float, float]
+) -> None:
+    """Draw the bandwidth's slope up to a peak, and name the peak at its right end."""
+    left, right = reach
+    corners = np.array([left, 1000 * peak / bandwidth, right])
+    roof = np.minimum(peak, bandwidth * corners / 1000)
+    over = 1 + (name == "dense")  # below the dense peak both are one
+    axis.plot(corners, roof, color=CONTENDERS[name], linewidth=1.5, zorder=over)
+    axis.annotate(
+        f"{name} peak, {peak:g}", (right, peak), xytext=(0, 3), textcoords="offset points",
+        ha="right", fontsize=8, color=CONTENDERS[name],
+    )  # fmt: skip
+
+
+def _roofline_places(
+    sheet: Datasheet, datatype: str, points: pd.DataFrame, name: str
+) -> pd.DataFrame:
+    """Return intensity `x` and rate `y` of each product; no rate (NaN) where it did not run."""
+    sparse = name == "sparse"
+    peak = sheet.tflops[datatype][sparse]
+    sizes = list(zip(points.m, points.n, points.k, strict=True))
+    x = [intensity(*size, datatype, sparse) for size in sizes]
+    if f"{name}_tflops" in points:
+        y = points[f"{name}_tflops"].to_numpy(dtype=float)
+    else:
+        least = [floor_ms(*size, datatype, peak, sheet.bandwidth, sparse) for size in sizes]
+        y = 2e-9 * np.array([m * n * k for m, n, k in sizes], dtype=float) / least
+    return pd.DataFrame({"x": x, "y": y})
+
+
+def _label_below(axis: Axes, places: pd.DataFrame) -> None:
+    """Write each label from its point downwards to the right, where no roof is."""
+    apart = 14  # typographic points, so that slanted lines of text do not touch
+    dots = axis.transData.transform(places[["x", "y"]].to_numpy()) * 72 / axis.figure.dpi
+    across = dots.sum(axis=1)
+    last = np.inf
+    for at in np.argsort(-across):
+        last = min(across[at], last - apart)
+        leader = {"arrowstyle": "-", "color": DENSE, "linewidth": 0.5, "relpos": (0, 1)}
+        axis.annotate(
+            places.label.iloc[at], places[["x", "y"]].iloc[at],
+            xytext=(3, last - across[at] - 4), textcoords="offset points", rotation=-45,
+            rotation_mode="anchor", ha="left", va="center", fontsize=8,
+            arrowprops=leader if last < across[at] else None,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from PIL import Image
 
 from helpers import models, plots, sparsity
 from helpers.artifacts import ArtifactError
+from helpers.gemm import DATASHEETS, GemmError, floor_ms, intensity
 from helpers.sparsity import compress_2to4, mask_2to4
 from helpers.training import Accuracy, Epoch
 
@@ -238,6 +239,160 @@ def test_the_case_study_without_energy_shows_speed_alone():
     assert legend(axis) == ["speed"]
     assert [bar.get_x() + bar.get_width() / 2 for bar in axis.patches] == pytest.approx([0, 1])
     assert axis.get_title().endswith("2 cores of EPYC, 2026-11-23")
+
+
+def gemm_table(**columns: list) -> pd.DataFrame:
+    content = {
+        "datatype": ["FP16", "FP16", "INT8"],
+        "m": [1024, 2048, 64],
+        "n": [1024, 2048, 128],
+        "k": [1024, 2048, 256],
+        "dense_tflops": [200.0, 300.0, 100.0],
+        "sparse_tflops": [300.0, 270.0, 200.0],
+        "ratio": [1.5, 0.9, 2.0],
+        "reason": ["", "", ""],
+    }
+    return pd.DataFrame(content | columns)
+
+
+def heights(axis) -> list[float]:
+    return [bar.get_height() for bar in axis.patches]
+
+
+def test_products_are_drawn_by_datatype_dense_beside_sparse_with_their_ratio():
+    figure = plots.plot_gemms(gemm_table())
+    left, right = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["FP16", "INT8"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["TFLOP/s", "TOP/s"]
+    assert heights(left) == [200, 300, 300, 270]
+    assert heights(right) == [100, 200]
+    colours = [to_hex(bar.get_facecolor()) for bar in right.patches]
+    assert colours == [plots.DENSE, plots.SPARSE]
+    assert texts(left) == ["1.50x", "0.90x"]
+    assert labels(left.get_xticklabels()) == ["1024", "2048"]
+    assert left.get_xlabel() == "m = n = k"
+    assert labels(right.get_xticklabels()) == ["64x128x256"]
+    assert labels(figure.legends[0].get_texts()) == ["dense", "sparse"]
+    assert not left.lines
+    for axis in figure.axes:
+        for text in axis.texts:
+            assert text.xy[1] == max(heights(axis)[int(text.xy[0]) :: len(axis.texts)])
+
+
+def test_published_peaks_are_dashed_lines_where_there_are_any():
+    table = gemm_table(datatype=["FP16", "FP16", "FP8"])
+    figure = plots.plot_gemms(table, DATASHEETS["a100"])
+    left, right = figure.axes
+    assert [line.get_ydata()[0] for line in left.lines] == [312, 624]
+    assert [to_hex(line.get_color()) for line in left.lines] == [plots.DENSE, plots.SPARSE]
+    assert left.get_ylim()[1] > 624
+    assert not right.lines, "an A100 has no FP8"
+    assert labels(figure.legends[0].get_texts())[2] == "published peaks, NVIDIA A100 80 GB SXM"
+
+
+def test_a_product_that_did_not_run_says_so():
+    nan = float("nan")
+    table = gemm_table(
+        dense_tflops=[nan, 300.0, nan],
+        sparse_tflops=[nan, 270.0, nan],
+        ratio=[nan, 0.9, nan],
+        reason=["too small", "", "No GPU was found, so that nothing could be measured."],
+    )
+    left, right = plots.plot_gemms(table, DATASHEETS["h200"]).axes
+    assert texts(left) == ["did not run", "0.90x"]
+    (reason,) = texts(right)
+    assert reason.replace("\n", " ") == table.reason[2]
+    assert not right.patches
+
+
+PRODUCTS = pd.DataFrame(
+    {"label": ["decode", "prefill"], "m": [8, 8192], "n": [4096, 8192], "k": [4096, 8192]}
+)
+
+
+def dots(axis) -> list[tuple[list[float], list[float], str, str]]:
+    """Return x, y, colour and filling of every series of points."""
+    return [
+        (
+            list(line.get_xdata()),
+            list(line.get_ydata()),
+            to_hex(line.get_color()),
+            to_hex(line.get_markerfacecolor()),
+        )
+        for line in axis.lines
+        if line.get_marker() == "o"
+    ]
+
+
+def test_products_that_were_not_measured_stand_on_the_roofs_and_the_figure_says_so():
+    sheet = DATASHEETS["h200"]
+    (axis,) = plots.plot_roofline(sheet, "FP16", PRODUCTS).axes
+    sizes = list(PRODUCTS[["m", "n", "k"]].itertuples(index=False, name=None))
+    for (x, y, colour, filling), sparse in zip(dots(axis), (False, True), strict=True):
+        peak = sheet.tflops["FP16"][sparse]
+        assert x == pytest.approx([intensity(*size, "FP16", sparse) for size in sizes])
+        roof = [min(peak, sheet.bandwidth * each / 1000) for each in x]
+        assert y == pytest.approx(roof)
+        rates = [
+            2 * m * n * k / floor_ms(m, n, k, "FP16", peak, sheet.bandwidth, sparse) / 1e9
+            for m, n, k in sizes
+        ]
+        assert y == pytest.approx(rates)
+        assert colour == (plots.SPARSE if sparse else plots.DENSE)
+        assert filling == "#ffffff"
+    assert "bounds from the datasheet, not measured" in axis.get_title()
+    assert legend(axis) == ["dense, bound from the datasheet", "sparse, bound from the datasheet"]
+    assert {"decode", "prefill", "dense peak, 989.4", "sparse peak, 1978.9"} == set(texts(axis))
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+
+
+def test_roofs_rise_with_the_bandwidth_to_the_peaks():
+    sheet = DATASHEETS["a100"]
+    (axis,) = plots.plot_roofline(sheet, "INT8", PRODUCTS).axes
+    for roof, peak in zip((axis.lines[0], axis.lines[2]), sheet.tflops["INT8"], strict=True):
+        (left, ridge, right), (low, corner, top) = roof.get_xdata(), roof.get_ydata()
+        assert low == pytest.approx(sheet.bandwidth * left / 1000)
+        assert ridge == pytest.approx(1000 * peak / sheet.bandwidth)
+        assert corner == pytest.approx(peak)
+        assert top == peak
+        assert left < ridge < right
+    assert axis.get_ylabel() == "TOP/s"
+
+
+def test_measured_products_are_filled_points_at_their_rates():
+    points = PRODUCTS.assign(dense_tflops=[30.0, 700.0], sparse_tflops=[40.0, float("nan")])
+    (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", points).axes
+    dense, sparse = dots(axis)
+    assert dense[1] == [30, 700]
+    assert sparse[1][0] == 40
+    assert np.isnan(sparse[1][1])
+    assert dense[2:] == (plots.DENSE, plots.DENSE)
+    assert sparse[2:] == (plots.SPARSE, plots.SPARSE)
+    assert "not measured" not in axis.get_title()
+    assert legend(axis) == ["dense, measured", "sparse, measured"]
+
+
+def test_a_product_of_which_nothing_ran_has_no_label():
+    nan = float("nan")
+    points = PRODUCTS.assign(dense_tflops=[nan, nan], sparse_tflops=[nan, 1000.0])
+    (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", points).axes
+    assert "decode" not in texts(axis)
+    (prefill,) = [text for text in axis.texts if text.get_text() == "prefill"]
+    assert prefill.xy[1] == 1000, "it hangs on the point that there is"
+
+
+def test_labels_of_products_of_the_same_intensity_do_not_touch():
+    same = pd.concat([PRODUCTS[1:]] * 4).assign(label=[*"abcd"])
+    figure = plots.plot_roofline(DATASHEETS["h200"], "FP16", same)
+    (axis,) = figure.axes
+    places = sorted(text.xyann[1] for text in axis.texts if text.get_text() in "abcd")
+    assert len(places) == 4
+    assert np.diff(places).min() == pytest.approx(14)
+
+
+def test_a_roofline_without_published_peaks_is_refused():
+    with pytest.raises(GemmError, match=r"A100 80 GB SXM has no peaks for FP8; .* TF32, FP16"):
+        plots.plot_roofline(DATASHEETS["a100"], "FP8", PRODUCTS)
 
 
 def test_save_writes_a_png(tmp_path):
