@@ -11,8 +11,8 @@ from typing import Annotated
 import torch
 import typer
 
-from helpers import benchmark as bench
 from helpers import (
+    advice,
     contenders,
     data,
     engine,
@@ -23,8 +23,11 @@ from helpers import (
     training,
     tutorial,
 )
+from helpers import benchmark as bench
 from helpers.artifacts import Artifacts, atomic_write, sha256, write_json
 from helpers.checks import TutorialError, check
+from helpers.gemm import DATASHEETS
+from helpers.models import SmallResNeXt
 from helpers.settings import Settings, relative
 from helpers.sparsity import (
     masks_of,
@@ -248,6 +251,61 @@ def verify(
     print(f"{wanted.is_2to4.sum()} of {len(wanted)} eligible weights are 2:4")
     if not wanted.is_2to4.all():
         raise typer.Exit(1)
+
+
+@app.command()
+def advise(
+    model: Annotated[
+        str, typer.Argument(help="a network of torchvision, resnext14_8x4d, or a .safetensors file")
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="what benchmarks/gpu.py measured, instead of a datasheet")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="give it several times; 1, 32, 256")
+    ] = None,
+    datatype: Annotated[str, typer.Option(help="FP16, BF16, INT8 or FP8")] = "FP16",
+    image_size: Annotated[int | None, typer.Option(help="pixels; 224, for resnext14 28")] = None,
+) -> None:
+    """Predict what 2:4 will buy a network on a GPU, before it is retrained (notebook 07)."""
+    network, (channels, size) = _network(model)
+    found = _rates(gpu, rates)
+    shape = (channels, image_size or size, image_size or size)
+    batches = sorted(batch or (1, 32, 256))
+    table = advice.advise_batches(network, found, shape, batches, datatype)
+    print(f"{model} at {shape[1]}x{shape[2]} in {datatype}, from {found.source}")
+    if not found.measured:
+        print("These are bounds, not measurements: no kernel reaches them.")
+    print(table.to_string(index=False, float_format="{:.3g}".format), end="\n\n")
+    print(advice.advise(network, found, shape, batch=batches[-1], datatype=datatype))
+
+
+def _network(name: str) -> tuple[torch.nn.Module, tuple[int, int]]:
+    """Return a network, with channels and size of its images."""
+    if name.endswith(".safetensors"):
+        network = models.load_checkpoint(Path(name))
+    else:
+        classes = 10 if name == "resnext14_8x4d" else 1000
+        try:
+            with torch.device("meta"):  # only its shapes matter
+                network = models.create_model(name, classes)
+        except NotImplementedError:  # RegNets look at numbers while they are made
+            network = models.create_model(name, classes)
+    return network, (1, 28) if isinstance(network, SmallResNeXt) else (3, 224)
+
+
+def _rates(gpu: str | None, record: Path | None) -> advice.Rates:
+    if gpu and record:
+        raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
+    if record:
+        return advice.Rates.from_record(record)
+    sheet = (gpu or "a100").lower()
+    if sheet not in DATASHEETS:
+        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
+    return advice.Rates.from_datasheet(DATASHEETS[sheet])
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compre
 
 COMMANDS = [
     "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
-    "pretrain", "control", "record", "tutorial",
+    "pretrain", "control", "record", "tutorial", "advise",
 ]  # fmt: skip
 
 
@@ -136,6 +136,58 @@ def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     assert status == 1
     (line,) = errors.splitlines()
     assert line.startswith("TutorialError: x.onnx is not a valid ONNX model")
+
+
+def test_advice_comes_by_batch_and_says_that_a_datasheet_is_a_bound(run):
+    status, said, _ = run("advise", "resnet50", "--batch", 64, "--batch", 2, "--gpu", "H100")
+    assert status == 0
+    title, bound, header, *batches = said.partition("\n\n")[0].splitlines()
+    assert title == "resnet50 at 224x224 in FP16, from the datasheet of NVIDIA H100 80 GB SXM"
+    assert bound == "These are bounds, not measurements: no kernel reaches them."
+    assert header.split() == ["batch", "dense_ms", "sparse_ms", "speedup"]
+    assert [row.split()[0] for row in batches] == ["2", "64"]
+    verdict = said.partition("\n\n")[2].splitlines()[0]
+    assert verdict.startswith(f"{float(batches[1].split()[3]):.2f}x at batch 64 in FP16 from")
+
+
+def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):
+    row = {"datatype": "BF16", "m": 64, "n": 64, "k": 64, "dense_ms": 0.004, "sparse_ms": 0.003}
+    record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 1000, "rows": [row]}
+    (tmp_path / "gpu.json").write_text(json.dumps(record))
+    model = create_model("resnext14_8x4d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
+    status, said, _ = run(
+        "advise", tmp_path / "dense.safetensors", "--rates", tmp_path / "gpu.json",
+        "--datatype", "BF16", "--batch", 4,
+    )  # fmt: skip
+    assert status == 0
+    assert "at 28x28 in BF16, from products measured on NVIDIA X1" in said
+    assert "bound" not in said.partition("\n\n")[0]
+    assert "never compared with a measurement end to end" in said
+
+
+def test_advice_is_given_for_a_network_that_cannot_be_made_without_numbers(run):
+    status, said, _ = run("advise", "regnet_x_400mf", "--image-size", 64, "--batch", 1)
+    assert status == 0
+    assert said.startswith("regnet_x_400mf at 64x64 in FP16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("resnet51",), "TutorialError: There is no network 'resnet51'"),
+        (("resnet50", "--gpu", "b200"), "TutorialError: There is no datasheet 'b200'"),
+        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "TutorialError: Give either --gpu"),
+        (("resnet50", "--rates", "x.json"), "AdviceError: x.json cannot be read"),
+        (("resnet50", "--datatype", "TF32"), "AdviceError: 2:4 cannot be sparse in 'TF32'"),
+        (("vit_b_16", "--image-size", 100), "AdviceError: The network cannot be followed"),
+    ],
+)
+def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, complaint):
+    status, _, errors = run("advise", *arguments)
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line.startswith(complaint)
 
 
 def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(tmp_path):

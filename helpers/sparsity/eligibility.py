@@ -67,7 +67,18 @@ def _cusparselt(weight: LayerWeight) -> str:
     rows, columns, *kernel = weight.tensor.shape
     if weight.transposed or weight.groups > 1 or any(size > 1 for size in kernel):
         return "no matrix product"
-    step = 32 if weight.tensor.element_size() == 1 else 16
+    return why_not_cusparselt(rows, columns, weight.tensor.element_size())
+
+
+def why_not_cusparselt(rows: int, columns: int, element_size: int = 2) -> str:
+    """Return why cuSPARSELt will not multiply by a sparse matrix; empty if it may.
+
+    Args:
+        rows: of the weight, its outputs.
+        columns: of the weight, its inputs.
+        element_size: bytes of one of its numbers.
+    """
+    step = 32 if element_size == 1 else 16
     if rows % step or columns % step:
         return f"{rows} rows, {columns} columns: no multiples of {step}"
     return ""

@@ -1,0 +1,379 @@
+"""Measure on a GPU all that the tutorial says of one, in a single run.
+
+Every part writes its own JSON into a folder as it ends, with GPU, driver, versions and
+date, and a part that fails or finds no time left says so in its file and stops no other.
+
+    python benchmarks/gpu.py --out results           # eight minutes
+    python benchmarks/gpu.py --out results --parts compiled --minutes 9
+
+Without a GPU the same code runs on the CPU as far as it goes: dense products stand in
+the place of the sparse ones, and every file says which runner made it.
+"""
+
+import copy
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from torch import nn
+
+from helpers import contenders, engine, gemm, machine, models, onnx_export
+from helpers.advice import Rates, advise
+from helpers.artifacts import write_json
+from helpers.benchmark import check_outputs, sweep
+from helpers.checks import TutorialError
+from helpers.runners import Runner, TensorRTRunner, TorchRunner
+from helpers.sparse_torch import SparseTorchRunner, why_no_cusparselt
+from helpers.sparsity import prune_2to4_
+from helpers.sparsity.eligibility import eligible_weights
+
+NETWORKS = ("resnext101_32x8d", "resnet50", "vit_b_16")
+BATCHES = (256, 32, 1, 128, 8, 64)  # the most telling first, should the time run out
+ENERGY = (256, 32)  # the batches whose energy is measured, half a minute each
+SQUARES = (1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass
+class Run:
+    """What is to be measured, where it goes, and how much time is left."""
+
+    out: Path
+    networks: Sequence[str]
+    batches: Sequence[int]
+    image_size: int
+    seconds: float  # for each network and batch
+    squares: Sequence[int]
+    until: float
+    made: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the run has to end."""
+        return self.until - time.monotonic()
+
+    def write(self, part: str, content: dict[str, Any]) -> None:
+        """Write what a part has measured so far."""
+        self.written[part] = content
+        write_json(self.out / f"{part}.json", without_nan(content) | machine.provenance())
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Return the shape of a network's images."""
+        return (1, 28, 28) if name == "resnext14_8x4d" else (3, self.image_size, self.image_size)
+
+    def networks_of(self, name: str) -> dict[str, nn.Module]:
+        """Return a network with random weights, and the same one pruned 2:4."""
+        if name not in self.made:
+            dense = random_network(name, self.shape(name))
+            sparse = copy.deepcopy(dense)
+            prune_2to4_(sparse, "cusparselt")
+            self.made[name] = {"dense": dense, "sparse": sparse}
+        return self.made[name]
+
+
+def random_network(name: str, shape: tuple[int, int, int]) -> nn.Module:
+    """Return a network with random weights that gives sensible numbers.
+
+    Speed does not depend on the weights, but outputs can only be compared where they neither
+    vanish nor overflow: batch norms get the statistics of random images, and a last layer
+    that starts with zeros gets weights.
+    """
+    torch.manual_seed(0)
+    model = models.create_model(name, num_classes=1000).to(machine.device())
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the mean over all batches, not a moving one
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    with torch.no_grad():
+        model.train()(torch.randn(8, *shape, device=machine.device()))
+    return model.eval()
+
+
+def without_nan(content: Any) -> Any:
+    """Return a record with null for NaN, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
+def torch_runners(run: Run, name: str, compile: bool = False) -> dict[str, Runner]:
+    """Return the dense and the sparse network on PyTorch's runners."""
+    networks = run.networks_of(name)
+    backend = "dense" if why_no_cusparselt() else "cusparselt"
+    cache = run.out / "kernels.json"
+    return {
+        "dense": TorchRunner(networks["dense"], compile=compile),
+        "sparse": SparseTorchRunner(networks["sparse"], backend, cache=cache, compile=compile),
+    }
+
+
+# --- the parts ---
+
+
+def products(run: Run) -> None:
+    """Measure the datatypes on square products, then the products of the networks in FP16."""
+    squares = gemm.measure_gemms([(size,) * 3 for size in run.squares])
+    record = {
+        "what": "dense and sparse matrix products by turns; ms, and 10^12 operations a second",
+        "bandwidth_gbps": gemm.measure_bandwidth() if torch.cuda.is_available() else None,
+        "rows": squares.to_dict("records"),
+    }
+    run.write("products", record)
+    if reason := gemm.why_not("FP16"):
+        run.write("products", record | {"missing": reason})
+        return
+    sizes = sorted({size for name in run.networks for size in product_sizes(run, name)})
+    for first in range(0, len(sizes), 16):
+        if run.left < 60:
+            record["missing"] = f"no time was left for {len(sizes) - first} of the products"
+            break
+        rows = gemm.measure_gemms(sizes[first : first + 16], ["FP16"], rounds=5)
+        record["rows"] += rows.to_dict("records")
+    run.write("products", record)
+
+
+def product_sizes(run: Run, name: str) -> set[tuple[int, int, int]]:
+    """Return the sizes (m, n, k) of a network's products at its largest and smallest batch."""
+    rates = Rates.from_datasheet(gemm.DATASHEETS["a100"])  # the sizes do not depend on them
+    sizes: set[tuple[int, int, int]] = set()
+    for batch in (max(run.batches), min(run.batches)):
+        layers = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch).layers
+        able = layers[layers.sparse_ms.notna()]
+        sizes |= set(able[["m", "n", "k"]].itertuples(index=False, name=None))
+    return sizes
+
+
+def network(run: Run, name: str) -> None:
+    """Measure a network over the batch sizes, dense and sparse by turns."""
+    runners = torch_runners(run, name)
+    record = {
+        "what": f"{name}, random weights, dense and sparse by turns; see docs/helpers.md",
+        "network": name,
+        "eligible": len(eligible_weights(run.networks_of(name)["sparse"], "cusparselt")),
+    }
+    measure(run, name, record, runners, runners["sparse"])
+
+
+def compiled(run: Run) -> None:
+    """Measure the first network beside the best dense engine, compiled, all by turns."""
+    name = run.networks[0]
+    plain, own = torch_runners(run, name), torch_runners(run, name, compile=True)
+    runners = {
+        **own,
+        "dense, not compiled": plain["dense"],
+        "sparse, not compiled": plain["sparse"],
+    }
+    record = {
+        "what": f"{name}, random weights: compiled by torch.compile and not, by turns",
+        "network": name,
+    }
+    measure(run, "compiled", record, runners, own["sparse"])
+
+
+def measure(
+    run: Run,
+    part: str,
+    record: dict[str, Any],
+    runners: dict[str, Runner],
+    sparse: SparseTorchRunner,
+) -> None:
+    """Check and time runners over the batch sizes while there is time, and write each at once."""
+    name = record["network"]
+    record |= {"runner": sparse.name, "gaps": [], "rows": []}
+    for batch in run.batches:
+        if run.left < 30:
+            record["missing"] = f"no time was left from batch {batch} on"
+            break
+        for label, runner in runners.items():
+            model = run.networks_of(name)[label.partition(",")[0]]
+            gap = check_outputs(runner, model, run.shape(name), batch)
+            record["gaps"].append({"network": label, "batch": batch, "gap": gap})
+        rounds = 2 if batch in ENERGY and run.left > 60 + 20 * len(runners) else 0
+        table = sweep(runners, run.shape(name), [batch], run.seconds, energy_rounds=rounds)
+        record["rows"] += table.to_dict("records")
+        record["networks"] = sparse.networks().to_dict("records")
+        record["choices"] = sparse.choices().to_dict("records")
+        run.write(part, record)
+    run.write(part, record)
+
+
+def advice(run: Run) -> None:
+    """Compare what the products let expect of the networks with what these then took."""
+    rates = Rates.from_record(run.out / "products.json")
+    checked = []
+    for name in run.networks:
+        for row in run.written.get(name, {}).get("rows", []):
+            if row["network"] == "sparse":
+                batch, model = row["batch"], run.networks_of(name)["dense"]
+                predicted = advise(model, rates, run.shape(name), batch=batch)
+                checked.append(
+                    {
+                        "network": name,
+                        "datatype": "FP16",
+                        "batch": batch,
+                        "predicted": predicted.speedup,
+                        "measured": row["speedup"],
+                        "predicted_sparse_ms": predicted.sparse_ms,
+                        "measured_sparse_ms": row["gpu_p50"],
+                    }
+                )
+    run.write("products", run.written["products"] | {"checked": checked})
+
+
+def profile(run: Run) -> None:
+    """Name the kernels that take the most time, and what bounds the slowest layers."""
+    name, batch = run.networks[0], max(run.batches)
+    images = torch.randn(batch, *run.shape(name))
+    runners = torch_runners(run, name)
+    record: dict[str, Any] = {
+        "what": f"{name} at batch {batch}: the time in each kernel, and the layers' floors",
+        "kernels": {},
+    }
+    for label, runner in runners.items():
+        runner(images)
+        record["kernels"][label] = kernel_times(runner)
+        run.write("profile", record)
+    record["layers"] = slowest_layers(run, name, batch, runners["sparse"].choices())
+    run.write("profile", record)
+
+
+def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
+    """Return the twenty kernels, on a CPU operators, that take the most of a run's time."""
+    kinds = torch.profiler.ProfilerActivity
+    kind, of = (kinds.CPU, "self_cpu_time_total")
+    if torch.cuda.is_available():
+        kind, of = (kinds.CUDA, "self_device_time_total")
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        for _ in range(runs):
+            runner.run()
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, of))
+    total = sum(getattr(event, of) for event in events)
+    return [
+        {
+            "kernel": event.key,
+            "calls": event.count / runs,
+            "ms": getattr(event, of) / runs / 1000,
+            "share": 100 * getattr(event, of) / total,
+        }
+        for event in events[:20]
+    ]
+
+
+def slowest_layers(run: Run, name: str, batch: int, choices: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the layers that take the most time, with their floors by this GPU's own ceilings."""
+    rates = Rates.from_record(run.out / "products.json")
+    dense, sparse = rates.best["FP16"]
+    advised = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch)
+    layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
+    layers["ms"] = [row[row["kernel"]] for row in layers.to_dict("records")]
+    rows = layers.nlargest(15, "ms").to_dict("records")
+    for row in rows:
+        size = (row["m"], row["n"], row["k"], "FP16")
+        row["dense_floor_ms"] = gemm.floor_ms(*size, dense, rates.bandwidth, sparse=False)
+        row["sparse_floor_ms"] = gemm.floor_ms(*size, sparse, rates.bandwidth, sparse=True)
+        row["operations_per_byte"] = gemm.intensity(*size, sparse=True)
+    return rows
+
+
+def engines(run: Run) -> None:
+    """Build the first network's engines with their controls, and run them where that works."""
+    name, batch = run.networks[0], max(run.batches)
+    shape, batches = run.shape(name), (1, batch, batch)
+    record: dict[str, Any] = {
+        "what": f"{name} in FP16: engines of dense and sparse weights, with and without the flag",
+        "reasons": contenders.reasons_against(),
+    }
+    run.write("engines", record)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for label, model in run.networks_of(name).items():
+            onnx_export.export_onnx(model, folder / f"{label}.onnx", shape, half=True)
+        builds = engine.build_with_controls(
+            folder / "dense.onnx", folder / "sparse.onnx", folder, shape, batches
+        )
+        file = folder / "sparse_products.onnx"
+        onnx_export.rewrite_1x1_as_matmul(folder / "sparse.onnx", file, shape)
+        plan = folder / "sparse_products.engine"
+        builds["sparse_products"] = engine.build_engine(file, plan, shape, batches)
+        record["builds"] = {label: report.facts() for label, report in builds.items()}
+        run.write("engines", record)
+        names = ["dense", *(label for label in builds if label != "dense")]
+        runners = {label: TensorRTRunner(folder / f"{label}.engine") for label in names}
+        record["runner"] = runners["sparse"].name
+        table = sweep(runners, shape, [batch], run.seconds, energy_rounds=0)
+        run.write("engines", record | {"rows": table.to_dict("records")})
+
+
+# --- the run ---
+
+
+PARTS = {
+    "products": products,
+    "networks": network,  # each of them by itself
+    "advice": advice,
+    "profile": profile,
+    "compiled": compiled,
+    "engines": engines,
+}
+
+
+def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
+    """Do one part; whatever stops it is told in its file, and stops no other part."""
+    began = time.monotonic()
+    try:
+        if run.left < 20:
+            raise TutorialError("no time was left for this part; run it alone with --parts")
+        work(run)
+    except Exception as error:  # a part must not take the others with it
+        if not isinstance(error, TutorialError):
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+        run.write(part, run.written.get(part, {}) | {"stopped": reason})
+        print(f"{part} stopped: {reason}")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"{part}: {time.monotonic() - began:.0f} s, {run.left:.0f} s left", flush=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for the results")],
+    parts: Annotated[list[str], typer.Option(help="only these parts")] = [*PARTS],  # noqa: B006
+    networks: Annotated[list[str], typer.Option(help="names of torchvision's")] = [*NETWORKS],  # noqa: B006
+    batches: Annotated[list[int], typer.Option(help="in the order of their worth")] = [*BATCHES],  # noqa: B006
+    squares: Annotated[list[int], typer.Option(help="sizes of square products")] = [*SQUARES],  # noqa: B006
+    image_size: Annotated[int, typer.Option(help="height and width of the images")] = 224,
+    seconds: Annotated[float, typer.Option(help="for each network and batch size")] = 1.0,
+    minutes: Annotated[float, typer.Option(help="after which nothing new is begun")] = 7.5,
+) -> None:
+    """Measure on a GPU all that the tutorial says of one."""
+    if unknown := set(parts) - set(PARTS):
+        raise typer.BadParameter(
+            f"{', '.join(unknown)}; there are {', '.join(PARTS)}", param_hint="parts"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * minutes
+    run = Run(out, networks, batches, image_size, seconds, squares, until)
+    for part in parts:
+        if part == "networks":
+            for name in networks:
+                attempt(run, name, partial(network, name=name))
+        else:
+            attempt(run, part, PARTS[part])
+
+
+if __name__ == "__main__":
+    typer.run(main)

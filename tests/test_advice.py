@@ -1,0 +1,509 @@
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from helpers.advice import AdviceError, Rates, advise, advise_batches
+from helpers.gemm import DATASHEETS, floor_ms
+from helpers.layers import layer_table
+from helpers.models import create_model
+from helpers.sparsity import sparsity_report
+from helpers.sparsity.eligibility import why_not_cusparselt
+
+A100 = Rates.from_datasheet(DATASHEETS["a100"])
+IMAGE = (3, 224, 224)
+
+
+@cache
+def on_meta(name):
+    with torch.device("meta"):
+        return create_model(name, 1000)
+
+
+@pytest.fixture
+def resnext():
+    return on_meta("resnext101_32x8d")
+
+
+def product(m, n, k, dense_ms, sparse_ms, datatype="FP16"):
+    row = {"datatype": datatype, "m": m, "n": n, "k": k, "reason": ""}
+    return row | {"dense_ms": dense_ms, "sparse_ms": sparse_ms}
+
+
+SMALL, LARGE = product(64, 512, 512, 0.004, 0.005), product(4096, 512, 512, 0.02, 0.0125)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Write a record of a GPU that nobody has, and return its path."""
+
+    def write(*rows, **more):
+        record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 2000.0, "rows": rows} | more
+        (tmp_path / "gpu.json").write_text(json.dumps(record))
+        return tmp_path / "gpu.json"
+
+    return write
+
+
+@pytest.fixture
+def measured(recorded):
+    """Rates of products over many sizes: slow small ones, sparse ones that gain when large."""
+    rows = []
+    for m in (49, 196, 784, 3136, 12544, 50176, 200704, 802816):
+        for side in (64, 256, 1024, 2048):
+            dense = 0.004 + m * side**2 / 1e11
+            rows.append(product(m, side, side, dense, 0.005 + 0.6 * m * side**2 / 1e11))
+    return Rates.from_record(recorded(*rows))
+
+
+# The rates of a GPU.
+
+
+def test_a_datasheet_gives_the_bounds_of_the_roofline():
+    sheet = DATASHEETS["a100"]
+    for sparse in (False, True):
+        bound = floor_ms(64, 512, 256, "FP16", sheet.tflops["FP16"][sparse], 2039.0, sparse)
+        assert A100.product_ms(64, 512, 256, "FP16", sparse) == bound
+    assert not A100.measured
+    assert A100.launch_ms == 0
+
+
+def test_a_measured_product_takes_the_time_that_was_measured(recorded):
+    rates = Rates.from_record(recorded(SMALL, LARGE))
+    assert rates.measured
+    assert rates.source == "products measured on NVIDIA X1"
+    assert rates.product_ms(4096, 512, 512, "FP16", False) == 0.02
+    assert rates.product_ms(4096, 512, 512, "FP16", True) == 0.0125
+
+
+def test_another_product_runs_at_the_rate_of_the_one_nearest_in_logarithms(recorded):
+    rates = Rates.from_record(recorded(SMALL, LARGE))
+    # By difference 1500 would be nearer to 64; by ratio it is nearer to 4096.
+    assert rates.product_ms(1500, 512, 512, "FP16", False) == pytest.approx(0.02 * 1500 / 4096)
+    assert rates.product_ms(8192, 512, 512, "FP16", True) == pytest.approx(0.025)
+    assert rates.product_ms(64, 1024, 512, "FP16", False) == pytest.approx(0.008)
+
+
+def test_no_product_is_faster_than_any_that_was_measured(recorded):
+    rates = Rates.from_record(recorded(SMALL, LARGE))
+    assert rates.launch_ms == 0.004
+    assert rates.product_ms(1, 16, 16, "FP16", True) == 0.004
+
+
+def test_no_product_is_faster_than_its_bytes(recorded):
+    rates = Rates.from_record(recorded(SMALL, LARGE, bandwidth_gbps=1.0))
+    moved = 2 * (4096 * 512 + 512 * 512 + 4096 * 512)
+    assert rates.product_ms(4096, 512, 512, "FP16", False) == pytest.approx(moved / 1e9 * 1e3)
+
+
+def test_products_that_did_not_run_both_ways_are_left_out(recorded):
+    half = product(600, 512, 512, 0.001, None)
+    rates = Rates.from_record(recorded(SMALL, half, LARGE))
+    assert len(rates.products) == 2
+    assert rates.launch_ms == 0.004
+
+
+def test_rates_are_those_of_the_datatype(recorded):
+    rates = Rates.from_record(recorded(LARGE, product(4096, 512, 512, 0.01, 0.008, "INT8")))
+    assert rates.product_ms(4096, 512, 512, "INT8", False) == 0.01
+    operations = 2 * 4096 * 512 * 512
+    assert rates.best["INT8"] == pytest.approx((operations / 0.01 / 1e9, operations / 0.008 / 1e9))
+    with pytest.raises(AdviceError, match=r"no rates in FP8: products .* has FP16, INT8\."):
+        rates.product_ms(16, 16, 16, "FP8", False)
+
+
+SIZES = st.tuples(*[st.integers(1, 10**6)] * 3)
+TIMES = st.floats(1e-3, 10)
+
+
+@given(st.lists(st.tuples(SIZES, TIMES, TIMES), min_size=1, max_size=8), SIZES, st.booleans())
+def test_every_time_respects_the_bytes_and_the_launch(tmp_path_factory, products, size, sparse):
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    rows = [product(*own, dense, compressed) for own, dense, compressed in products]
+    record = {"machine": {"gpu": "X1"}, "bandwidth_gbps": 1000, "rows": rows}
+    path.write_text(json.dumps(record))
+    rates = Rates.from_record(path)
+    time = rates.product_ms(*size, "FP16", sparse)
+    assert time >= min(min(own[1:]) for own in products)
+    assert time >= floor_ms(*size, "FP16", math.inf, 1000, sparse)
+    assert math.isfinite(time)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"{", "gpu.json is not JSON"),
+        (b"\xff\xfe\x00", "gpu.json is not JSON"),
+        (b"[]", "gpu.json is no record of a GPU"),
+        (b'{"machine": {"gpu": "X1"}, "rows": []}', "KeyError: 'bandwidth_gbps'"),
+        (b'{"machine": {}, "bandwidth_gbps": 1, "rows": []}', "KeyError: 'gpu'"),
+        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": []}', "KeyError"),
+        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": 3}', "no record of a GPU"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused_in_words(tmp_path, content, complaint):
+    path = tmp_path / "gpu.json"
+    path.write_bytes(content)
+    with pytest.raises(AdviceError, match=complaint):
+        Rates.from_record(path)
+
+
+def test_a_record_without_usable_products_is_refused(recorded):
+    for rows in ([product(8, 8, 8, None, None)], [product(8, 8, 8, 0.0, 0.1)]):
+        with pytest.raises(AdviceError, match="no product that ran both dense and sparse"):
+            Rates.from_record(recorded(*rows))
+    with pytest.raises(AdviceError, match="not positive"):
+        Rates.from_record(recorded(SMALL, bandwidth_gbps=0))
+
+
+def test_a_missing_record_says_what_to_do(tmp_path):
+    with pytest.raises(AdviceError, match=r"none.json cannot be read .*benchmarks/gpu.py"):
+        Rates.from_record(tmp_path / "none.json")
+
+
+# What a network does.
+
+
+def sizes(model, image_shape, batch=1):
+    layers = advise(model, A100, image_shape, batch=batch).layers
+    return layers.set_index("layer")[["m", "n", "k", "groups"]].T.to_dict("list")
+
+
+def test_layers_have_the_sizes_of_their_products():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 32, 1, stride=2),
+        nn.Conv2d(32, 32, (3, 5), padding=(1, 2), groups=4),
+        nn.ConvTranspose2d(32, 24, 2, stride=2, groups=2),
+        nn.Flatten(2),
+        nn.Linear(64, 48),
+    )
+    assert sizes(model, (3, 8, 8), batch=10) == {
+        "0": [640, 16, 27, 1],
+        "1": [160, 32, 16, 1],
+        "2": [160, 8, 8 * 15, 4],
+        "3": [160, 12 * 4, 16, 2],
+        "5": [240, 48, 64, 1],
+    }
+
+
+def test_the_projections_of_attention_are_layers():
+    layer = nn.MultiheadAttention(32, 4, kdim=16, vdim=48, batch_first=True)
+    query, key, value = torch.zeros(2, 5, 32), torch.zeros(2, 7, 16), torch.zeros(2, 7, 48)
+    layers = advise(layer, A100, example=(query, key, value)).layers
+    assert layers[["m", "n", "k"]].to_numpy().tolist() == [
+        [10, 32, 32], [14, 32, 16], [14, 32, 48], [10, 32, 32],
+    ]  # fmt: skip
+    assert layers.kind.tolist() == ["attention"] * 3 + ["linear"]
+
+
+@pytest.mark.parametrize("name", ["resnext101_32x8d", "vit_b_16"])
+def test_the_products_are_all_the_macs_of_the_network(name):
+    model = on_meta(name)
+    layers = advise(model, A100, IMAGE, batch=3).layers
+    table = layer_table(model, IMAGE)
+    assert (layers.m * layers.n * layers.k * layers.groups).sum() == 3 * table.macs.sum()
+
+
+def test_a_weight_used_without_its_layer_is_the_layers():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(32, 16)
+
+        def forward(self, x):
+            return F.linear(x, self.inner.weight) + x @ self.inner.weight.t()
+
+    layers = advise(Functional(), A100, example=torch.zeros(8, 32)).layers
+    assert layers[["layer", "m", "n", "k"]].to_numpy().tolist() == [["inner", 8, 16, 32]] * 2
+
+
+def test_a_weight_shared_with_an_embedding_is_found():
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64, bias=False))
+    model[1].weight = model[0].weight
+    advice = advise(model, A100, example=torch.zeros(2, 5, dtype=torch.long))
+    assert advice.layers[["m", "n", "k"]].to_numpy().tolist() == [[10, 64, 32]]
+    # The embedding reads the rows that it returns, and not the whole table.
+    assert advice.rest_ms == pytest.approx(2 * 2 * 10 * 32 / 2039e6)
+
+
+def rest_numbers(model, example):
+    """Return how many numbers are read and written outside of layers."""
+    return pytest.approx(advise(model, A100, example=example).rest_ms * 2039e6 / 2)
+
+
+IMAGES = torch.zeros(2, 16, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.ReLU6(inplace=True),
+        nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        nn.Dropout(inplace=True),
+        nn.Sequential(nn.Flatten(), nn.Dropout()),
+    ],
+)
+def test_what_is_folded_fused_or_only_a_view_costs_nothing(after):
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
+    assert rest_numbers(model, IMAGES) == 0
+
+
+@pytest.mark.parametrize(
+    ("after", "numbers"),
+    [
+        (nn.GELU(), 2 * 2048),
+        (nn.MaxPool2d(2), 2048 + 512),
+        (nn.AdaptiveAvgPool2d(1), 2048 + 32),
+        (nn.Softmax(1), 2 * 2048),
+        (nn.LayerNorm(8), 2 * 2048 + 16),
+        (nn.Sequential(nn.GELU(), nn.ReLU()), 4 * 2048),
+        (nn.Sequential(nn.GELU(), nn.BatchNorm2d(16), nn.ReLU()), 4 * 2048 + 4 * 16),
+    ],
+)
+def test_all_else_is_counted_by_the_numbers_it_reads_and_writes(after, numbers):
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
+    assert rest_numbers(model, IMAGES) == numbers
+
+
+def test_a_residual_addition_reads_two_and_writes_one_with_its_relu():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 1)
+
+        def forward(self, x):
+            return F.relu_(self.conv(x).add_(x))
+
+    assert rest_numbers(Residual(), IMAGES) == 3 * 2048
+
+
+def test_what_comes_from_weights_alone_is_free():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1000, 1))
+
+        def forward(self, x):
+            scale = (self.scale.exp() * torch.ones_like(x[:1]).sum()).mean()
+            return x * scale
+
+    assert rest_numbers(Scaled(), torch.zeros(4, 4)) == 33
+
+
+def test_attention_is_counted_by_its_operations_and_bytes():
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q, k = torch.zeros(2, 4, 64, 32), torch.zeros(2, 4, 96, 32)
+    operations = 2 * 2 * 2 * 4 * 64 * 96 * 32
+    moved = 2 * 2 * (2 * 4 * 32) * (64 + 96)
+    at_once = replace(A100, bandwidth=math.inf)
+    assert advise(Attention(), at_once, example=(q, k, k.clone())).rest_ms == pytest.approx(
+        operations / 312e9
+    )
+    free = replace(A100, best={"FP16": (math.inf, math.inf)})
+    assert advise(Attention(), free, example=(q, k, k.clone())).rest_ms == pytest.approx(
+        moved / 2039e6
+    )
+
+
+def test_parts_of_one_tensor_are_read_each():
+    class Parts(nn.Module):
+        def forward(self, x):
+            left, right = x.chunk(2)
+            return left * right + left * left
+
+    # Two different parts, then the same one twice, then a sum of two: 16 numbers each.
+    assert rest_numbers(Parts(), torch.zeros(8, 4)) == (2 + 1) * 16 + (1 + 1) * 16 + (2 + 1) * 16
+
+
+def test_a_computed_weight_counts_with_the_rest():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
+    advice = advise(model, replace(A100, bandwidth=math.inf), example=torch.zeros(8, 64))
+    assert advice.layers.layer.tolist() == ["1"]
+    assert advice.rest_ms == pytest.approx(2 * 8 * 64 * 64 / 312e9)
+
+
+def test_the_network_is_left_as_it_was():
+    model = create_model("resnext14_8x4d", 10).train()
+    model.bn1.eval()
+    before = {
+        key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()
+    }
+    modes = [layer.training for layer in model.modules()]
+    with pytest.raises(AdviceError, match="cannot be followed on shapes alone"):
+        advise(model, A100, (3, 28, 28))
+    advise(model, A100, (1, 28, 28), batch=64)
+    assert [layer.training for layer in model.modules()] == modes
+    assert torch.backends.mha.get_fastpath_enabled()
+    for key, value in model.state_dict(keep_vars=True).items():
+        assert value is before[key][0]
+        assert torch.equal(value, before[key][1])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)},
+     {"image_shape": (4, 6, 4), "batch": 0}],
+)  # fmt: skip
+def test_there_is_one_kind_of_input(inputs):
+    with pytest.raises(AdviceError, match="either `image_shape`"):
+        advise(nn.Linear(4, 4), A100, **inputs)
+
+
+def test_a_network_that_looks_at_numbers_is_refused():
+    class Curious(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(AdviceError, match="must not depend on the numbers"):
+        advise(Curious(), A100, example=torch.zeros(4))
+    with pytest.raises(AdviceError, match="neither multiplies nor moves"):
+        advise(nn.Identity(), A100, example=torch.zeros(4))
+
+
+# What to expect.
+
+
+def test_without_memory_the_speed_up_is_the_ceiling_by_macs(resnext):
+    report = sparsity_report(resnext, IMAGE, target="cusparselt")
+    advice = advise(resnext, replace(A100, bandwidth=math.inf), IMAGE, batch=8)
+    assert advice.speedup == pytest.approx(report.ceiling, rel=1e-9)
+    assert advice.rest_ms == 0
+    assert set(advice.layers.bound) == {"arithmetic"}
+
+
+def test_eligible_are_the_layers_that_the_sparse_engine_takes(resnext):
+    layers = advise(resnext, A100, IMAGE).layers.set_index("layer")
+    assert layers.sparse_ms.notna().sum() == 70
+    assert len(sparsity_report(resnext, IMAGE).eligible) == 71  # TensorRT takes the last one too
+    assert layers.reason["fc"] == why_not_cusparselt(1000, 2048) != ""
+    assert layers.reason["layer1.0.conv2"] == "no matrix product"
+    assert math.isnan(layers.sparse_ms["layer1.0.conv2"])
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
+@settings(max_examples=8)  # each runs the network twice
+@given(
+    bandwidths=st.tuples(st.floats(1, 1e5), st.floats(1, 1e5)).map(sorted),
+    batch=st.integers(1, 256),
+)
+def test_more_bandwidth_never_hurts_and_sparse_never_costs(name, bandwidths, batch):
+    model = on_meta(name)
+    slow, fast = (
+        advise(model, replace(A100, bandwidth=each), IMAGE, batch=batch) for each in bandwidths
+    )
+    assert fast.dense_ms <= slow.dense_ms
+    assert fast.sparse_ms <= slow.sparse_ms
+    assert min(fast.speedup, slow.speedup) >= 1
+    assert max(fast.speedup, slow.speedup) < 2
+
+
+def test_where_kernels_cost_a_launch_batch_1_gains_less_than_256(resnext, measured):
+    table = advise_batches(resnext, measured, IMAGE, (1, 256))
+    assert table.columns.tolist() == ["batch", "dense_ms", "sparse_ms", "speedup"]
+    assert table.batch.tolist() == [1, 256]
+    one, many = table.speedup
+    assert 1 <= one < many
+    assert many == advise(resnext, measured, IMAGE, batch=256).speedup
+    single = advise(resnext, measured, IMAGE, batch=1)
+    assert (single.layers.bound == "launch").mean() > 0.5
+    assert single.rest_ms >= 33 * measured.launch_ms  # one addition in each block
+
+
+def test_the_parts_make_the_whole(resnext, measured):
+    advice = advise(resnext, measured, IMAGE, batch=32)
+    layers = advice.layers
+    assert advice.dense_ms == pytest.approx(layers.dense_ms.sum() + advice.rest_ms)
+    assert advice.sparse_ms == pytest.approx((layers.dense_ms / layers.gain).sum() + advice.rest_ms)
+    assert ((layers.gain > 1) == (layers.reason == "")).all()
+
+
+def test_a_slower_sparse_kernel_is_not_taken(recorded):
+    rates = Rates.from_record(recorded(SMALL, LARGE))
+    model = nn.Sequential(nn.Linear(512, 512), nn.GELU())
+    small, large = (advise(model, rates, example=torch.zeros(m, 512)) for m in (64, 4096))
+    assert small.speedup == 1
+    assert small.layers.reason.tolist() == ["its sparse kernel is not faster"]
+    assert small.layers.sparse_ms.item() > small.layers.dense_ms.item()
+    assert large.layers.gain.item() == pytest.approx(0.02 / 0.0125)
+    assert large.batch == 4096
+
+
+def test_a_network_without_an_eligible_layer_gains_nothing_and_says_why():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 10))
+    advice = advise(model, A100, (3, 8, 8))
+    assert advice.speedup == 1.0
+    assert "No layer gains" in repr(advice)
+    assert "1 x no matrix product" in repr(advice)
+    assert f"1 x {why_not_cusparselt(10, 576)}" in repr(advice)
+    assert "layers that gain most" not in repr(advice) + advice._repr_html_()
+
+
+def test_eight_bits_take_channels_in_thirty_twos():
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
+    half, eight = (
+        advise(model, A100, example=torch.zeros(4096, 48), datatype=name).layers.reason.tolist()
+        for name in ("FP16", "INT8")
+    )
+    assert half[0] != eight[0] == "64 rows, 48 columns: no multiples of 32"
+    assert eight[1] == half[1]
+
+
+@pytest.mark.parametrize("name", ["TF32", "FP17"])
+def test_a_datatype_without_2to4_is_refused(name):
+    with pytest.raises(AdviceError, match=f"cannot be sparse in '{name}'; take FP16, BF16"):
+        advise(nn.Linear(16, 16), A100, example=torch.zeros(1, 16), datatype=name)
+
+
+def test_the_verdict_of_a_datasheet_says_that_it_is_a_bound():
+    advice = advise(nn.Linear(1024, 1024), A100, example=torch.zeros(4096, 1024))
+    assert advice.verdict == (
+        f"{advice.speedup:.2f}x at batch 4096 in FP16 from the datasheet of NVIDIA A100 80 GB SXM: "
+        "bounds that no kernel reaches, not compared with any measurement"
+    )
+
+
+def test_the_verdict_of_a_measured_gpu_says_how_far_off_it_was(recorded):
+    model, example = nn.Linear(512, 512), torch.zeros(4096, 512)
+    silent = advise(model, Rates.from_record(recorded(LARGE)), example=example)
+    said = "1.60x at batch 4096 in FP16 from products measured on NVIDIA X1"
+    assert silent.verdict == f"{said}; never compared with a measurement end to end"
+    checked = [
+        {"network": "n", "datatype": "FP16", "batch": batch, "predicted": p, "measured": m}
+        for batch, p, m in ((1, 1.0, 1.0), (64, 1.1, 1.25), (256, 1.21, 1.1))
+    ]
+    rates = Rates.from_record(recorded(LARGE, checked=checked))
+    assert advise(model, rates, example=example).verdict == (
+        f"{said}; end to end such predictions were off by at most 12 % (3 measurements)"
+    )
+
+
+def test_advice_shows_where_the_time_goes(resnext, measured):
+    advice = advise(resnext, measured, IMAGE, batch=64)
+    verdict, where, _, header, *rows = repr(advice).splitlines()
+    assert verdict == advice.verdict
+    assert f"Of {advice.dense_ms:.3g} ms dense" in where
+    assert "ms in 35 of 105 layers" in where
+    assert where.endswith("Convolutions that are no matrix product count at the best dense rate.")
+    assert header.split() == (
+        "layers that gain most m x n x k dense, ms sparse, ms gain bound".split()
+    )
+    assert len(rows) == 5
+    layers = advice.layers[advice.layers.reason == ""]
+    best = layers.loc[(layers.dense_ms - layers.sparse_ms).idxmax()]
+    assert rows[0].split()[0] == best.layer
+    assert "<table" in advice._repr_html_()
+    assert advice.verdict in advice._repr_html_()

@@ -1,0 +1,123 @@
+"""`benchmarks/gpu.py` as far as it goes without a GPU."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from helpers import gemm
+from helpers.settings import project_root
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks_gpu", project_root() / "benchmarks" / "gpu.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def measure(script, tmp_path, monkeypatch):
+    """Run the script on the quick preset's network, on the CPU; return what it wrote."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*arguments: str) -> tuple[str, dict[str, dict]]:
+        app = script.typer.Typer()
+        app.command()(script.main)
+        result = CliRunner().invoke(
+            app,
+            ["--out", str(tmp_path), "--networks", "resnext14_8x4d", "--batches", "2",
+             "--batches", "1", "--squares", "32", "--seconds", "0.02", *arguments],
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+        return result.output, files
+
+    return run
+
+
+PARTS = ("products", "networks", "advice", "profile")
+
+
+def only(*parts: str) -> list[str]:
+    return [argument for part in parts for argument in ("--parts", part)]
+
+
+def test_each_part_writes_what_it_could_measure_with_its_machine(measure):
+    said, files = measure(*only(*PARTS))
+    assert set(files) == {"products", "resnext14_8x4d", "advice", "profile"}
+    for record in files.values():
+        assert {"date", "machine", "versions"} <= set(record)
+        assert "gpu" not in record["machine"]
+    assert "s left" in said
+
+    network = files["resnext14_8x4d"]
+    assert network["runner"].endswith("cpu, dense"), "no sparse kernel ran here, and none is named"
+    assert {(row["network"], row["batch"]) for row in network["rows"]} == {
+        (name, batch) for name in ("dense", "sparse") for batch in (1, 2)
+    }
+    assert all(gap["gap"] < 1e-4 for gap in network["gaps"])
+    assert {row["kernel"] for row in network["choices"]} == {"dense GEMM"}
+    assert network["eligible"] == 12 - 1  # TensorRT's, but for the ten outputs of the last layer
+
+
+def test_what_needs_a_gpu_is_told_in_words_and_no_figure_takes_its_place(measure):
+    _, files = measure(*only(*PARTS))
+    assert len(files["products"]["rows"]) == len(gemm.DATATYPES)
+    for row in files["products"]["rows"]:
+        assert row["ratio"] is row["sparse_ms"] is None
+        assert row["reason"].startswith("No NVIDIA GPU was found")
+    assert files["products"]["bandwidth_gbps"] is None
+    assert files["advice"]["stopped"].startswith("AdviceError")
+    assert files["profile"]["kernels"]["dense"]
+    assert "stopped" in files["profile"], "floors take the ceilings of this GPU"
+
+
+def test_the_engines_are_built_with_their_controls_and_say_why_they_do_not_run(measure):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
+    _, files = measure(*only("engines"))
+    builds = files["engines"]["builds"]
+    assert list(builds) == ["sparse", "dense", "sparse_without_flag", "sparse_products"]
+    assert files["engines"]["stopped"].startswith("RunnerError: No NVIDIA GPU was found")
+    assert "rows" not in files["engines"]
+
+
+def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the kernel has died")
+
+    sweep, batches = script.sweep, []
+
+    def sweep_once(runners, shape, batch, *arguments, **options):
+        batches.extend(batch)
+        return fail() if len(batches) > 1 else sweep(runners, shape, batch, *arguments, **options)
+
+    monkeypatch.setattr(script.gemm, "measure_gemms", fail)
+    monkeypatch.setattr(script, "sweep", sweep_once)
+    _, files = measure(*only("products", "networks", "profile"))
+    assert files["products"]["stopped"] == "RuntimeError: the kernel has died"
+    assert files["resnext14_8x4d"]["stopped"] == "RuntimeError: the kernel has died"
+    assert {row["batch"] for row in files["resnext14_8x4d"]["rows"]} == {2}
+    assert files["profile"]["kernels"]["sparse"]
+
+
+def test_without_time_nothing_is_begun_and_every_file_says_so(measure):
+    _, files = measure("--minutes", "0", *only("products", "networks"))
+    for record in files.values():
+        assert "no time was left" in record["stopped"]
+
+
+def test_an_unknown_part_is_refused(script, tmp_path):
+    app = script.typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--parts", "lunch"])
+    assert result.exit_code == 2
+    assert "lunch; there are products, networks" in " ".join(result.output.split())
