@@ -2,8 +2,9 @@
 
 Read them in the order of the notebooks: `settings`, `data`, `models` (01),
 `sparsity` (02), `training` (03), `onnx_export` (04), `engine` (05), `runners`,
-`benchmark` and `energy` (06). `artifacts` holds what the steps leave behind,
-`machine` and `checks` say what this computer can do, `plots` draws.
+`sparse_torch`, `benchmark` and `energy` (06), `gemm` and `advice` (07). `artifacts`
+holds what the steps leave behind, `machine` and `checks` say what this computer can
+do, `plots` draws.
 """
 
 __version__ = "0.1.0"

@@ -30,6 +30,7 @@ NOTEBOOKS = {
     "04": "04_export_onnx.ipynb",
     "05": "05_build_engine.ipynb",
     "06": "06_infer_and_benchmark.ipynb",
+    "07": "07_sparse_tensor_cores.ipynb",
 }
 
 

@@ -454,14 +454,11 @@ def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
 def why_no_cusparselt() -> str:
     """Return in one sentence why sparse GEMMs cannot run on this machine; empty if they can."""
     if not torch.cuda.is_available():
-        return (
-            "No NVIDIA GPU was found, so cuSPARSELt cannot run; with backend='dense' the same "
-            "network runs with dense matrix products."
-        )
+        return "No NVIDIA GPU was found, so cuSPARSELt's sparse matrix products cannot run here."
     if torch.cuda.get_device_capability() < (8, 0):
         return (
             f"{torch.cuda.get_device_name()} has no Sparse Tensor Cores, which came with compute "
-            "capability 8.0; use backend='dense' here."
+            "capability 8.0."
         )
     if not torch.backends.cusparselt.is_available():
         return (
@@ -560,7 +557,7 @@ class SparseTorchRunner(TorchRunner):
 
 def _require_cusparselt(dtype: torch.dtype | None) -> None:
     if reason := why_no_cusparselt():
-        raise RunnerError(reason)
+        raise RunnerError(f"{reason} With backend='dense' the network runs in dense products.")
     if dtype not in (None, torch.float16, torch.bfloat16):
         raise RunnerError(
             f"cuSPARSELt does not run in {dtype} here; use torch.float16 or torch.bfloat16."

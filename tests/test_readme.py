@@ -5,8 +5,12 @@ import re
 import tomllib
 
 import pytest
+import torch
 
+from helpers.advice import Rates, advise
 from helpers.artifacts import NOTEBOOKS
+from helpers.gemm import DATASHEETS
+from helpers.models import create_model
 from helpers.settings import PRESETS, project_root
 from helpers.training import Accuracy
 
@@ -43,6 +47,15 @@ def test_the_published_figures_are_labelled_and_those_of_the_record():
     sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", README.replace("\n", " "))[0]
     assert f"{record['largest_speedup']:.2f}x" in sentence
     assert f"{record['largest_performance_per_watt']:.2f}x" in sentence
+
+
+def test_the_prediction_is_the_one_that_advise_makes_today():
+    (expected,) = re.findall(r"`advise` expects (\S+)x for ResNeXt-101", README)
+    rates = Rates.from_datasheet(DATASHEETS["a100"])
+    with torch.device("meta"):
+        network = create_model("resnext101_32x8d", num_classes=1000)
+    advice = advise(network, rates, (3, 224, 224), batch=256)
+    assert f"{advice.speedup:.2f}" == expected
 
 
 def test_the_model_card_agrees_with_its_record():
