@@ -26,20 +26,22 @@ import pandas as pd
 import torch
 import typer
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from helpers import contenders, engine, gemm, machine, models, onnx_export
 from helpers.advice import Rates, advise
 from helpers.artifacts import write_json
 from helpers.benchmark import check_outputs, sweep
 from helpers.checks import TutorialError
-from helpers.runners import Runner, TensorRTRunner, TorchRunner
-from helpers.sparse_torch import SparseTorchRunner, why_no_cusparselt
+from helpers.runners import Runner, TensorRTRunner
+from helpers.sparse_torch import SparseGemm, SparseTorchRunner, why_no_cusparselt
 from helpers.sparsity import prune_2to4_
 from helpers.sparsity.eligibility import eligible_weights
 
 NETWORKS = ("resnext101_32x8d", "resnet50", "vit_b_16")
 BATCHES = (256, 32, 1, 128, 8, 64)  # the most telling first, should the time run out
-ENERGY = (256, 32)  # the batches whose energy is measured, half a minute each
+ENERGY = (256,)  # the batches whose energy is measured, half a minute each
+BRANCH = 0.2  # the scale of a residual branch of a random network
 SQUARES = (1024, 2048, 4096, 8192, 16384)
 
 
@@ -85,14 +87,17 @@ def random_network(name: str, shape: tuple[int, int, int]) -> nn.Module:
     """Return a network with random weights that gives sensible numbers.
 
     Speed does not depend on the weights, but outputs can only be compared where they neither
-    vanish nor overflow: batch norms get the statistics of random images, and a last layer
-    that starts with zeros gets weights.
+    vanish nor overflow, nor blow every rounding up: batch norms get the statistics of random
+    images, the branches of residual blocks are small beside what they are added to, and a last
+    layer that starts with zeros gets weights.
     """
     torch.manual_seed(0)
     model = models.create_model(name, num_classes=1000).to(machine.device())
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean over all batches, not a moving one
+        if isinstance(layer, Bottleneck):
+            nn.init.constant_(layer.bn3.weight, BRANCH)
         if isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     with torch.no_grad():
@@ -110,13 +115,16 @@ def without_nan(content: Any) -> Any:
 
 
 def torch_runners(run: Run, name: str, compile: bool = False) -> dict[str, Runner]:
-    """Return the dense and the sparse network on PyTorch's runners."""
+    """Return the dense and the sparse network on PyTorch's runners.
+
+    Both choose among the same dense kernels, so that only sparsity tells them apart.
+    """
     networks = run.networks_of(name)
     backend = "dense" if why_no_cusparselt() else "cusparselt"
-    cache = run.out / "kernels.json"
+    options = {"cache": run.out / "kernels.json", "compile": compile}
     return {
-        "dense": TorchRunner(networks["dense"], compile=compile),
-        "sparse": SparseTorchRunner(networks["sparse"], backend, cache=cache, compile=compile),
+        "dense": SparseTorchRunner(networks["dense"], "dense", **options),
+        "sparse": SparseTorchRunner(networks["sparse"], backend, **options),
     }
 
 
@@ -146,12 +154,16 @@ def products(run: Run) -> None:
 
 
 def product_sizes(run: Run, name: str) -> set[tuple[int, int, int]]:
-    """Return the sizes (m, n, k) of a network's products at its largest and smallest batch."""
+    """Return the sizes (m, n, k) of a network's products at its largest and smallest batch.
+
+    As in the network, m is padded to what cuSPARSELt takes.
+    """
     rates = Rates.from_datasheet(gemm.DATASHEETS["a100"])  # the sizes do not depend on them
     sizes: set[tuple[int, int, int]] = set()
     for batch in (max(run.batches), min(run.batches)):
         layers = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch).layers
         able = layers[layers.sparse_ms.notna()]
+        able = able.assign(m=able.m + -able.m % SparseGemm.STEP)
         sizes |= set(able[["m", "n", "k"]].itertuples(index=False, name=None))
     return sizes
 
@@ -193,10 +205,12 @@ def measure(
     """Check and time runners over the batch sizes while there is time, and write each at once."""
     name = record["network"]
     record |= {"runner": sparse.name, "gaps": [], "rows": []}
+    took: list[float] = []  # seconds for each batch so far; compiling takes minutes
     for batch in run.batches:
-        if run.left < 30:
+        if run.left < max(30, min(took, default=0)):
             record["missing"] = f"no time was left from batch {batch} on"
             break
+        began = time.monotonic()
         for label, runner in runners.items():
             model = run.networks_of(name)[label.partition(",")[0]]
             gap = check_outputs(runner, model, run.shape(name), batch)
@@ -207,6 +221,7 @@ def measure(
         record["networks"] = sparse.networks().to_dict("records")
         record["choices"] = sparse.choices().to_dict("records")
         run.write(part, record)
+        took.append(time.monotonic() - began)
     run.write(part, record)
 
 
@@ -297,6 +312,7 @@ def engines(run: Run) -> None:
         "reasons": contenders.reasons_against(),
     }
     run.write("engines", record)
+    engine.find_builder()  # before the minute that the exports take
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for label, model in run.networks_of(name).items():
@@ -319,7 +335,6 @@ def engines(run: Run) -> None:
 
 # --- the run ---
 
-
 PARTS = {
     "products": products,
     "networks": network,  # each of them by itself
@@ -328,13 +343,14 @@ PARTS = {
     "compiled": compiled,
     "engines": engines,
 }
+NEEDED = {"compiled": 240, "engines": 120}  # seconds; all other parts are begun with 20
 
 
 def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
     """Do one part; whatever stops it is told in its file, and stops no other part."""
     began = time.monotonic()
     try:
-        if run.left < 20:
+        if run.left < NEEDED.get(part, 20):
             raise TutorialError("no time was left for this part; run it alone with --parts")
         work(run)
     except Exception as error:  # a part must not take the others with it

@@ -16,7 +16,6 @@ from helpers.runners import (
     Runner,
     RunnerError,
     TensorRTRunner,
-    TorchRunner,
     why_no_engine,
 )
 from helpers.sparse_torch import SparseTorchRunner, why_no_cusparselt
@@ -44,7 +43,8 @@ def _why_no_engine_of(builder: str) -> str:
 
 
 def _torch_dense(path: Path) -> Runner:
-    return TorchRunner(load_checkpoint(path))
+    # With the same choice of dense kernels, so that only sparsity tells them apart.
+    return SparseTorchRunner(load_checkpoint(path), "dense")
 
 
 def _torch_sparse(path: Path) -> Runner:

@@ -25,30 +25,43 @@ def capture(
     """
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up here, which no graph can hold
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = work()
+    # The outer context gives the caller's stream back; after a capture that failed the inner
+    # one does not.
+    with torch.cuda.stream(stream):
+        work()  # libraries set themselves up here, which no graph can hold
+        with torch.cuda.graph(graph, stream=stream):
+            result = work()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph, result
 
 
+GRAPH_MS = 5.0  # of work in a graph of `time_calls`: the host's part is below 1 % of that
+MOST_REPEATS = 20
+
+
 def time_calls(
-    calls: Sequence[Callable[[], Tensor]], repeats: int = 20, rounds: int = 10
+    calls: Sequence[Callable[[], Tensor]], repeats: int | None = None, rounds: int = 10
 ) -> list[list[np.ndarray]]:
     """Return the GPU time of each of several calls in milliseconds, measured in turns.
 
     Args:
         calls: what to time; none may synchronise.
-        repeats: calls in one graph, over which a time is the mean.
+        repeats: calls in one graph, over which a time is the mean; unless it is given as many
+            as take some 5 ms, and not more than 20.
         rounds: as `time_graphs` takes it.
 
     Returns:
         As `time_graphs`, for one call.
     """
-    graphs = [capture(partial(_repeat, call, repeats))[0] for call in calls]
-    return [[times / repeats for times in own] for own in time_graphs(graphs, rounds)]
+    counts = [repeats or _repeats(call) for call in calls]
+    graphs = [
+        capture(partial(_repeat, call, count))[0] for call, count in zip(calls, counts, strict=True)
+    ]
+    return [
+        [times / count for times in own]
+        for own, count in zip(time_graphs(graphs, rounds), counts, strict=True)
+    ]
 
 
 def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> list[list[np.ndarray]]:
@@ -68,6 +81,9 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
     for _ in range(rounds):
         own: list[list[float]] = [[] for _ in graphs]
         for turn in there + there[::-1]:
+            # Not timed: it fills the GPU's caches, and keeps it busy until the host has sent
+            # all that is timed.
+            graphs[turn].replay()
             start.record()
             graphs[turn].replay()
             end.record()
@@ -76,6 +92,16 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
         for kept, new in zip(times, own, strict=True):
             kept.append(np.array(new))
     return times
+
+
+def _repeats(call: Callable[[], Tensor]) -> int:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return max(1, int(GRAPH_MS / max(start.elapsed_time(end), GRAPH_MS / MOST_REPEATS)))
 
 
 def _repeat(call: Callable[[], Tensor], times: int) -> Tensor:

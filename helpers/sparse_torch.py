@@ -517,7 +517,7 @@ class SparseTorchRunner(TorchRunner):
             return chosen
         # Layers that win alone can still lose together, by what the dense ones are fused with.
         dense = self.made_ready(self.model, images)
-        times = cuda_graphs.time_graphs([dense.graph, chosen.graph])
+        times = cuda_graphs.time_graphs([dense.graph, chosen.graph], rounds=5)
         medians = [float(np.median(np.concatenate(own))) for own in times]
         self.whole[images.shape] = dict(zip(("dense", "chosen"), medians, strict=True))
         return chosen if medians[1] <= medians[0] else dense

@@ -9,7 +9,7 @@ from helpers.artifacts import ArtifactError, Artifacts
 from helpers.contenders import KINDS, find_runners, network_files, reasons_against
 from helpers.engine import Builder, EngineError
 from helpers.models import create_model, save_checkpoint
-from helpers.runners import OnnxRunner, RunnerError, TorchRunner
+from helpers.runners import OnnxRunner, RunnerError
 from helpers.sparse_torch import SparseTorchRunner
 from helpers.sparsity import prune_2to4_
 
@@ -103,8 +103,10 @@ def test_cusparselt_runs_the_checkpoints(monkeypatch, no_gpu, tiny_settings):
         make(artifacts.require(file))
         for make, file in zip(KINDS["cuSPARSELt"].make, KINDS["cuSPARSELt"].files, strict=True)
     )
-    assert type(dense) is TorchRunner
-    assert type(sparse) is SparseTorchRunner
+    assert type(dense) is type(sparse) is SparseTorchRunner
+    dense_kernels = [list(layer.kernels) for layer in dense.layers]
+    assert dense_kernels == [list(layer.kernels)[:-1] for layer in sparse.layers]
+    assert all(list(layer.kernels)[-1] == "sparse GEMM" for layer in sparse.layers)
 
 
 def test_a_kind_that_is_asked_for_must_run_here(no_gpu, tiny_settings):

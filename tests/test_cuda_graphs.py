@@ -15,18 +15,36 @@ def test_calls_are_timed_in_turns_round_by_round(captured, gpu_clock):
         def call() -> Tensor:
             ran.append(name)
             # Once in a while something else keeps the GPU busy.
-            gpu_clock[0] += milliseconds + (1000 if len(ran) == 31 else 0)
+            gpu_clock[0] += milliseconds + (1000 if len(ran) == 46 else 0)
             return torch.zeros(())
 
         return call
 
     calls = [kernel("a", 2.0), kernel("b", 3.0)]
     a, b = cuda_graphs.time_calls(calls, repeats=5, rounds=4)
-    measured = ran[2 * 2 * 5 :]  # after warm-up and capture
-    assert measured[::5] == ["a", "b", "b", "a"] * 4
+    replays = ran[2 * 2 * 5 :: 5]  # after warm-up and capture
+    assert replays[::2] == ["a", "b", "b", "a"] * 4
+    assert replays[1::2] == replays[::2], "each is timed right after a replay that is not"
     assert [len(times) for times in (*a, *b)] == [2] * 8
     assert np.median(np.concatenate(a)) == 2.0
     assert np.median(np.concatenate(b)) == 3.0
+
+
+@pytest.mark.parametrize(("milliseconds", "calls"), [(0.0, 20), (0.01, 20), (1.0, 5), (70.0, 1)])
+def test_a_graph_holds_the_fewer_calls_the_longer_they_take(
+    captured, gpu_clock, milliseconds, calls
+):
+    ran = []
+
+    def call() -> Tensor:
+        ran.append(0)
+        gpu_clock[0] += milliseconds
+        return torch.zeros(())
+
+    (times,) = cuda_graphs.time_calls([call], rounds=1)
+    replays = 4  # two turns, each after a replay that is not timed
+    assert len(ran) == 2 + (2 + replays) * calls
+    assert times[0].tolist() == pytest.approx([milliseconds] * 2)
 
 
 @pytest.mark.gpu
@@ -38,6 +56,19 @@ def test_a_replay_computes_anew_from_the_same_tensor():
     graph.replay()
     torch.cuda.synchronize()
     assert doubled.tolist() == [6.0] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
+def test_after_a_capture_that_fails_work_goes_on_where_it_was():
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        cuda_graphs.capture(lambda: torch.ones((), device="cuda").cpu())  # waits for the GPU
+    assert torch.cuda.current_stream() == before
+    own = torch.ones(8, device="cuda")
+    graph, doubled = cuda_graphs.capture(lambda: 2 * own)
+    graph.replay()
+    assert doubled.tolist() == [2.0] * 8
 
 
 @pytest.mark.gpu

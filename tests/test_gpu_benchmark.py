@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from helpers import gemm
+from helpers.runners import TorchRunner
 from helpers.settings import project_root
 
 
@@ -25,9 +26,13 @@ def script():
 
 
 @pytest.fixture
-def measure(script, tmp_path, monkeypatch):
-    """Run the script on the quick preset's network, on the CPU; return what it wrote."""
+def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def measure(script, tmp_path, no_gpu):
+    """Run the script on the quick preset's network, on the CPU; return what it wrote."""
 
     def run(*arguments: str) -> tuple[str, dict[str, dict]]:
         app = script.typer.Typer()
@@ -107,6 +112,36 @@ def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script,
     assert files["resnext14_8x4d"]["stopped"] == "RuntimeError: the kernel has died"
     assert {row["batch"] for row in files["resnext14_8x4d"]["rows"]} == {2}
     assert files["profile"]["kernels"]["sparse"]
+
+
+def test_a_random_network_is_right_in_fp16(script, no_gpu):
+    shape = (3, 64, 64)
+    model = script.random_network("resnet50", shape)
+    runner = TorchRunner(model, dtype=torch.float16)
+    assert script.check_outputs(runner, model, shape, 2, repeats=1) < 5e-3
+
+
+def test_products_are_measured_with_as_many_rows_as_the_network_pads_them_to(script, tmp_path):
+    run = script.Run(tmp_path, ["resnet50"], [1, 2], 224, 0, [], 0)
+    sizes = script.product_sizes(run, "resnet50")
+    assert {(56, 2048, 512), (104, 2048, 512)} <= sizes  # 49 and 98 pixels
+    assert all(m % 8 == 0 for m, _, _ in sizes)
+
+
+def test_a_batch_is_begun_only_if_the_shortest_so_far_would_end_in_time(
+    measure, script, monkeypatch
+):
+    now, sweep = [0.0], script.sweep
+
+    def slow_sweep(*arguments, **options):
+        now[0] += 200
+        return sweep(*arguments, **options)
+
+    monkeypatch.setattr(script, "sweep", slow_sweep)
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+    _, files = measure(*only("networks"), "--minutes", "5")
+    assert {row["batch"] for row in files["resnext14_8x4d"]["rows"]} == {2}
+    assert files["resnext14_8x4d"]["missing"] == "no time was left from batch 1 on"
 
 
 def test_without_time_nothing_is_begun_and_every_file_says_so(measure):

@@ -611,6 +611,20 @@ def test_a_run_writes_all_that_was_poisoned(no_gpu, captured, gpu_clock, pruned)
     assert torch.equal(runner.fetch(), expected)
 
 
+def test_cudnn_looks_for_its_fastest_kernel_whenever_a_layer_meets_a_shape(
+    no_gpu, captured, gpu_clock, pruned
+):
+    model, images = pruned
+    runner, seen = on_a_fake_gpu(model), []
+    for network in (runner.model, runner.converted):
+        network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    before = torch.backends.cudnn.benchmark
+    runner.load(images)
+    assert len(seen) > 3
+    assert all(seen)
+    assert torch.backends.cudnn.benchmark == before
+
+
 @pytest.mark.parametrize("faster", ["dense", "chosen"])
 def test_the_faster_of_the_whole_networks_runs(no_gpu, captured, gpu_clock, faster):
     """What wins layer by layer can lose as a network."""
