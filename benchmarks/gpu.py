@@ -31,7 +31,7 @@ from torchvision.models.resnet import Bottleneck
 from helpers import contenders, engine, gemm, machine, models, onnx_export
 from helpers.advice import Rates, advise
 from helpers.artifacts import write_json
-from helpers.benchmark import check_outputs, sweep
+from helpers.benchmark import check_outputs, sweep, time_in_turns
 from helpers.checks import TutorialError
 from helpers.runners import Runner, TensorRTRunner
 from helpers.sparse_torch import SparseGemm, SparseTorchRunner, why_no_cusparselt
@@ -254,19 +254,23 @@ def profile(run: Run) -> None:
     images = torch.randn(batch, *run.shape(name))
     runners = torch_runners(run, name)
     record: dict[str, Any] = {
-        "what": f"{name} at batch {batch}: the time in each kernel, and the layers' floors",
+        "what": f"{name} at batch {batch}: the time in each kernel, and the layers' floors; "
+        "overhead is a run's median on the host's clock beside the sum of its kernels, in ms",
+        "overhead": {},
         "kernels": {},
     }
     for label, runner in runners.items():
-        runner(images)
+        latency, *_ = time_in_turns([runner], images, run.seconds)
         record["kernels"][label] = kernel_times(runner)
+        total = sum(kernel["ms"] for kernel in record["kernels"][label])
+        record["overhead"][label] = {"p50": latency.p50, "kernels": total}
         run.write("profile", record)
     record["layers"] = slowest_layers(run, name, batch, runners["sparse"].choices())
     run.write("profile", record)
 
 
 def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
-    """Return the twenty kernels, on a CPU operators, that take the most of a run's time."""
+    """Return the time of each kernel in a run, on a CPU of each operator, the longest first."""
     kinds = torch.profiler.ProfilerActivity
     kind, of = (kinds.CPU, "self_cpu_time_total")
     if torch.cuda.is_available():
@@ -283,7 +287,7 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
             "ms": getattr(event, of) / runs / 1000,
             "share": 100 * getattr(event, of) / total,
         }
-        for event in events[:20]
+        for event in events
     ]
 
 

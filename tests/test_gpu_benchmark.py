@@ -83,6 +83,14 @@ def test_what_needs_a_gpu_is_told_in_words_and_no_figure_takes_its_place(measure
     assert files["products"]["bandwidth_gbps"] is None
     assert files["advice"]["stopped"].startswith("AdviceError")
     assert files["profile"]["kernels"]["dense"]
+    for network in ("dense", "sparse"):
+        overhead = files["profile"]["overhead"][network]
+        assert (
+            0
+            < overhead["kernels"]
+            == pytest.approx(sum(kernel["ms"] for kernel in files["profile"]["kernels"][network]))
+        )
+        assert overhead["p50"] > 0
     assert "stopped" in files["profile"], "floors take the ceilings of this GPU"
 
 
