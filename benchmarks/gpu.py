@@ -3,7 +3,7 @@
 Every part writes its own JSON into a folder as it ends, with GPU, driver, versions and
 date, and a part that fails or finds no time left says so in its file and stops no other.
 
-    python benchmarks/gpu.py --out results           # eight minutes
+    python benchmarks/gpu.py --out results           # begins nothing new after 7.5 minutes
     python benchmarks/gpu.py --out results --parts compiled --minutes 9
 
 Without a GPU the same code runs on the CPU as far as it goes: dense products stand in
@@ -12,10 +12,11 @@ the place of the sparse ones, and every file says which runner made it.
 
 import copy
 import gc
+import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
+import torchvision
 import typer
 from torch import nn
+from torchvision.models import list_models
 from torchvision.models.resnet import Bottleneck
 
 from helpers import contenders, engine, gemm, machine, models, onnx_export
@@ -67,7 +70,11 @@ class Run:
     def write(self, part: str, content: dict[str, Any]) -> None:
         """Write what a part has measured so far."""
         self.written[part] = content
-        write_json(self.out / f"{part}.json", without_nan(content) | machine.provenance())
+        write_json(self.path(part), without_nan(content) | machine.provenance())
+
+    def path(self, part: str) -> Path:
+        """Return the file of a part."""
+        return self.out / f"{part}.json"
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return the shape of a network's images."""
@@ -203,21 +210,17 @@ def measure(
     sparse: SparseTorchRunner,
 ) -> None:
     """Check and time runners over the batch sizes while there is time, and write each at once."""
-    name = record["network"]
-    record |= {"runner": sparse.name, "gaps": [], "rows": []}
+    record |= {"runner": sparse.name, "gaps": [], "rows": [], "failed": []}
     took: list[float] = []  # seconds for each batch so far; compiling takes minutes
     for batch in run.batches:
         if run.left < max(30, min(took, default=0)):
             record["missing"] = f"no time was left from batch {batch} on"
             break
         began = time.monotonic()
-        for label, runner in runners.items():
-            model = run.networks_of(name)[label.partition(",")[0]]
-            gap = check_outputs(runner, model, run.shape(name), batch)
-            record["gaps"].append({"network": label, "batch": batch, "gap": gap})
-        rounds = 2 if batch in ENERGY and run.left > 60 + 20 * len(runners) else 0
-        table = sweep(runners, run.shape(name), [batch], run.seconds, energy_rounds=rounds)
-        record["rows"] += table.to_dict("records")
+        try:
+            measure_batch(run, record, runners, batch)
+        except Exception as error:  # such as too little memory, which a smaller batch may have
+            record["failed"].append({"batch": batch, "reason": told(error)})
         record["networks"] = sparse.networks().to_dict("records")
         record["choices"] = sparse.choices().to_dict("records")
         run.write(part, record)
@@ -225,12 +228,24 @@ def measure(
     run.write(part, record)
 
 
+def measure_batch(run: Run, record: dict[str, Any], runners: dict[str, Runner], batch: int) -> None:
+    """Check and time runners at one batch size, and add what was found to a record."""
+    name = record["network"]
+    for label, runner in runners.items():
+        model = run.networks_of(name)[label.partition(",")[0]]
+        gap = check_outputs(runner, model, run.shape(name), batch)
+        record["gaps"].append({"network": label, "batch": batch, "gap": gap})
+    rounds = 2 if batch in ENERGY and run.left > 60 + 20 * len(runners) else 0
+    table = sweep(runners, run.shape(name), [batch], run.seconds, energy_rounds=rounds)
+    record["rows"] += table.to_dict("records")
+
+
 def advice(run: Run) -> None:
     """Compare what the products let expect of the networks with what these then took."""
-    rates = Rates.from_record(run.out / "products.json")
+    rates = Rates.from_record(run.path("products"))
     checked = []
     for name in run.networks:
-        for row in run.written.get(name, {}).get("rows", []):
+        for row in json.loads(run.path(name).read_text())["rows"]:
             if row["network"] == "sparse":
                 batch, model = row["batch"], run.networks_of(name)["dense"]
                 predicted = advise(model, rates, run.shape(name), batch=batch)
@@ -245,7 +260,8 @@ def advice(run: Run) -> None:
                         "measured_sparse_ms": row["gpu_p50"],
                     }
                 )
-    run.write("products", run.written["products"] | {"checked": checked})
+    record = json.loads(run.path("products").read_text())  # with its own date, which stays
+    write_json(run.path("products"), record | {"checked": checked})
 
 
 def profile(run: Run) -> None:
@@ -293,7 +309,7 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
 
 def slowest_layers(run: Run, name: str, batch: int, choices: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the layers that take the most time, with their floors by this GPU's own ceilings."""
-    rates = Rates.from_record(run.out / "products.json")
+    rates = Rates.from_record(run.path("products"))
     dense, sparse = rates.best["FP16"]
     advised = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch)
     layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
@@ -350,6 +366,13 @@ PARTS = {
 NEEDED = {"compiled": 240, "engines": 120}  # seconds; all other parts are begun with 20
 
 
+def told(error: Exception) -> str:
+    """Return an error in one line, after printing where it came from if it was not foreseen."""
+    if not isinstance(error, TutorialError):
+        traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
 def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
     """Do one part; whatever stops it is told in its file, and stops no other part."""
     began = time.monotonic()
@@ -358,11 +381,11 @@ def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
             raise TutorialError("no time was left for this part; run it alone with --parts")
         work(run)
     except Exception as error:  # a part must not take the others with it
-        if not isinstance(error, TutorialError):
-            traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-        run.write(part, run.written.get(part, {}) | {"stopped": reason})
-        print(f"{part} stopped: {reason}")
+        print(f"{part} stopped: {told(error)}")
+        if part in run.written or not run.path(part).exists():
+            run.write(part, run.written.get(part, {}) | {"stopped": told(error)})
+        else:
+            print(f"what {run.path(part).name} holds of an earlier run stays")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -370,21 +393,24 @@ def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder for the results")],
-    parts: Annotated[list[str], typer.Option(help="only these parts")] = [*PARTS],  # noqa: B006
-    networks: Annotated[list[str], typer.Option(help="names of torchvision's")] = [*NETWORKS],  # noqa: B006
-    batches: Annotated[list[int], typer.Option(help="in the order of their worth")] = [*BATCHES],  # noqa: B006
-    squares: Annotated[list[int], typer.Option(help="sizes of square products")] = [*SQUARES],  # noqa: B006
-    image_size: Annotated[int, typer.Option(help="height and width of the images")] = 224,
-    seconds: Annotated[float, typer.Option(help="for each network and batch size")] = 1.0,
-    minutes: Annotated[float, typer.Option(help="after which nothing new is begun")] = 7.5,
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the results")],
+    parts: Annotated[list[str], typer.Option(help="only these parts")] = (*PARTS,),
+    networks: Annotated[list[str], typer.Option(help="names of torchvision's")] = NETWORKS,
+    batches: Annotated[list[int], typer.Option(min=1, help="the most telling first")] = BATCHES,
+    squares: Annotated[list[int], typer.Option(min=16, help="sizes of products")] = SQUARES,
+    image_size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
+    seconds: Annotated[float, typer.Option(min=0, help="for each network and batch")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0, help="after which nothing is begun")] = 7.5,
 ) -> None:
     """Measure on a GPU all that the tutorial says of one."""
-    if unknown := set(parts) - set(PARTS):
-        raise typer.BadParameter(
-            f"{', '.join(unknown)}; there are {', '.join(PARTS)}", param_hint="parts"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    _require_known("parts", parts, PARTS)
+    _require_known(
+        "networks", networks, ["resnext14_8x4d", *list_models(module=torchvision.models)]
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot be made: {error.strerror}", param_hint="out") from error
     until = time.monotonic() + 60 * minutes
     run = Run(out, networks, batches, image_size, seconds, squares, until)
     for part in parts:
@@ -393,6 +419,12 @@ def main(
                 attempt(run, name, partial(network, name=name))
         else:
             attempt(run, part, PARTS[part])
+
+
+def _require_known(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"{name}; there are {', '.join(known)}", param_hint=option)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from helpers import gemm
+from helpers.advice import Rates
 from helpers.runners import TorchRunner
 from helpers.settings import project_root
 
@@ -117,8 +118,9 @@ def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script,
     monkeypatch.setattr(script, "sweep", sweep_once)
     _, files = measure(*only("products", "networks", "profile"))
     assert files["products"]["stopped"] == "RuntimeError: the kernel has died"
-    assert files["resnext14_8x4d"]["stopped"] == "RuntimeError: the kernel has died"
-    assert {row["batch"] for row in files["resnext14_8x4d"]["rows"]} == {2}
+    network = files["resnext14_8x4d"]
+    assert network["failed"] == [{"batch": 1, "reason": "RuntimeError: the kernel has died"}]
+    assert {row["batch"] for row in network["rows"]} == {2}
     assert files["profile"]["kernels"]["sparse"]
 
 
@@ -158,9 +160,44 @@ def test_without_time_nothing_is_begun_and_every_file_says_so(measure):
         assert "no time was left" in record["stopped"]
 
 
-def test_an_unknown_part_is_refused(script, tmp_path):
+def test_what_an_earlier_run_measured_is_not_lost_to_one_that_stops(measure, script, tmp_path):
+    _, before = measure(*only("networks"))
+    said, after = measure("--minutes", "0", *only("networks"))
+    assert after == before
+    assert "what resnext14_8x4d.json holds of an earlier run stays" in said
+
+
+def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, tmp_path):
+    """The rates are invented; what is compared with them was measured."""
+    measure(*only("networks"))
+    for row in (rows := json.loads((tmp_path / "resnext14_8x4d.json").read_text()))["rows"]:
+        row["gpu_p50"] = 0.1
+    (tmp_path / "resnext14_8x4d.json").write_text(json.dumps(rows))
+    sizes = {"datatype": "FP16", "m": 64, "n": 64, "k": 64, "dense_ms": 0.02, "sparse_ms": 0.01}
+    record = {"machine": {"gpu": "invented"}, "bandwidth_gbps": 1000, "rows": [sizes]}
+    (tmp_path / "products.json").write_text(json.dumps(record | {"date": "2001-01-01"}))
+    _, files = measure(*only("advice"))
+    assert files["products"]["date"] == "2001-01-01"
+    assert {row["batch"] for row in files["products"]["checked"]} == {1, 2}
+    assert all(row["predicted"] >= 1 for row in files["products"]["checked"])
+    assert len(Rates.from_record(tmp_path / "products.json").checked) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--parts", "lunch"), "lunch; there are products, networks"),
+        (("--networks", "../evil"), "../evil; there are resnext14_8x4d"),
+        (("--batches", "0"), "greater than or equal to 1"),
+        (("--seconds", "-1"), "greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_measured(
+    script, tmp_path, arguments, message
+):
     app = script.typer.Typer()
     app.command()(script.main)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--parts", "lunch"])
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "results"), *arguments])
     assert result.exit_code == 2
-    assert "lunch; there are products, networks" in " ".join(result.output.split())
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "results").exists()
