@@ -332,18 +332,22 @@ def engines(run: Run) -> None:
         "reasons": contenders.reasons_against(),
     }
     run.write("engines", record)
-    engine.find_builder()  # before the minute that the exports take
+    builder = engine.find_builder()  # before the minute that the exports take
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        options: dict[str, Any] = {"builder": builder}
+        if builder.name == "TensorRT":  # the engines then differ by no chance of the trials
+            options["timing_cache"] = folder / "timing.cache"
         for label, model in run.networks_of(name).items():
-            onnx_export.export_onnx(model, folder / f"{label}.onnx", shape, half=True)
+            file = folder / f"{label}.onnx"
+            onnx_export.export_onnx(model, file, shape, half=True)
+            onnx_export.rewrite_1x1_as_matmul(file, folder / f"{label}_products.onnx", shape)
         builds = engine.build_with_controls(
-            folder / "dense.onnx", folder / "sparse.onnx", folder, shape, batches
+            folder / "dense.onnx", folder / "sparse.onnx", folder, shape, batches, **options
         )
-        file = folder / "sparse_products.onnx"
-        onnx_export.rewrite_1x1_as_matmul(folder / "sparse.onnx", file, shape)
-        plan = folder / "sparse_products.engine"
-        builds["sparse_products"] = engine.build_engine(file, plan, shape, batches)
+        for label in ("dense_products", "sparse_products"):
+            file, plan = folder / f"{label}.onnx", folder / f"{label}.engine"
+            builds[label] = engine.build_engine(file, plan, shape, batches, **options)
         record["builds"] = {label: report.facts() for label, report in builds.items()}
         run.write("engines", record)
         names = ["dense", *(label for label in builds if label != "dense")]

@@ -4,12 +4,15 @@ Shown in `01_load_pretrained.ipynb`.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from helpers.checks import TutorialError
 
@@ -163,8 +166,13 @@ def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
     """Return the MACs with each weight while the network runs once, in order of execution."""
     macs: Counter[str] = Counter()
     names = {(use.layer, use.attribute): use.name for use in _uses(model)}
+    lent = _LentWeights(layer_weights(model), macs)
+
+    def enter(layer: nn.Module, *_: object) -> None:
+        lent.running.append(layer)
 
     def record(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        lent.running.pop()
         if isinstance(layer, nn.MultiheadAttention):
             for *use, count in _attention_macs(layer, args, kwargs):
                 macs[names[tuple(use)]] += count
@@ -174,15 +182,14 @@ def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
         numbers = (args or tuple(kwargs.values()))[0] if isinstance(layer, TRANSPOSED) else output
         macs[names[layer, "weight"]] += layer.weight[0].numel() * numbers.numel()
 
-    hooks = [
-        layer.register_forward_hook(record, with_kwargs=True)
-        for layer in dict.fromkeys(layer for layer, _ in names)
-    ]
+    layers = dict.fromkeys(layer for layer, _ in names)
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+    hooks += [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     mode = model.training
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer inside, and no hook
-        with torch.inference_mode():
+        with torch.inference_mode(), lent:
             model.eval()(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
@@ -190,6 +197,32 @@ def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
         for hook in hooks:
             hook.remove()
     return macs
+
+
+class _LentWeights(TorchFunctionMode):
+    """Counts the MACs with weights that are used while their layer is not called.
+
+    Swin's attention does so: it takes the weights of its projections, and calls no layer.
+    """
+
+    PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+    def __init__(self, weights: dict[str, LayerWeight], macs: Counter[str]) -> None:
+        super().__init__()
+        self.names = {id(use.tensor): name for name, use in weights.items() if use.is_parameter}
+        self.macs = macs
+        self.running: list[nn.Module] = []  # the layers that are being called
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in self.PRODUCTS and not self.running:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if name := self.names.get(id(weight)):
+                self.macs[name] += weight[0].numel() * output.numel()
+        return output
 
 
 def _attention_macs(

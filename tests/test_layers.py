@@ -1,5 +1,7 @@
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -193,3 +195,32 @@ def test_shares_add_up_to_a_hundred_per_cent(model):
     assert shares["parameters, %"].sum() == pytest.approx(100, abs=0.05)
     assert shares["MACs, %"].sum() == pytest.approx(100, abs=0.05)
     assert shares.index[0] == "1x1 convolution"
+
+
+class Lending(nn.Module):
+    """Uses the weights of its layers without calling them, beside calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 8, 3), nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(self.conv(x), self.conv.weight[:, :, :1, :1].new_ones(8, 8, 1, 1))
+        x = F.conv2d(x[:, :4], weight=self.conv.weight)
+        x = F.linear(x.mean((2, 3)), self.linear.weight)
+        return x + self.linear(x[:, :8])
+
+
+def test_weights_that_are_used_without_their_layer_are_counted():
+    table = layer_table(Lending(), (4, 8, 8)).set_index("weight")
+    assert table.macs["conv.weight"] == 4 * 8 * 9 * (6 * 6 + 4 * 4)
+    assert table.macs["linear.weight"] == 2 * 8 * 16
+
+
+def test_swins_attention_is_counted_with_the_weights_that_it_takes():
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=10)
+    table = layer_table(model, (3, 16, 16)).set_index("weight")
+    block = "features.1.0.attn."
+    assert table.macs[block + "qkv.weight"] == 16 * 3 * 16 * 16  # 16 patches
+    assert table.macs[block + "proj.weight"] == 16 * 16 * 16
