@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torchvision
 import typer
+from safetensors import safe_open
 
 from helpers import (
     advice,
@@ -267,26 +269,36 @@ def advise(
     batch: Annotated[
         list[int] | None, typer.Option(help="give it several times; 1, 32, 256")
     ] = None,
-    datatype: Annotated[str, typer.Option(help="FP16, BF16, INT8 or FP8")] = "FP16",
-    image_size: Annotated[int | None, typer.Option(help="pixels; 224, for resnext14 28")] = None,
+    datatype: Annotated[str, typer.Option(help=", ".join(advice.TWO_OF_FOUR))] = "FP16",
+    image_size: Annotated[
+        int | None, typer.Option(help="height and width in pixels; else what the network expects")
+    ] = None,
 ) -> None:
     """Predict what 2:4 will buy a network on a GPU, before it is retrained (notebook 07)."""
     network, (channels, size) = _network(model)
     found = _rates(gpu, rates)
-    shape = (channels, image_size or size, image_size or size)
-    batches = sorted(batch or (1, 32, 256))
+    size = size if image_size is None else image_size
+    shape, datatype = (channels, size, size), datatype.upper()
+    batches = sorted({*(batch or (1, 32, 256))})
     table = advice.advise_batches(network, found, shape, batches, datatype)
     print(f"{model} at {shape[1]}x{shape[2]} in {datatype}, from {found.source}")
     if not found.measured:
-        print("These are bounds, not measurements: no kernel reaches them.")
+        print("Floors, not measurements: at the published peaks, all operands from GPU memory.")
     print(table.to_string(index=False, float_format="{:.3g}".format), end="\n\n")
     print(advice.advise(network, found, shape, batch=batches[-1], datatype=datatype))
 
 
 def _network(name: str) -> tuple[torch.nn.Module, tuple[int, int]]:
     """Return a network, with channels and size of its images."""
-    if name.endswith(".safetensors"):
+    if suffix := Path(name).suffix:
+        if suffix != ".safetensors":
+            raise TutorialError(
+                f"{name} is no checkpoint: these end in .safetensors. Write one with "
+                "helpers.models.save_checkpoint, or name a network."
+            )
         network = models.load_checkpoint(Path(name))
+        with safe_open(name, framework="pt") as file:
+            name = file.metadata()["model"]
     else:
         classes = 10 if name == "resnext14_8x4d" else 1000
         try:
@@ -294,15 +306,21 @@ def _network(name: str) -> tuple[torch.nn.Module, tuple[int, int]]:
                 network = models.create_model(name, classes)
         except NotImplementedError:  # RegNets look at numbers while they are made
             network = models.create_model(name, classes)
-    return network, (1, 28) if isinstance(network, SmallResNeXt) else (3, 224)
+    return network, (1, 28) if isinstance(network, SmallResNeXt) else (3, _image_size(name))
+
+
+def _image_size(name: str) -> int:
+    """Return what torchvision's network takes as it is made; some weights want larger images."""
+    weights = torchvision.models.get_model_weights(name)
+    return min(each.transforms().crop_size[0] for each in weights)
 
 
 def _rates(gpu: str | None, record: Path | None) -> advice.Rates:
-    if gpu and record:
+    if gpu is not None and record is not None:
         raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
-    if record:
+    if record is not None:
         return advice.Rates.from_record(record)
-    sheet = (gpu or "a100").lower()
+    sheet = "a100" if gpu is None else gpu.lower()
     if sheet not in DATASHEETS:
         raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
     return advice.Rates.from_datasheet(DATASHEETS[sheet])

@@ -5,9 +5,10 @@ Explained in `07_sparse_tensor_cores.ipynb`.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,50 @@ class AdviceError(TutorialError):
 
 # --- what a GPU reaches ---
 
-PRODUCT = ["datatype", "m", "n", "k", "dense_ms", "sparse_ms"]
-CHECKED = ["network", "datatype", "batch", "predicted", "measured"]
+TWO_OF_FOUR = [name for name, datatype in DATATYPES.items() if datatype.pattern == (2, 4)]
+
+
+def _number(value: Any) -> float:
+    # No GPU is outside of this range, and nothing that is computed within it overflows.
+    if type(value) not in (int, float) or not 1e-9 <= value <= 1e9:
+        raise ValueError(f"{value!r:.40} is no number from 1e-9 to 1e9")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if _number(value) % 1:
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r:.40} is no text")
+    return value
+
+
+def _known_datatype(value: Any) -> str:
+    if _text(value) not in DATATYPES:
+        raise ValueError(f"{value!r:.40} is none of {', '.join(DATATYPES)}")
+    return value
+
+
+# The columns of a record's tables, and what reads their values.
+SIZE = {"m": _whole, "n": _whole, "k": _whole}
+TIMES = {"dense_ms": _number, "sparse_ms": _number}
+PRODUCT = {"datatype": _known_datatype, **SIZE, **TIMES}
+CHECKED = {
+    "network": _text,
+    "datatype": _known_datatype,
+    "batch": _whole,
+    "predicted": _number,
+    "measured": _number,
+}
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[[Any], Any]]) -> pd.DataFrame:
+    read = [{name: reader(row[name]) for name, reader in columns.items()} for row in rows]
+    return pd.DataFrame(read, columns=list(columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +96,16 @@ class Rates:
     bandwidth: float
     launch_ms: float = 0.0
     products: pd.DataFrame | None = field(default=None, repr=False)
-    checked: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=CHECKED), repr=False)
+    checked: pd.DataFrame = field(default_factory=lambda: _table([], CHECKED), repr=False)
 
     @classmethod
     def from_datasheet(cls, sheet: Datasheet) -> "Rates":
-        """Return a GPU's published peaks, as bounds: no kernel reaches them.
+        """Return a GPU's published peaks, which give the floors of its kernels' times.
 
         Args:
             sheet: one of `helpers.gemm.DATASHEETS`.
         """
-        return cls(f"the datasheet of {sheet.gpu}", sheet.tflops, sheet.bandwidth)
+        return cls(f"the {sheet.gpu}'s datasheet", sheet.tflops, sheet.bandwidth)
 
     @classmethod
     def from_record(cls, path: Path) -> "Rates":
@@ -78,24 +121,22 @@ class Rates:
         path = Path(path)
         record = _read(path)
         try:
-            gpu, bandwidth = record["machine"]["gpu"], float(record["bandwidth_gbps"])
-            products = _numbers(pd.DataFrame(record["rows"])[PRODUCT], PRODUCT[1:]).dropna()
-            checked = pd.DataFrame(record.get("checked", []), columns=CHECKED)
-            checked = _numbers(checked, CHECKED[2:])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            gpu, bandwidth = _text(record["machine"]["gpu"]), _number(record["bandwidth_gbps"])
+            ran = [row for row in record["rows"] if None not in [row[name] for name in TIMES]]
+            products, checked = _table(ran, PRODUCT), _table(record.get("checked", []), CHECKED)
+        except (KeyError, TypeError, ValueError) as error:
             raise AdviceError(
                 f"{relative(path)} is no record of a GPU ({type(error).__name__}: {error}). It "
                 f"needs machine.gpu, bandwidth_gbps and rows with {', '.join(PRODUCT)}; record "
                 "it again with benchmarks/gpu.py."
             ) from error
-        if products.empty or not (products[PRODUCT[1:]] > 0).all(axis=None) or not bandwidth > 0:
+        if products.empty:
             raise AdviceError(
-                f"{relative(path)} holds no product that ran both dense and sparse, or a size, a "
-                "time or a bandwidth in it is not positive. Record it again with "
-                "benchmarks/gpu.py, on a GPU with Sparse Tensor Cores."
+                f"{relative(path)} holds no product that ran both dense and sparse. Record it "
+                "again with benchmarks/gpu.py, on a GPU with Sparse Tensor Cores."
             )
-        times = products[["dense_ms", "sparse_ms"]]
-        rates = times.rdiv(2e-9 * products[["m", "n", "k"]].prod(axis=1), axis=0)
+        times = products[[*TIMES]]
+        rates = times.rdiv(2e-9 * products[[*SIZE]].astype(float).prod(axis=1), axis=0)
         best = rates.groupby(products.datatype).max()
         return cls(
             f"products measured on {gpu}",
@@ -108,23 +149,25 @@ class Rates:
 
     @property
     def measured(self) -> bool:
-        """Whether the rates were measured; else they are bounds."""
+        """Whether the rates were measured; else they are published."""
         return self.products is not None
 
     def product_ms(self, m: int, n: int, k: int, datatype: str, sparse: bool) -> float:
         """Return the time in milliseconds of a product of activations (m, k) and a weight (n, k).
 
         Measured: at the rate of the product that is nearest in the logarithms of m, n and k,
-        but not less than its bytes or any kernel take. By a datasheet: the bound `floor_ms`.
+        but not less than its bytes or any kernel take. By a datasheet: `floor_ms`. The outputs
+        are counted in the width of the inputs, in which the next layer takes them.
 
         Raises:
             AdviceError: there are no rates in this datatype.
         """
-        floor = floor_ms(m, n, k, datatype, self._best(datatype)[sparse], self.bandwidth, sparse)
+        peak, width = self._best(datatype)[sparse], DATATYPES[datatype].input_bytes
+        floor = floor_ms(m, n, k, datatype, peak, self.bandwidth, sparse, output_bytes=width)
         if self.products is None:
             return floor
         own = self.products[self.products.datatype == datatype]
-        sizes = own[["m", "n", "k"]].to_numpy(float)
+        sizes = own[[*SIZE]].to_numpy(float)
         nearest = (np.log(sizes / [m, n, k]) ** 2).sum(axis=1).argmin()
         times = own["sparse_ms" if sparse else "dense_ms"].to_numpy()
         scaled = times[nearest] * (m * n * k / sizes[nearest].prod())
@@ -150,8 +193,9 @@ class Rates:
     def _best(self, datatype: str) -> tuple[float, float]:
         if datatype not in self.best:
             raise AdviceError(
-                f"There are no rates in {datatype}: {self.source} has {', '.join(self.best)}. "
-                "Take one of these, or another source of rates."
+                f"There are no rates in {datatype} from {self.source}; for 2:4 it has "
+                f"{', '.join(filter(self.best.get, TWO_OF_FOUR)) or 'none'}. Take one of these, "
+                "or another source of rates."
             )
         return self.best[datatype]
 
@@ -162,16 +206,12 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise AdviceError(
             f"{relative(path)} cannot be read ({error.strerror}). Record a GPU with "
-            "benchmarks/gpu.py, or take the bounds of a datasheet."
+            "benchmarks/gpu.py, or take the rates of a datasheet."
         ) from error
-    except ValueError as error:  # neither JSON nor text
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise AdviceError(
             f"{relative(path)} is not JSON ({error}). Record it again with benchmarks/gpu.py."
         ) from error
-
-
-def _numbers(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    return table.assign(**{name: pd.to_numeric(table[name]) for name in columns})
 
 
 # --- what a network does ---
@@ -179,6 +219,8 @@ def _numbers(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 RELUS = ("relu", "relu6", "hardtanh")
 DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")  # nothing in evaluation mode
 LOOKUPS = ("embedding", "index", "index_select", "gather")  # read no more than they return
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named
 
 
 @dataclass(frozen=True)
@@ -260,7 +302,10 @@ class _Recorder(TorchDispatchMode):
         pixels = 1 if weight.transposed else math.prod(weight.tensor.shape[2:])
         k = pixels * weight.input_channels
         n = part.numel() // k // weight.groups
-        return replace(kernel, weight=weight, m=operations // 2 // part.numel(), n=n, k=k)
+        m = operations // 2 // part.numel()
+        kernel = replace(kernel, weight=weight, m=m, n=n, k=k)
+        # A strided 1x1 convolution reads only the pixels that it looks at.
+        return replace(kernel, read=(m + n) * k, written=m * n) if kernel.is_product else kernel
 
 
 def _moves_nothing(
@@ -287,7 +332,7 @@ def _stored(tensor: Tensor) -> int:
     return min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
 
 
-def _run(model: nn.Module, inputs: Sequence[Any]) -> list[_Kernel]:
+def _run(model: nn.Module, inputs: _Inputs) -> list[_Kernel]:
     """Return the kernels of a network for some inputs; nothing is computed or changed."""
     with torch.inference_mode(), FlopCounterMode(display=False) as flops:
         state = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -298,10 +343,10 @@ def _run(model: nn.Module, inputs: Sequence[Any]) -> list[_Kernel]:
             if weight.is_parameter
         }
         recorder = _Recorder(weights, flops)
-        inputs = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), tuple(inputs))
+        inputs = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), inputs)
         recorder.made = {_storage(x): ("input", x) for x in _tensors(inputs)}
         with _evaluating(model), recorder:
-            functional_call(model, {name: meta[id(x)] for name, x in state.items()}, inputs)
+            functional_call(model, {name: meta[id(x)] for name, x in state.items()}, *inputs)
     return recorder.kernels
 
 
@@ -321,6 +366,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 # --- what to expect ---
+
+LEAST_GAIN = 1.01  # a layer that gains less is told as one that does not
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -361,30 +408,40 @@ class Advice:
     @property
     def verdict(self) -> str:
         """The prediction, where it comes from and how far it can be trusted, in one line."""
-        said = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype} from {self.source}"
+        said = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype}"
         if not self.measured:
-            return f"{said}: bounds that no kernel reaches, not compared with any measurement"
+            return (
+                f"{said} if dense and sparse kernels both reached the floors of {self.source}; "
+                "not compared with any measurement"
+            )
+        said += f" from {self.source}"
         if self.checked.empty:
             return f"{said}; never compared with a measurement end to end"
         worst = 100 * (self.checked.predicted / self.checked.measured - 1).abs().max()
+        count = len(self.checked)
         return (
             f"{said}; end to end such predictions were off by at most {worst:.0f} % "
-            f"({len(self.checked)} measurements)"
+            f"({count} measurement{'s' * (count > 1)})"
         )
 
     @property
     def _where(self) -> str:
         """Say how much of the time cannot become less, and why if nothing can."""
-        stuck = self.layers[self.layers.reason != ""]
+        if self.layers.empty:
+            return (
+                "No layer gains: whatever this network multiplies is in operations that are not "
+                "counted as layers, and so cannot be pruned here."
+            )
+        stuck = self.layers[self.layers.gain < LEAST_GAIN]
         if len(stuck) == len(self.layers):
-            reasons = stuck.reason.value_counts()
+            reasons = stuck.reason.replace("", "its sparse kernel gains less").value_counts()
             listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
-            return f"No layer gains: {listed or 'there is none'}."
+            return f"No layer gains 1 % or more: {listed}."
         idle = float(stuck.dense_ms.sum())
         text = (
             f"Of {self.dense_ms:.3g} ms dense, {100 * (idle + self.rest_ms) / self.dense_ms:.0f} % "
-            f"cannot gain: {idle:.3g} ms in {len(stuck)} of {len(self.layers)} layers, "
-            f"{self.rest_ms:.3g} ms outside of layers."
+            f"cannot gain 1 % or more: {idle:.3g} ms in {len(stuck)} of {len(self.layers)} "
+            f"layers, {self.rest_ms:.3g} ms outside of layers."
         )
         if self.measured and (stuck.reason == "no matrix product").any():
             text += " Convolutions that are no matrix product count at the best dense rate."
@@ -392,7 +449,7 @@ class Advice:
 
     def _best(self) -> pd.DataFrame:
         """Return the layers that save the most time, as they are shown."""
-        gaining = self.layers[self.layers.reason == ""]
+        gaining = self.layers[self.layers.gain >= LEAST_GAIN]
         saved = (gaining.dense_ms - gaining.sparse_ms).sort_values(ascending=False, kind="stable")
         best = gaining.loc[saved.index[:5]]
         return pd.DataFrame(
@@ -421,7 +478,7 @@ def advise(
     model: nn.Module,
     rates: Rates,
     image_shape: tuple[int, int, int] | None = None,
-    example: Tensor | tuple[Any, ...] | None = None,
+    example: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
     batch: int = 1,
     datatype: str = "FP16",
 ) -> Advice:
@@ -434,9 +491,10 @@ def advise(
     product of matrices take the time that the rates give this product; if cuSPARSELt takes
     their weight, the faster of dense and sparse. All other convolutions stay dense, and are
     counted by the roofline: at the best dense rate that the GPU reached in this datatype, or
-    the time to move their numbers, if that is longer. Batch norms right after a layer are
-    folded into it and cost nothing; so does a ReLU right after a layer, a batch norm or an
-    addition.
+    the time to move their numbers, if that is longer. A layer's outputs count in the width of
+    its inputs, since engines in FP8 and INT8 write them so; a measured product has its own
+    width, `helpers.gemm.Datatype.output`. Batch norms right after a layer are folded into it
+    and cost nothing; so does a ReLU right after a layer, a batch norm or an addition.
 
     The rest is counted by the roofline too, each operation as one kernel that reads and
     writes two bytes for each number: pooling, normalisation, activations, softmax, additions,
@@ -449,27 +507,31 @@ def advise(
         model: any network, on any device; pruned or not.
         rates: of the GPU.
         image_shape: channels, height and width of an input image.
-        example: instead of an image, what to call the network with; only its shapes count.
+        example: instead of an image, what to call the network with: a tensor, several in a
+            tuple, or named ones in a dictionary; only their shapes count.
         batch: how many images; an example has a batch of its own.
         datatype: a name in `helpers.gemm.DATATYPES` whose pattern is 2:4.
 
     Raises:
-        AdviceError: neither or both of `image_shape` and `example` are given, the network
-            does not run on them, or there are no rates in this datatype.
+        AdviceError: neither or both of `image_shape` and `example` are given, they are empty,
+            the network does not run on them, or there are no rates in this datatype.
 
     Explained in `07_sparse_tensor_cores.ipynb`.
     """
     kind = _datatype(datatype)
-    inputs = _inputs(model, image_shape, example, batch)
     try:
+        inputs = _inputs(model, image_shape, example, batch)
         kernels = _run(model, inputs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        first, *_ = str(error).splitlines() or [type(error).__name__]
+    except TutorialError:
+        raise
+    except Exception as error:  # a network may raise anything
+        first, *_ = str(error).splitlines() or [""]
         raise AdviceError(
-            f"The network cannot be followed on shapes alone ({first}). Give it inputs that it "
-            "takes; its steps must not depend on the numbers in them."
+            f"The network does not run on these shapes ({type(error).__name__}: {first}). Give "
+            "it inputs that it takes. Since it runs on shapes alone, its steps must not depend "
+            "on the numbers in them."
         ) from error
-    if not kernels:
+    if not any(kernel.read or kernel.written for kernel in kernels):
         raise AdviceError("The network neither multiplies nor moves anything; give it layers.")
     rows = [_row(kernel, rates, kind) for kernel in kernels if kernel.weight]
     rest = [
@@ -481,7 +543,7 @@ def advise(
     return Advice(
         pd.DataFrame(rows, columns=columns),
         float(sum(rest)),
-        batch if example is None else len(_tensors(inputs)[0]),
+        _batch(inputs),
         datatype,
         rates.source,
         rates.measured,
@@ -512,10 +574,9 @@ def advise_batches(
 
 
 def _datatype(name: str) -> Datatype:
-    fitting = [each for each, datatype in DATATYPES.items() if datatype.pattern == (2, 4)]
-    if name not in fitting:
+    if name not in TWO_OF_FOUR:
         raise AdviceError(
-            f"2:4 cannot be sparse in {name!r}; take {', '.join(fitting)}. "
+            f"There is no 2:4 in {name!r}; take {', '.join(TWO_OF_FOUR)}. "
             "In TF32 the hardware wants one of every two."
         )
     return DATATYPES[name]
@@ -524,18 +585,49 @@ def _datatype(name: str) -> Datatype:
 def _inputs(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None,
-    example: Tensor | tuple[Any, ...] | None,
+    example: Any,
     batch: int,
-) -> tuple[Any, ...]:
-    if (image_shape is None) == (example is None) or batch < 1:
+) -> _Inputs:
+    if (image_shape is None) == (example is None):
         raise AdviceError(
-            "Give either `image_shape`, such as (3, 224, 224), with a batch of at least 1, or "
-            "`example`, what the network is called with."
+            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the network "
+            "is called with."
         )
     if image_shape is None:
-        return (example,) if isinstance(example, Tensor) else tuple(example)
+        return _arguments(example)
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
+    if not all(map(_is_count, (batch, *shape))):
+        raise AdviceError(
+            f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
+            "height, width and batch are whole numbers of at least 1."
+        )
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return (torch.empty(batch, *image_shape, dtype=dtype, device="meta"),)
+    return (torch.empty(batch, *shape, dtype=dtype, device="meta"),), {}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+def _arguments(example: Any) -> _Inputs:
+    match example:
+        case dict():
+            inputs = (), example
+        case tuple() | list():
+            inputs = tuple(example), {}
+        case _:
+            inputs = (example,), {}
+    if not _batch(inputs):
+        raise AdviceError(
+            "`example` holds no tensor with a batch of at least 1. Give what the network is "
+            "called with: a tensor, several in a tuple, or named ones in a dictionary."
+        )
+    return inputs
+
+
+def _batch(inputs: _Inputs) -> int:
+    """Return the length of the first tensor that has one; 0 if there is none."""
+    return next((len(tensor) for tensor in _tensors(inputs) if tensor.ndim), 0)
 
 
 def _row(kernel: _Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
@@ -544,7 +636,7 @@ def _row(kernel: _Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     reason = why_not_sparse(weight, "cusparselt") or why_not_cusparselt(
         *weight.tensor.shape[:2], datatype.input_bytes
     )
-    moved = datatype.input_bytes * kernel.read + datatype.output_bytes * kernel.written
+    moved = datatype.input_bytes * (kernel.read + kernel.written)
     limits = rates.limits(kernel.operations, moved, datatype.name)
     dense = rates.product_ms(*size, sparse=False) if kernel.is_product else max(limits.values())
     sparse = math.nan if reason else rates.product_ms(*size, sparse=True)

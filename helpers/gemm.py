@@ -4,10 +4,12 @@ Explained in `07_sparse_tensor_cores.ipynb`.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -190,7 +192,7 @@ MEASURED = (
 
 def measure_gemms(
     sizes: Sequence[tuple[int, int, int]],
-    datatypes: Sequence[str] | None = None,
+    datatypes: Sequence[str] | str | None = None,
     rounds: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -205,7 +207,7 @@ def measure_gemms(
 
     Args:
         sizes: (m, n, k), for activations (m, k), a weight (n, k) and outputs (m, n).
-        datatypes: names in `DATATYPES`; all of them unless given.
+        datatypes: names in `DATATYPES`, or one of them; all unless given.
         rounds: turns of both contenders, there and back.
         seed: of the numbers and of the intervals' draws.
 
@@ -218,17 +220,31 @@ def measure_gemms(
         words why there are no numbers in this row (NaN).
 
     Raises:
-        GemmError: there is no such datatype.
+        GemmError: there is no such datatype, or a size is not three positive numbers.
 
     Explained in `07_sparse_tensor_cores.ipynb`.
     """
-    chosen = [_datatype(name) for name in (DATATYPES if datatypes is None else datatypes)]
+    names = [datatypes] if isinstance(datatypes, str) else datatypes
+    chosen = [_datatype(name) for name in (DATATYPES if names is None else names)]
+    sizes = [_size(size) for size in sizes]
     rows = []
     products = [(datatype, size) for datatype in chosen for size in sizes]
     for datatype, size in tqdm(products, desc="matrix products", leave=False):
         rows.append(_row(datatype, size, rounds, seed))
         torch.cuda.empty_cache()
     return pd.DataFrame(rows, columns=["datatype", *"mnk", *MEASURED, "reason"])
+
+
+def _size(size: Any) -> tuple[int, int, int]:
+    try:
+        m, n, k = map(operator.index, size)
+    except (TypeError, ValueError) as error:
+        raise GemmError(
+            f"{size!r} is no size of a product; `sizes` takes several (m, n, k) of whole "
+            "numbers, such as [(64, 128, 256)]."
+        ) from error
+    _require_positive(m=m, n=n, k=k)
+    return m, n, k
 
 
 def _row(
@@ -364,15 +380,32 @@ def _operations(m: int, n: int, k: int) -> int:
     return 2 * m * n * k
 
 
-def _bytes(m: int, n: int, k: int, datatype: str, sparse: bool) -> float:
+def _bytes(
+    m: int, n: int, k: int, datatype: str, sparse: bool, output_bytes: int | None = None
+) -> float:
     """Return the bytes of x, the weight and the product, each moved once."""
+    _require_positive(m=m, n=n, k=k)
     kind = _datatype(datatype)
     weight = n * k * (kind.compressed_share if sparse else 1)
-    return kind.input_bytes * (m * k + weight) + kind.output_bytes * m * n
+    each = kind.output_bytes if output_bytes is None else output_bytes
+    return kind.input_bytes * (m * k + weight) + each * m * n
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:  # nor is NaN
+            raise GemmError(f"{name} is {number}; give it a number above 0.")
 
 
 def floor_ms(
-    m: int, n: int, k: int, datatype: str, peak_tflops: float, bandwidth: float, sparse: bool
+    m: int,
+    n: int,
+    k: int,
+    datatype: str,
+    peak_tflops: float,
+    bandwidth: float,
+    sparse: bool,
+    output_bytes: int | None = None,
 ) -> float:
     """Return the least time of a product in milliseconds, by the roofline model.
 
@@ -388,16 +421,19 @@ def floor_ms(
         peak_tflops: 10^12 operations a second, of 2 m n k; for `sparse` the sparse peak.
         bandwidth: GB/s.
         sparse: whether the weight is compressed.
+        output_bytes: of one number of the product; unless given, the datatype's own.
 
     Raises:
-        GemmError: there is no such datatype.
+        GemmError: there is no such datatype, or a size, the peak or the bandwidth is not
+            positive.
 
     Source: Williams et al., "Roofline: an insightful visual performance model for
     multicore architectures", 2009. Explained in `07_sparse_tensor_cores.ipynb`.
     """
+    _require_positive(peak_tflops=peak_tflops, bandwidth=bandwidth)
     seconds = (
         _operations(m, n, k) / (peak_tflops * 1e12),
-        _bytes(m, n, k, datatype, sparse) / (bandwidth * 1e9),
+        _bytes(m, n, k, datatype, sparse, output_bytes) / (bandwidth * 1e9),
     )
     return 1000 * max(seconds)
 

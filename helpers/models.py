@@ -62,7 +62,8 @@ def create_model(name: str, num_classes: int) -> nn.Module:
         return resnext14_8x4d(num_classes)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise TutorialError(
-            f"There is no network {name!r}: it is neither resnext14_8x4d nor one of torchvision's."
+            f"There is no classification network {name!r}: it is neither resnext14_8x4d nor one "
+            "of torchvision's."
         )
     return torchvision.models.get_model(name, num_classes=num_classes)
 

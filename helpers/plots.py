@@ -309,13 +309,17 @@ def _dense_is_1(axis: Axes) -> None:
 def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
     """Draw the rates of dense and sparse products over sizes, one panel for each datatype.
 
-    The ratio of the times stands above each pair. A product that did not run says so, and a
-    datatype of which none ran shows why.
+    The ratio of the times stands above each pair, over its 95 % interval. A product that did
+    not run says so, and a datatype of which none ran shows why.
 
     Args:
         table: as `helpers.gemm.measure_gemms` returns it.
         sheet: of the GPU that it was measured on; its peaks are dashed lines.
+
+    Raises:
+        GemmError: the table has no rows.
     """
+    _require_rows(table)
     kinds = list(dict.fromkeys(table.datatype))
     figure, axes = _axes(max(7, 2.9 * len(kinds)), 3.8, len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
@@ -329,14 +333,23 @@ def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
         if sheet is not None and kind in sheet.tflops:
             for peak, colour in zip(sheet.tflops[kind], CONTENDERS.values(), strict=True):
                 axis.axhline(peak, color=colour, linestyle="--", linewidth=1.2)
-        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])  # room for the ratios
+        axis.set_ylim(0, 1.18 * axis.get_ylim()[1])  # room for the ratios
     handles = [Patch(color=colour, label=name) for name, colour in CONTENDERS.items()]
     if sheet is not None:
         label = f"published peaks, {sheet.gpu}"
         handles.append(Line2D([], [], color="#333333", linestyle="--", label=label))
-    figure.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", ncols=3)
+    handles.append(Patch(color="none", label="ratio of the times, 95 % interval"))
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", ncols=4)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     return figure
+
+
+def _require_rows(products: pd.DataFrame) -> None:
+    if products.empty:
+        raise GemmError(
+            "There is no product to draw: the table has no rows. Measure some with "
+            "helpers.gemm.measure_gemms."
+        )
 
 
 def _draw_reason(axis: Axes, reason: str) -> None:
@@ -350,18 +363,17 @@ def _draw_reason(axis: Axes, reason: str) -> None:
 
 
 def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
-    """Draw the two bars of each size, and above them their ratio."""
+    """Draw the two bars of each size, and above them their ratio with its interval."""
     for offset, (name, colour) in zip((-0.2, 0.2), CONTENDERS.items(), strict=True):
         axis.bar(rows.index + offset, rows[f"{name}_tflops"], 0.38, color=colour)
-    tops = rows[["dense_tflops", "sparse_tflops"]].max(axis=1)
-    for place, top, ratio in zip(rows.index, tops.fillna(0), rows.ratio, strict=True):
-        ran = not np.isnan(ratio)
-        axis.annotate(
-            f"{ratio:.2f}x" if ran else "did not run", (place, top), xytext=(0, 4),
-            textcoords="offset points", ha="center", va="bottom", fontsize=8,
-            rotation=0 if ran else 90, zorder=3,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-        )  # fmt: skip
+    tops = rows[["dense_tflops", "sparse_tflops"]].max(axis=1).fillna(0)
+    for row, top in zip(rows.itertuples(), tops, strict=True):
+        if np.isnan(row.ratio):
+            _write_above(axis, "did not run", (row.Index, top), rotation=90)
+        else:
+            interval = f"{row.ratio_low:.2f}-{row.ratio_high:.2f}"
+            _write_above(axis, f"{row.ratio:.2f}x", (row.Index, top), points=11)
+            _write_above(axis, interval, (row.Index, top), fontsize=5.5)
     if ((rows.m == rows.n) & (rows.n == rows.k)).all():
         axis.set_xticks(rows.index, rows.m, fontsize=8)
         axis.set_xlabel("m = n = k")
@@ -372,11 +384,21 @@ def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_xlim(-0.6, len(rows) - 0.4)
 
 
+def _write_above(
+    axis: Axes, text: str, place: tuple[float, float], points: int = 4, **style
+) -> None:
+    axis.annotate(
+        text, place, xytext=(0, points), textcoords="offset points", ha="center", va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        **{"fontsize": 8, "zorder": 3} | style,
+    )  # fmt: skip
+
+
 def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figure:
     """Draw what memory and Tensor Cores of a GPU allow by intensity, and where products stand.
 
-    A filled point was measured. An empty one is no more than the bound of that product, and
-    the figure says so.
+    A filled point was measured; the legend counts those that did not run. An empty one is what
+    the datasheet allows that product, and the figure says so.
 
     Args:
         sheet: with peaks for the datatype.
@@ -385,8 +407,9 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
             `dense_tflops` and `sparse_tflops` (NaN: this product did not run).
 
     Raises:
-        GemmError: the datasheet has no peaks for the datatype.
+        GemmError: the datasheet has no peaks for the datatype, or there are no points.
     """
+    _require_rows(points)
     if datatype not in sheet.tflops:
         raise GemmError(
             f"The datasheet of the {sheet.gpu} has no peaks for {datatype}; it has them for "
@@ -401,12 +424,15 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     for name, peak in peaks.items():
         _draw_roof(axis, name, peak, sheet.bandwidth, reach)
         measured = f"{name}_tflops" in points
+        label = f"{name}, {'measured' if measured else 'what the datasheet allows'}"
+        if missing := places[name].y.isna().sum():
+            label += f" ({missing} of {len(points)} did not run)"
         axis.plot(
-            places[name].x, places[name].y, "o", color=CONTENDERS[name], zorder=3,
+            places[name].x, places[name].y, "o", color=CONTENDERS[name], zorder=3, label=label,
             markerfacecolor=CONTENDERS[name] if measured else "white",
-            label=f"{name}, {'measured' if measured else 'bound from the datasheet'}",
         )  # fmt: skip
     axis.plot([dense.x, sparse.x], [dense.y, sparse.y], ":", color=DENSE, linewidth=1)
+    axis.plot([], [], ":", color=DENSE, linewidth=1, label="same layer")
     lowest = np.nanmin([*dense.y, *sparse.y, reach[0] * sheet.bandwidth / 1000])
     axis.set(xscale="log", yscale="log", xlim=reach)
     axis.set_ylim(lowest / 4, 2 * peaks["sparse"])  # room for the labels
@@ -415,10 +441,10 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     title = f"{datatype}, {sheet.gpu}, memory {sheet.bandwidth:g} GB/s"
     if not {f"{name}_tflops" for name in CONTENDERS} <= set(points):
-        title += "\nempty points: bounds from the datasheet, not measured"
+        title += "\nempty points: what the datasheet allows, not measured"
     axis.set_title(title, fontsize=10)
     figure.tight_layout()
-    lower = dense.where(dense.y.notna(), sparse).assign(label=points.label.to_numpy())
+    lower = dense.where(dense.y.notna(), sparse).assign(label=points.label.astype(str).to_numpy())
     _label_below(axis, lower.dropna())
     return figure
 
@@ -454,11 +480,21 @@ def _roofline_places(
     return pd.DataFrame({"x": x, "y": y})
 
 
+def _typographic(axis: Axes, places: pd.DataFrame) -> np.ndarray:
+    """Return where places are in the figure, in typographic points."""
+    return axis.transData.transform(places[["x", "y"]].to_numpy()) * 72 / axis.figure.dpi
+
+
 def _label_below(axis: Axes, places: pd.DataFrame) -> None:
-    """Write each label from its point downwards to the right, where no roof is."""
+    """Write each label from its point downwards to the right, where no roof is.
+
+    Points that coincide have one label with all their names.
+    """
     apart = 14  # typographic points, so that slanted lines of text do not touch
-    dots = axis.transData.transform(places[["x", "y"]].to_numpy()) * 72 / axis.figure.dpi
-    across = dots.sum(axis=1)
+    cells = [*np.round(_typographic(axis, places) / 6).T]  # a dot is six points wide
+    join = {"x": "first", "y": "first", "label": ", ".join}
+    places = places.groupby(cells, sort=False).agg(join)
+    across = _typographic(axis, places).sum(axis=1)
     last = np.inf
     for at in np.argsort(-across):
         last = min(across[at], last - apart)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.advice import AdviceError, Rates, advise, advise_batches
-from helpers.gemm import DATASHEETS, floor_ms
+from helpers.gemm import DATASHEETS, DATATYPES, floor_ms
 from helpers.layers import layer_table
 from helpers.models import create_model
 from helpers.sparsity import sparsity_report
@@ -67,11 +67,11 @@ def measured(recorded):
 # The rates of a GPU.
 
 
-def test_a_datasheet_gives_the_bounds_of_the_roofline():
+def test_a_datasheet_gives_the_floors_of_the_roofline():
     sheet = DATASHEETS["a100"]
     for sparse in (False, True):
-        bound = floor_ms(64, 512, 256, "FP16", sheet.tflops["FP16"][sparse], 2039.0, sparse)
-        assert A100.product_ms(64, 512, 256, "FP16", sparse) == bound
+        floor = floor_ms(64, 512, 256, "FP16", sheet.tflops["FP16"][sparse], 2039.0, sparse)
+        assert A100.product_ms(64, 512, 256, "FP16", sparse) == floor
     assert not A100.measured
     assert A100.launch_ms == 0
 
@@ -116,8 +116,26 @@ def test_rates_are_those_of_the_datatype(recorded):
     assert rates.product_ms(4096, 512, 512, "INT8", False) == 0.01
     operations = 2 * 4096 * 512 * 512
     assert rates.best["INT8"] == pytest.approx((operations / 0.01 / 1e9, operations / 0.008 / 1e9))
-    with pytest.raises(AdviceError, match=r"no rates in FP8: products .* has FP16, INT8\."):
+    with pytest.raises(AdviceError, match=r"no rates in FP8 from products .* has FP16, INT8\."):
         rates.product_ms(16, 16, 16, "FP8", False)
+
+
+def test_only_datatypes_that_advise_takes_are_offered_in_place_of_one_without_rates():
+    with pytest.raises(AdviceError, match=r"for 2:4 it has FP16, BF16, INT8\."):
+        A100.product_ms(16, 16, 16, "FP8", False)
+
+
+@pytest.mark.parametrize("name", ["FP16", "INT8", "FP8"])
+def test_outputs_of_layers_have_the_width_of_their_inputs(name):
+    rates = replace(A100, best={name: (math.inf, math.inf)})
+    numbers = 64 * 512 + 512 * 256 + 64 * 256
+    assert rates.product_ms(64, 256, 512, name, False) == pytest.approx(
+        DATATYPES[name].input_bytes * numbers / 2039e6
+    )
+    convolution = nn.Conv2d(4, 8, 3, bias=False)
+    (dense,) = advise(convolution, rates, (4, 6, 6), datatype=name).layers.dense_ms
+    numbers = 4 * 36 + 8 * 4 * 9 + 8 * 16
+    assert dense == pytest.approx(DATATYPES[name].input_bytes * numbers / 2039e6)
 
 
 SIZES = st.tuples(*[st.integers(1, 10**6)] * 3)
@@ -145,8 +163,10 @@ def test_every_time_respects_the_bytes_and_the_launch(tmp_path_factory, products
         (b"[]", "gpu.json is no record of a GPU"),
         (b'{"machine": {"gpu": "X1"}, "rows": []}', "KeyError: 'bandwidth_gbps'"),
         (b'{"machine": {}, "bandwidth_gbps": 1, "rows": []}', "KeyError: 'gpu'"),
-        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": []}', "KeyError"),
+        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": [{}]}', "KeyError: 'dense_ms'"),
         (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": 3}', "no record of a GPU"),
+        (b"[" * 100_000, "gpu.json is not JSON"),
+        (b"9" * 10_000, "gpu.json is not JSON"),
     ],
 )
 def test_a_file_that_is_no_record_is_refused_in_words(tmp_path, content, complaint):
@@ -157,11 +177,49 @@ def test_a_file_that_is_no_record_is_refused_in_words(tmp_path, content, complai
 
 
 def test_a_record_without_usable_products_is_refused(recorded):
-    for rows in ([product(8, 8, 8, None, None)], [product(8, 8, 8, 0.0, 0.1)]):
+    for rows in ([], [product(8, 8, 8, None, None)], [product(8, 8, 8, 0.1, None)]):
         with pytest.raises(AdviceError, match="no product that ran both dense and sparse"):
             Rates.from_record(recorded(*rows))
-    with pytest.raises(AdviceError, match="not positive"):
-        Rates.from_record(recorded(SMALL, bandwidth_gbps=0))
+
+
+COMPARED = {"network": "n", "datatype": "FP16", "batch": 1, "predicted": 1.2, "measured": 1.1}
+NO_NUMBERS = (0, -1, True, math.inf, -math.inf, math.nan, 10**400, 1e308, "1", [1], {})
+
+
+@pytest.mark.parametrize("wrong", NO_NUMBERS, ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("place", ["bandwidth", "size", "time", "batch", "measured"])
+def test_what_is_no_number_of_a_gpu_is_refused_with_the_name_of_the_file(recorded, place, wrong):
+    row, compared = dict(SMALL), dict(COMPARED)
+    more = {"checked": [compared]}
+    if place == "bandwidth":
+        more["bandwidth_gbps"] = wrong
+    elif place in ("size", "time"):
+        row["k" if place == "size" else "sparse_ms"] = wrong
+    else:
+        compared[place] = wrong
+    with pytest.raises(AdviceError, match=r"gpu.json is no record .* is no number from 1e-9"):
+        Rates.from_record(recorded(row, **more))
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "complaint"),
+    [
+        ({"m": 1.5}, {}, "1.5 is no whole number"),
+        ({"datatype": "FP4"}, {}, "'FP4' is none of TF32, FP16"),
+        ({"datatype": ["FP16"]}, {}, r"\['FP16'\] is no text"),
+        ({"datatype": 5}, {}, "5 is no text"),
+        ({}, {"machine": {"gpu": None}}, "None is no text"),
+        ({}, {"machine": None}, "TypeError"),
+        ({}, {"bandwidth_gbps": None}, "None is no number"),
+        ({}, {"checked": [COMPARED | {"measured": None}]}, "None is no number"),
+        ({}, {"checked": None}, "TypeError"),
+        ({}, {"checked": [COMPARED | {"datatype": 5}]}, "5 is no text"),
+        ({}, {"checked": [{"predicted": 1.0, "measured": 1.0}]}, "KeyError: 'network'"),
+    ],
+)
+def test_words_and_sizes_of_a_record_are_read_as_such(recorded, row, more, complaint):
+    with pytest.raises(AdviceError, match=f"gpu.json is no record .*{complaint}"):
+        Rates.from_record(recorded(SMALL | row, **more))
 
 
 def test_a_missing_record_says_what_to_do(tmp_path):
@@ -193,6 +251,33 @@ def test_layers_have_the_sizes_of_their_products():
         "3": [160, 12 * 4, 16, 2],
         "5": [240, 48, 64, 1],
     }
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
+@pytest.mark.parametrize("datatype", ["FP16", "INT8", "FP8"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_layer_is_bound_by_what_its_time_is_counted_from(name, datatype, batch):
+    sheet = DATASHEETS["h200"]
+    rates = Rates.from_datasheet(sheet)
+    layers = advise(on_meta(name), rates, IMAGE, batch=batch, datatype=datatype).layers
+    products = layers[layers.sparse_ms.notna()]
+    assert len(products) > 25
+    arithmetic = 2 * products.m * products.n * products.k / sheet.tflops[datatype][0] / 1e9
+    at_peak = products.dense_ms <= arithmetic * (1 + 1e-9)
+    assert (at_peak == (products.bound == "arithmetic")).all()
+    if name == "resnet50" and datatype == "FP16" and batch == 64:
+        assert products.set_index("layer").bound["layer3.0.downsample.0"] == "arithmetic"
+
+
+def test_a_strided_1x1_convolution_reads_only_the_pixels_that_it_looks_at():
+    layer = nn.Conv2d(16, 32, 1, stride=2)
+    (row,) = (
+        advise(layer, replace(A100, best={"FP16": (math.inf, math.inf)}), (16, 8, 8))
+        .layers[["dense_ms", "bound"]]
+        .to_dict("records")
+    )
+    assert row["bound"] == "memory"
+    assert row["dense_ms"] == pytest.approx(2 * (16 * 16 + 16 * 32 + 16 * 32) / 2039e6)
 
 
 def test_the_projections_of_attention_are_layers():
@@ -343,7 +428,7 @@ def test_the_network_is_left_as_it_was():
         key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()
     }
     modes = [layer.training for layer in model.modules()]
-    with pytest.raises(AdviceError, match="cannot be followed on shapes alone"):
+    with pytest.raises(AdviceError, match="does not run on these shapes"):
         advise(model, A100, (3, 28, 28))
     advise(model, A100, (1, 28, 28), batch=64)
     assert [layer.training for layer in model.modules()] == modes
@@ -355,12 +440,65 @@ def test_the_network_is_left_as_it_was():
 
 @pytest.mark.parametrize(
     "inputs",
-    [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)},
-     {"image_shape": (4, 6, 4), "batch": 0}],
-)  # fmt: skip
+    [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)}],
+)
 def test_there_is_one_kind_of_input(inputs):
     with pytest.raises(AdviceError, match="either `image_shape`"):
         advise(nn.Linear(4, 4), A100, **inputs)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, True, "1", math.nan])
+def test_a_batch_is_a_count(batch):
+    with pytest.raises(AdviceError, match="There are no images of shape"):
+        advise(nn.Linear(4, 4), A100, (4, 6, 4), batch=batch)
+
+
+@pytest.mark.parametrize("shape", ["abc", (4, 0, 4), (4, -6, 4), (4, 6.0, 4), 4.5])
+def test_sides_of_an_image_are_counts(shape):
+    with pytest.raises(AdviceError, match="There are no images of shape"):
+        advise(nn.Linear(4, 4), A100, shape)
+
+
+@pytest.mark.parametrize(
+    "example", [3, "abc", (), {}, torch.zeros(0, 4), torch.tensor(1.0), (2, torch.zeros(0, 4))]
+)
+def test_an_example_has_a_tensor_with_a_batch(example):
+    with pytest.raises(AdviceError, match="`example` holds no tensor with a batch"):
+        advise(nn.Linear(4, 4), A100, example=example)
+
+
+def test_an_example_of_named_tensors_is_given_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(32, 16)
+
+        def forward(self, *, scale, x):
+            return self.inner(x) * scale
+
+    x, scale = torch.zeros(8, 32), torch.zeros(())
+    advice = advise(Named(), A100, example={"scale": scale, "x": x})
+    assert advice.layers[["m", "n", "k"]].to_numpy().tolist() == [[8, 16, 32]]
+    assert advice.batch == 8
+    with pytest.raises(AdviceError, match=r"does not run on these shapes \(TypeError: "):
+        advise(Named(), A100, example={"x": x})
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, ZeroDivisionError])
+def test_whatever_a_network_raises_is_told_in_its_own_words(error):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise error("my words\nand more")
+
+    words = f"does not run on these shapes \\({error.__name__}: '?my words"
+    with pytest.raises(AdviceError, match=words):
+        advise(Failing(), A100, example=torch.zeros(4))
+
+
+def test_images_too_large_to_count_are_refused(resnext):
+    for shape, batch in (((3, 10**9, 10**9), 1), (IMAGE, 10**17), (IMAGE, 10**30)):
+        with pytest.raises(AdviceError, match="does not run on these shapes"):
+            advise(resnext, A100, shape, batch=batch)
 
 
 def test_a_network_that_looks_at_numbers_is_refused():
@@ -370,8 +508,9 @@ def test_a_network_that_looks_at_numbers_is_refused():
 
     with pytest.raises(AdviceError, match="must not depend on the numbers"):
         advise(Curious(), A100, example=torch.zeros(4))
-    with pytest.raises(AdviceError, match="neither multiplies nor moves"):
-        advise(nn.Identity(), A100, example=torch.zeros(4))
+    for model, example in ((nn.Identity(), torch.zeros(4)), (nn.GELU(), torch.zeros(4, 0))):
+        with pytest.raises(AdviceError, match="neither multiplies nor moves"):
+            advise(model, A100, example=example)
 
 
 # What to expect.
@@ -446,10 +585,49 @@ def test_a_network_without_an_eligible_layer_gains_nothing_and_says_why():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 10))
     advice = advise(model, A100, (3, 8, 8))
     assert advice.speedup == 1.0
-    assert "No layer gains" in repr(advice)
+    assert "No layer gains 1 % or more: " in repr(advice)
     assert "1 x no matrix product" in repr(advice)
     assert f"1 x {why_not_cusparselt(10, 576)}" in repr(advice)
     assert "layers that gain most" not in repr(advice) + advice._repr_html_()
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(32, 32))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(32, 32), nn.GRU(32, 32), Product()], ids=repr)
+def test_arithmetic_outside_of_layers_is_told_as_such(model):
+    advice = advise(model, A100, example=torch.zeros(8, 4, 32))
+    assert advice.layers.empty
+    assert advice.speedup == 1
+    assert "operations that are not counted as layers" in repr(advice)
+
+
+def test_a_layer_that_gains_less_than_a_hundredth_counts_as_one_that_does_not(recorded):
+    rates = Rates.from_record(recorded(product(64, 512, 512, 0.01005, 0.01), LARGE))
+    small, large = nn.Linear(512, 512), nn.Linear(512, 512)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.large = small, large
+
+        def forward(self, few, many):
+            return self.small(few), self.large(many)
+
+    few, many = torch.zeros(64, 512), torch.zeros(4096, 512)
+    alone = advise(small, rates, example=few)
+    assert 1 < alone.speedup < 1.01
+    assert "No layer gains 1 % or more: 1 x its sparse kernel gains less." in repr(alone)
+    assert "layers that gain most" not in repr(alone)
+    both = advise(Both(), rates, example=(few, many))
+    assert both._best()["layers that gain most"].tolist() == ["large"]
+    assert "cannot gain 1 % or more: 0.01 ms in 1 of 2 layers, 0 ms outside" in repr(both)
 
 
 def test_eight_bits_take_channels_in_thirty_twos():
@@ -464,15 +642,15 @@ def test_eight_bits_take_channels_in_thirty_twos():
 
 @pytest.mark.parametrize("name", ["TF32", "FP17"])
 def test_a_datatype_without_2to4_is_refused(name):
-    with pytest.raises(AdviceError, match=f"cannot be sparse in '{name}'; take FP16, BF16"):
+    with pytest.raises(AdviceError, match=f"no 2:4 in '{name}'; take FP16, BF16"):
         advise(nn.Linear(16, 16), A100, example=torch.zeros(1, 16), datatype=name)
 
 
-def test_the_verdict_of_a_datasheet_says_that_it_is_a_bound():
+def test_the_verdict_of_a_datasheet_says_on_what_condition_it_holds():
     advice = advise(nn.Linear(1024, 1024), A100, example=torch.zeros(4096, 1024))
     assert advice.verdict == (
-        f"{advice.speedup:.2f}x at batch 4096 in FP16 from the datasheet of NVIDIA A100 80 GB SXM: "
-        "bounds that no kernel reaches, not compared with any measurement"
+        f"{advice.speedup:.2f}x at batch 4096 in FP16 if dense and sparse kernels both reached the "
+        "floors of the NVIDIA A100 80 GB SXM's datasheet; not compared with any measurement"
     )
 
 
@@ -489,6 +667,12 @@ def test_the_verdict_of_a_measured_gpu_says_how_far_off_it_was(recorded):
     assert advise(model, rates, example=example).verdict == (
         f"{said}; end to end such predictions were off by at most 12 % (3 measurements)"
     )
+    rates = Rates.from_record(recorded(LARGE, checked=checked[:1]))
+    assert advise(model, rates, example=example).verdict.endswith("at most 0 % (1 measurement)")
+
+
+def idle_ms(advice):
+    return advice.layers.dense_ms[advice.layers.gain < 1.01].sum()
 
 
 def test_advice_shows_where_the_time_goes(resnext, measured):
@@ -496,7 +680,8 @@ def test_advice_shows_where_the_time_goes(resnext, measured):
     verdict, where, _, header, *rows = repr(advice).splitlines()
     assert verdict == advice.verdict
     assert f"Of {advice.dense_ms:.3g} ms dense" in where
-    assert "ms in 35 of 105 layers" in where
+    stuck = (advice.layers.gain < 1.01).sum()
+    assert f"cannot gain 1 % or more: {idle_ms(advice):.3g} ms in {stuck} of 105 layers" in where
     assert where.endswith("Convolutions that are no matrix product count at the best dense rate.")
     assert header.split() == (
         "layers that gain most m x n x k dense, ms sparse, ms gain bound".split()

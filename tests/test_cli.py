@@ -138,16 +138,17 @@ def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     assert line.startswith("TutorialError: x.onnx is not a valid ONNX model")
 
 
-def test_advice_comes_by_batch_and_says_that_a_datasheet_is_a_bound(run):
-    status, said, _ = run("advise", "resnet50", "--batch", 64, "--batch", 2, "--gpu", "H100")
+def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
+    batches = ("--batch", 64, "--batch", 2, "--batch", 64)
+    status, said, _ = run("advise", "resnet50", *batches, "--gpu", "H100", "--datatype", "fp16")
     assert status == 0
-    title, bound, header, *batches = said.partition("\n\n")[0].splitlines()
-    assert title == "resnet50 at 224x224 in FP16, from the datasheet of NVIDIA H100 80 GB SXM"
-    assert bound == "These are bounds, not measurements: no kernel reaches them."
+    title, floors, header, *batches = said.partition("\n\n")[0].splitlines()
+    assert title == "resnet50 at 224x224 in FP16, from the NVIDIA H100 80 GB SXM's datasheet"
+    assert floors.startswith("Floors, not measurements: ")
     assert header.split() == ["batch", "dense_ms", "sparse_ms", "speedup"]
     assert [row.split()[0] for row in batches] == ["2", "64"]
     verdict = said.partition("\n\n")[2].splitlines()[0]
-    assert verdict.startswith(f"{float(batches[1].split()[3]):.2f}x at batch 64 in FP16 from")
+    assert verdict.startswith(f"{float(batches[1].split()[3]):.2f}x at batch 64 in FP16 if dense")
 
 
 def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):
@@ -162,7 +163,7 @@ def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):
     )  # fmt: skip
     assert status == 0
     assert "at 28x28 in BF16, from products measured on NVIDIA X1" in said
-    assert "bound" not in said.partition("\n\n")[0]
+    assert "Floors" not in said
     assert "never compared with a measurement end to end" in said
 
 
@@ -172,15 +173,42 @@ def test_advice_is_given_for_a_network_that_cannot_be_made_without_numbers(run):
     assert said.startswith("regnet_x_400mf at 64x64 in FP16")
 
 
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("vit_h_14", 224)])
+def test_advice_is_for_images_of_the_size_that_the_network_is_made_for(run, name, size):
+    status, said, _ = run("advise", name, "--batch", 1)
+    assert status == 0
+    assert said.startswith(f"{name} at {size}x{size} in FP16")
+
+
+def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, monkeypatch):
+    model = create_model("resnet18", 10)
+    save_checkpoint(model, tmp_path / "r.safetensors", "resnet18")
+    monkeypatch.setattr(cli, "_image_size", {"resnet18": 96}.get)
+    assert "at 96x96 in FP16" in run("advise", tmp_path / "r.safetensors", "--batch", 1)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("resnet51",), "TutorialError: There is no network 'resnet51'"),
+        (("resnet51",), "TutorialError: There is no classification network 'resnet51'"),
+        (("fcn_resnet50",), "TutorialError: There is no classification network 'fcn_resnet50'"),
+        (("m.pt",), "TutorialError: m.pt is no checkpoint: these end in .safetensors"),
+        (("resnet50", "--gpu", ""), "TutorialError: There is no datasheet ''"),
+        (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
+        (("resnet50", "--batch", 10**17), "AdviceError: The network does not run on these"),
+        (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
+        (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
+        (("resnet50", "--image-size", 10**9), "AdviceError: The network does not run on these"),
+        (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
         (("resnet50", "--gpu", "b200"), "TutorialError: There is no datasheet 'b200'"),
         (("resnet50", "--gpu", "a100", "--rates", "x.json"), "TutorialError: Give either --gpu"),
         (("resnet50", "--rates", "x.json"), "AdviceError: x.json cannot be read"),
-        (("resnet50", "--datatype", "TF32"), "AdviceError: 2:4 cannot be sparse in 'TF32'"),
-        (("vit_b_16", "--image-size", 100), "AdviceError: The network cannot be followed"),
+        (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
+        (
+            ("vit_b_16", "--image-size", 384),
+            "AdviceError: The network does not run on these shapes (AssertionError: Wrong image "
+            "height! Expected 224 but got 384!)",
+        ),
     ],
 )
 def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, complaint):

@@ -283,6 +283,19 @@ def test_nothing_to_measure_is_an_empty_table():
     assert table.empty
 
 
+def test_one_datatype_may_be_named_without_a_list(lab):
+    assert list(measure_gemms([SIZE], "FP16").datatype) == ["FP16"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(32, 32)], (32, 32, 32), [(32, 32, 32.5)], [(32, 0, 32)], [(32, 32, -32)], ["abc"]]
+)
+def test_what_is_no_size_is_refused_before_anything_is_measured(lab, sizes):
+    with pytest.raises(GemmError, match=r"no size of a product|give it a number above 0"):
+        measure_gemms([SIZE, *sizes])
+    assert lab.weights == []
+
+
 def test_an_unknown_datatype_is_refused_before_anything_is_measured():
     names = "TF32, FP16, BF16, INT8, FP8"
     for ask in (why_not, lambda name: measure_gemms([SIZE], ["FP16", name])):
@@ -463,6 +476,25 @@ def test_better_hardware_and_smaller_products_are_never_slower(size, name, peak,
     for side in range(3):
         larger = [length * (2 if side == place else 1) for place, length in enumerate(size)]
         assert floor_ms(*larger, name, peak, bandwidth, sparse) >= floor
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -math.inf, math.nan])
+@pytest.mark.parametrize("place", ["m", "n", "k", "peak_tflops", "bandwidth"])
+def test_a_floor_of_what_is_not_positive_is_refused(place, wrong):
+    known = {"m": 8, "n": 8, "k": 8, "peak_tflops": 100, "bandwidth": 1000} | {place: wrong}
+    with pytest.raises(GemmError, match=f"{place} is {wrong}; give it a number above 0"):
+        floor_ms(**known, datatype="FP16", sparse=False)
+    if place in "mnk":
+        with pytest.raises(GemmError, match=f"{place} is {wrong}"):
+            intensity(*(known[side] for side in "mnk"), "FP16", False)
+
+
+def test_the_outputs_may_have_another_width_than_the_datatypes_own():
+    moved = 8 * 16 + 4 * 16 + 8 * 4
+    floor = floor_ms(8, 4, 16, "INT8", math.inf, 1000, False, output_bytes=1)
+    assert floor == pytest.approx(moved / 1000e6)
+    own = floor_ms(8, 4, 16, "INT8", math.inf, 1000, False)
+    assert own - floor == pytest.approx(3 * 8 * 4 / 1000e6)
 
 
 # --- datasheets ----------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_network_of_torchvision_is_made_by_name():
 
 
 def test_an_unknown_network_is_refused_by_name():
-    with pytest.raises(TutorialError, match=r"^There is no network 'resnext15'"):
+    with pytest.raises(TutorialError, match=r"^There is no classification network 'resnext15'"):
         create_model("resnext15", 10)
 
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(model, tmp_path):
 
 def test_a_checkpoint_of_an_unknown_network_is_refused(model, tmp_path):
     save_checkpoint(model, tmp_path / "model.safetensors", "resnext15")
-    with pytest.raises(TutorialError, match="There is no network 'resnext15'"):
+    with pytest.raises(TutorialError, match="There is no classification network 'resnext15'"):
         load_checkpoint(tmp_path / "model.safetensors")
 
 

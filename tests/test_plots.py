@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers import models, plots, sparsity
 from helpers.artifacts import ArtifactError
-from helpers.gemm import DATASHEETS, GemmError, floor_ms, intensity
+from helpers.gemm import DATASHEETS, GemmError, floor_ms, intensity, measure_gemms
 from helpers.sparsity import compress_2to4, mask_2to4
 from helpers.training import Accuracy, Epoch
 
@@ -250,6 +250,8 @@ def gemm_table(**columns: list) -> pd.DataFrame:
         "dense_tflops": [200.0, 300.0, 100.0],
         "sparse_tflops": [300.0, 270.0, 200.0],
         "ratio": [1.5, 0.9, 2.0],
+        "ratio_low": [1.45, 0.85, 1.9],
+        "ratio_high": [1.55, 0.95, 2.1],
         "reason": ["", "", ""],
     }
     return pd.DataFrame(content | columns)
@@ -259,7 +261,7 @@ def heights(axis) -> list[float]:
     return [bar.get_height() for bar in axis.patches]
 
 
-def test_products_are_drawn_by_datatype_dense_beside_sparse_with_their_ratio():
+def test_products_are_drawn_by_datatype_dense_beside_sparse_with_ratio_and_interval():
     figure = plots.plot_gemms(gemm_table())
     left, right = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["FP16", "INT8"]
@@ -268,15 +270,20 @@ def test_products_are_drawn_by_datatype_dense_beside_sparse_with_their_ratio():
     assert heights(right) == [100, 200]
     colours = [to_hex(bar.get_facecolor()) for bar in right.patches]
     assert colours == [plots.DENSE, plots.SPARSE]
-    assert texts(left) == ["1.50x", "0.90x"]
+    assert texts(left) == ["1.50x", "1.45-1.55", "0.90x", "0.85-0.95"]
+    ratio, interval, *_ = left.texts
+    assert interval.get_fontsize() < ratio.get_fontsize()
+    assert interval.xyann[1] < ratio.xyann[1]
     assert labels(left.get_xticklabels()) == ["1024", "2048"]
     assert left.get_xlabel() == "m = n = k"
     assert labels(right.get_xticklabels()) == ["64x128x256"]
-    assert labels(figure.legends[0].get_texts()) == ["dense", "sparse"]
+    assert labels(figure.legends[0].get_texts()) == [
+        "dense", "sparse", "ratio of the times, 95 % interval",
+    ]  # fmt: skip
     assert not left.lines
     for axis in figure.axes:
         for text in axis.texts:
-            assert text.xy[1] == max(heights(axis)[int(text.xy[0]) :: len(axis.texts)])
+            assert text.xy[1] == max(heights(axis)[int(text.xy[0]) :: len(axis.texts) // 2])
 
 
 def test_published_peaks_are_dashed_lines_where_there_are_any():
@@ -299,7 +306,7 @@ def test_a_product_that_did_not_run_says_so():
         reason=["too small", "", "No GPU was found, so that nothing could be measured."],
     )
     left, right = plots.plot_gemms(table, DATASHEETS["h200"]).axes
-    assert texts(left) == ["did not run", "0.90x"]
+    assert texts(left) == ["did not run", "0.90x", "0.85-0.95"]
     (reason,) = texts(right)
     assert reason.replace("\n", " ") == table.reason[2]
     assert not right.patches
@@ -340,8 +347,10 @@ def test_products_that_were_not_measured_stand_on_the_roofs_and_the_figure_says_
         assert y == pytest.approx(rates)
         assert colour == (plots.SPARSE if sparse else plots.DENSE)
         assert filling == "#ffffff"
-    assert "bounds from the datasheet, not measured" in axis.get_title()
-    assert legend(axis) == ["dense, bound from the datasheet", "sparse, bound from the datasheet"]
+    assert "what the datasheet allows, not measured" in axis.get_title()
+    assert legend(axis) == [
+        "dense, what the datasheet allows", "sparse, what the datasheet allows", "same layer",
+    ]  # fmt: skip
     assert {"decode", "prefill", "dense peak, 989.4", "sparse peak, 1978.9"} == set(texts(axis))
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
 
@@ -369,7 +378,9 @@ def test_measured_products_are_filled_points_at_their_rates():
     assert dense[2:] == (plots.DENSE, plots.DENSE)
     assert sparse[2:] == (plots.SPARSE, plots.SPARSE)
     assert "not measured" not in axis.get_title()
-    assert legend(axis) == ["dense, measured", "sparse, measured"]
+    assert legend(axis) == [
+        "dense, measured", "sparse, measured (1 of 2 did not run)", "same layer",
+    ]  # fmt: skip
 
 
 def test_a_product_of_which_nothing_ran_has_no_label():
@@ -377,17 +388,40 @@ def test_a_product_of_which_nothing_ran_has_no_label():
     points = PRODUCTS.assign(dense_tflops=[nan, nan], sparse_tflops=[nan, 1000.0])
     (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", points).axes
     assert "decode" not in texts(axis)
+    assert legend(axis)[:2] == [
+        "dense, measured (2 of 2 did not run)", "sparse, measured (1 of 2 did not run)",
+    ]  # fmt: skip
     (prefill,) = [text for text in axis.texts if text.get_text() == "prefill"]
     assert prefill.xy[1] == 1000, "it hangs on the point that there is"
 
 
+def test_products_that_coincide_share_a_label():
+    same = pd.concat([PRODUCTS[1:]] * 2 + [PRODUCTS[:1]]).assign(label=["a", 2, "c"])
+    (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", same).axes
+    assert {"a, 2", "c"} < set(texts(axis))
+    assert len(axis.texts) == 2 + 2, "the labels and the peaks' names"
+
+
 def test_labels_of_products_of_the_same_intensity_do_not_touch():
-    same = pd.concat([PRODUCTS[1:]] * 4).assign(label=[*"abcd"])
+    sides = [1000, 1040, 1080, 1120]
+    same = pd.DataFrame({"label": [*"abcd"], "m": sides, "n": sides, "k": sides})
+    same = same.assign(dense_tflops=[500.0, 460, 420, 380], sparse_tflops=[600.0, 550, 500, 450])
     figure = plots.plot_roofline(DATASHEETS["h200"], "FP16", same)
     (axis,) = figure.axes
-    places = sorted(text.xyann[1] for text in axis.texts if text.get_text() in "abcd")
-    assert len(places) == 4
-    assert np.diff(places).min() == pytest.approx(14)
+    written = [text for text in axis.texts if text.get_text() in "abcd"]
+    dots = axis.transData.transform([text.xy for text in written]) * 72 / figure.dpi
+    lines = sorted(dots.sum(axis=1) + [text.xyann[1] for text in written])
+    assert len(lines) == 4
+    assert np.diff(lines).min() == pytest.approx(14)
+
+
+def test_a_table_without_products_is_refused():
+    for draw in (
+        plots.plot_gemms,
+        lambda rows: plots.plot_roofline(DATASHEETS["a100"], "FP16", rows),
+    ):
+        with pytest.raises(GemmError, match="There is no product to draw"):
+            draw(measure_gemms([]))
 
 
 def test_a_roofline_without_published_peaks_is_refused():
