@@ -290,6 +290,8 @@ def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
     """Draw the intervals as lines, where there are any, and the values above them."""
+    measured = gain.value.notna().to_numpy()
+    places, gain = places[measured], gain[measured]
     axis.vlines(places, gain.low, gain.high, color="#333333", linewidth=1.2)
     tops = gain[["value", "high"]].max(axis=1)  # the value's own where there is no interval
     for place, value, top in zip(places, gain.value, tops, strict=True):

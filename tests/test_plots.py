@@ -453,3 +453,13 @@ def test_a_figure_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch,
         plots.save(figure, path)
     assert path.read_bytes() == b"the old one"
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_batch_whose_energy_was_not_measured_has_no_figure_for_it():
+    table = sweep_table()
+    energy = [name for name in table if "joule" in name or "watt" in name]
+    table.loc[table.batch == table.batch.min(), energy] = float("nan")
+    (axis,) = plots.plot_case_study(record(table, gpu="H100")).axes
+    texts = [text.get_text() for text in axis.texts]
+    assert len(texts) == 2 + 1  # speed at both batches, performance per watt at one
+    assert "nan" not in texts
