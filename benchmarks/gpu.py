@@ -221,7 +221,7 @@ def measure(
             measure_batch(run, record, runners, batch)
         except Exception as error:  # such as too little memory, which a smaller batch may have
             record["failed"].append({"batch": batch, "reason": told(error)})
-        record["networks"] = sparse.networks().to_dict("records")
+        record["contest"] = sparse.contest().to_dict("records")
         record["choices"] = sparse.choices().to_dict("records")
         run.write(part, record)
         took.append(time.monotonic() - began)

@@ -473,7 +473,7 @@ class SparseTorchRunner(TorchRunner):
 
     On a GPU each batch size is prepared when it is first loaded, on these images: every
     layer's kernels are timed, then the network of the fastest ones takes turns with the dense
-    network, and the faster of the two is kept. On a CPU nothing is timed.
+    networks, and the fastest of all is kept. On a CPU nothing is timed.
 
     Args:
         model: a network pruned 2:4; it is not changed.
@@ -505,29 +505,41 @@ class SparseTorchRunner(TorchRunner):
         super().__init__(model, dtype, compile)
         self.name += f", {backend}"
         autotuner = Autotuner(median_times, cache) if self.on_gpu else None
-        # Another graph over the same layers: use_gemms_ replaces them in this one alone.
-        self.converted = fx.GraphModule(self.model, copy.deepcopy(self.model.graph))
-        self.layers = use_gemms_(self.converted, backend, autotuner)
-        self.whole: dict[torch.Size, dict[str, float]] = {}
+        self.networks = {"layers": self.model}
+        for name in dict.fromkeys(("dense", backend)):
+            # Another graph over the same layers: use_gemms_ replaces them in this one alone.
+            self.networks[name] = fx.GraphModule(self.model, copy.deepcopy(self.model.graph))
+            self.layers = use_gemms_(self.networks[name], name, autotuner)
+        self.backend = backend
+        self.milliseconds: dict[torch.Size, dict[str, float]] = {}
 
     def prepare(self, images: Tensor) -> Prepared:
-        self.converted(images)  # every layer meets its input and chooses
-        chosen = self.made_ready(self.converted, images)
         if not self.on_gpu:
-            return chosen
+            return self.made_ready(self.networks[self.backend], images)
+        ready = {}
+        for name, network in self.networks.items():
+            network(images)  # every layer meets its input and chooses
+            ready[name] = self.made_ready(network, images)
         # Layers that win alone can still lose together, by what the dense ones are fused with.
-        dense = self.made_ready(self.model, images)
-        times = cuda_graphs.time_graphs([dense.graph, chosen.graph], rounds=5)
+        times = cuda_graphs.time_graphs([each.graph for each in ready.values()], rounds=5)
         medians = [float(np.median(np.concatenate(own))) for own in times]
-        self.whole[images.shape] = dict(zip(("dense", "chosen"), medians, strict=True))
-        return chosen if medians[1] <= medians[0] else dense
+        self.milliseconds[images.shape] = dict(zip(ready, medians, strict=True))
+        return ready[self.fastest(images.shape)]
+
+    def fastest(self, shape: torch.Size) -> str:
+        """Return which network runs images of a shape that was loaded on a GPU.
+
+        It is `layers` as they came, all `dense`, or `cusparselt` where that is a layer's fastest.
+        """
+        times = self.milliseconds[shape]
+        return min(times, key=times.get)
 
     def choices(self) -> pd.DataFrame:
         """Return one row for each layer and input shape so far: which kernel is its fastest.
 
         The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and on a GPU the
         milliseconds of every kernel, under its name. Whether the network of these kernels is
-        faster than the dense one, and is therefore run, tells `networks`.
+        the fastest, and is therefore run, tells `contest`.
         """
         rows = [
             {
@@ -541,18 +553,17 @@ class SparseTorchRunner(TorchRunner):
         ]
         return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
 
-    def networks(self) -> pd.DataFrame:
-        """Return one row for each input shape so far: which network runs, and both times.
+    def contest(self) -> pd.DataFrame:
+        """Return one row for each input shape so far: how fast each network is, and which runs.
 
-        The columns are `input`, `dense` and `chosen`, the milliseconds of the network with
-        dense layers and with the chosen kernels, and `runs`, the name of the faster one.
-        Without a GPU there are no rows.
+        The columns are `input`, the milliseconds of each network under its name, as `fastest`
+        explains them, and `runs`. Without a GPU there are no rows.
         """
         rows = [
-            {"input": "x".join(map(str, shape)), **times, "runs": min(times, key=times.get)}
-            for shape, times in self.whole.items()
+            {"input": "x".join(map(str, shape)), **times, "runs": self.fastest(shape)}
+            for shape, times in self.milliseconds.items()
         ]
-        return pd.DataFrame(rows, columns=["input", "dense", "chosen", "runs"])
+        return pd.DataFrame(rows, columns=["input", *self.networks, "runs"])
 
 
 def _require_cusparselt(dtype: torch.dtype | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers import cuda_graphs, machine, models
+from helpers import cuda_graphs, machine, models, sparse_torch
 from helpers.onnx_export import fold_batch_norm, relative_gap
 from helpers.runners import RunnerError, TorchRunner
 from helpers.sparse_torch import (
@@ -574,9 +574,9 @@ def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch)
         SparseTorchRunner(linear_network(), dtype=torch.float32)
 
 
-def on_a_fake_gpu(model: nn.Module) -> SparseTorchRunner:
+def on_a_fake_gpu(model: nn.Module, backend: str = "dense") -> SparseTorchRunner:
     """Return a runner that prepares and replays graphs, though on the CPU."""
-    runner = SparseTorchRunner(model, "dense")
+    runner = SparseTorchRunner(model, backend)
     runner.on_gpu = True
     runner.start = runner.end = MagicMock()
     return runner
@@ -595,7 +595,7 @@ def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
         own.fill_(float("nan"))  # the runner has a copy
         runner.run()
         assert relative_gap(runner.fetch(), expected[part]) < GAP
-    assert len(captured) == 2 * 2  # for each shape the chosen kernels and the dense network
+    assert len(captured) == 2 * 2  # for each shape the layers and the products
     before = runner.fetch()
     runner.load(images)
     assert torch.equal(runner.fetch(), before), "loading alone changes no result"
@@ -616,7 +616,7 @@ def test_cudnn_looks_for_its_fastest_kernel_whenever_a_layer_meets_a_shape(
 ):
     model, images = pruned
     runner, seen = on_a_fake_gpu(model), []
-    for network in (runner.model, runner.converted):
+    for network in runner.networks.values():
         network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
     before = torch.backends.cudnn.benchmark
     runner.load(images)
@@ -625,25 +625,26 @@ def test_cudnn_looks_for_its_fastest_kernel_whenever_a_layer_meets_a_shape(
     assert torch.backends.cudnn.benchmark == before
 
 
-@pytest.mark.parametrize("faster", ["dense", "chosen"])
-def test_the_faster_of_the_whole_networks_runs(no_gpu, captured, gpu_clock, faster):
+@pytest.mark.parametrize("fastest", ["layers", "dense", "cusparselt"])
+def test_the_fastest_of_the_whole_networks_runs(
+    no_gpu, captured, gpu_clock, cusparselt, monkeypatch, fastest
+):
     """What wins layer by layer can lose as a network."""
+    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
     model = prepared(linear_network(), random(4, 48))
-    runner = on_a_fake_gpu(model)
-    slow = runner.converted if faster == "dense" else runner.model
-    slow.get_submodule("0").register_forward_hook(
-        lambda *_: gpu_clock.__setitem__(0, gpu_clock[0] + 2.0)
-    )
-    quick = runner.model if faster == "dense" else runner.converted
-    quick.get_submodule("2").register_forward_hook(
-        lambda *_: gpu_clock.__setitem__(0, gpu_clock[0] + 1.0)
-    )
+    runner = on_a_fake_gpu(model, "cusparselt")
+    assert list(runner.networks) == ["layers", "dense", "cusparselt"]
+    for name, network in runner.networks.items():
+        milliseconds = 1.0 if name == fastest else 2.0
+        network.register_forward_hook(
+            lambda *_, own=milliseconds: gpu_clock.__setitem__(0, gpu_clock[0] + own)
+        )
     images = random(3, 48)
     with torch.inference_mode():
         assert relative_gap(runner(images), model(images)) < GAP
-    (row,) = runner.networks().to_dict("records")
-    other = {"dense": "chosen", "chosen": "dense"}[faster]
-    assert row == {"input": "3x48", faster: 1.0, other: 2.0, "runs": faster}
+    (row,) = runner.contest().to_dict("records")
+    times = dict.fromkeys(runner.networks, 2.0) | {fastest: 1.0}
+    assert row == {"input": "3x48", **times, "runs": fastest}
     gpu_clock[0] = 0.0
     runner.run()
     assert gpu_clock[0] == 1.0
