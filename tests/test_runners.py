@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import cuda_graphs, runners
+from helpers.benchmark import check_outputs
 from helpers.data import first_images
 from helpers.engine import Builder, build_engine
 from helpers.onnx_export import relative_gap
@@ -59,6 +60,18 @@ def test_the_onnx_runner_gives_the_logits_of_the_network(exported, reference, pr
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
         assert relative_gap(logits, reference(images(batch))) < GAPS[precision]
+
+
+@pytest.mark.parametrize("kind", ["torch", "fp32", "fp16"])
+def test_every_runner_is_right_on_fresh_images_with_its_results_poisoned(no_gpu, exported, kind):
+    model, files = exported
+    makers = {
+        "torch": lambda: TorchRunner(model),
+        "fp32": lambda: OnnxRunner(files["fp32"]),
+        "fp16": lambda: OnnxRunner(files["fp16"]),
+    }
+    gap = check_outputs(makers[kind](), model, SHAPE, batch=5)
+    assert gap < GAPS["fp16" if kind == "fp16" else "fp32"]
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])

@@ -16,6 +16,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from helpers import cuda_graphs, machine, models, sparse_torch
+from helpers.benchmark import check_outputs
 from helpers.onnx_export import fold_batch_norm, relative_gap
 from helpers.runners import RunnerError, TorchRunner
 from helpers.sparse_torch import (
@@ -572,6 +573,11 @@ def test_a_gpu_without_sparse_tensor_cores_or_cusparselt_is_refused(monkeypatch)
     fake_gpu(monkeypatch, (8, 0), built=True)
     with pytest.raises(RunnerError, match=r"torch\.float32 .*use torch\.float16"):
         SparseTorchRunner(linear_network(), dtype=torch.float32)
+
+
+def test_it_is_right_on_fresh_images_with_its_results_poisoned(no_gpu, pruned):
+    model, images = pruned
+    assert check_outputs(SparseTorchRunner(model, "dense"), model, images.shape[1:], 4) < GAP
 
 
 def on_a_fake_gpu(model: nn.Module, backend: str = "dense") -> SparseTorchRunner:
