@@ -5,8 +5,7 @@ Explained in `07_sparse_tensor_cores.ipynb`.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.checks import TutorialError
 from helpers.gemm import DATATYPES, Datasheet, Datatype, floor_ms
-from helpers.layers import LayerWeight, layer_kind, layer_weights
+from helpers.layers import LayerWeight, attention_shown, in_mode, layer_kind, layer_weights
 from helpers.settings import relative
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
@@ -345,24 +344,9 @@ def _run(model: nn.Module, inputs: _Inputs) -> list[_Kernel]:
         recorder = _Recorder(weights, flops)
         inputs = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), inputs)
         recorder.made = {_storage(x): ("input", x) for x in _tensors(inputs)}
-        with _evaluating(model), recorder:
+        with in_mode(model, training=False), attention_shown(), recorder:
             functional_call(model, {name: meta[id(x)] for name, x in state.items()}, *inputs)
     return recorder.kernels
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every layer into evaluation mode meanwhile; attention shows what it does."""
-    training = [layer for layer in model.modules() if layer.training]
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer in training:
-            layer.training = True
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
 
 
 # --- what to expect ---

@@ -5,6 +5,7 @@ Shown in `01_load_pretrained.ipynb`.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,18 +186,39 @@ def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
     layers = dict.fromkeys(layer for layer, _ in names)
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
     hooks += [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
-    mode = model.training
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer inside, and no hook
-        with torch.inference_mode(), lent:
-            model.eval()(*inputs)
+        with torch.inference_mode(), in_mode(model, training=False), attention_shown(), lent:
+            model(*inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
-        model.train(mode)
         for hook in hooks:
             hook.remove()
     return macs
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a network into training or evaluation mode, and then each layer back into its own.
+
+    Frozen batch norms stay frozen: theirs is not the mode of the network around them.
+    """
+    modes = [(layer, layer.training) for layer in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+@contextmanager
+def attention_shown() -> Iterator[None]:
+    """Keep attention from its fast path, which calls no layer inside, and so no hook."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _LentWeights(TorchFunctionMode):

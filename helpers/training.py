@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from helpers.artifacts import atomic_write
 from helpers.checks import TutorialError
 from helpers.data import Splits
+from helpers.layers import in_mode
 from helpers.machine import device
 from helpers.settings import Recipe
 from helpers.sparsity.prune import hold_masks
@@ -54,15 +55,12 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
     where = device()
     # Moved outside inference mode: weights made inside it could not be trained any more.
     model.to(where, memory_format=torch.channels_last)
-    mode = model.training
-    model.eval()
     correct = total = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), in_mode(model, training=False):
         for images, labels in tqdm(loader, desc="evaluate", leave=False):
             images = images.to(where, memory_format=torch.channels_last)
             part = accuracy(model(images), labels.to(where))
             correct, total = correct + part.correct, total + part.total
-    model.train(mode)
     return Accuracy(correct, total)
 
 

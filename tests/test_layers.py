@@ -169,9 +169,11 @@ def test_rows_are_in_order_of_execution_and_what_never_runs_comes_last():
 @pytest.mark.parametrize("training", [True, False])
 def test_counting_leaves_the_network_as_it_was(model, training):
     model.train(training)
+    frozen = model.bn1.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     layer_table(model, (1, 28, 28))
-    assert model.training == training
+    assert {layer.training for layer in model.modules() if layer is not frozen} == {training}
+    assert not frozen.training
     assert not any(layer._forward_hooks for layer in model.modules())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

@@ -67,8 +67,10 @@ def test_evaluate_sums_up_unequal_batches():
 
 def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, tiny_splits):
     before = weights_of(tiny_net.train())
+    frozen = next(layer for layer in tiny_net.modules() if isinstance(layer, nn.BatchNorm2d)).eval()
     evaluate(tiny_net, tiny_splits.test)
     assert tiny_net.training
+    assert not frozen.training
     assert same(before, tiny_net.state_dict()), "batch norm's statistics moved"
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from helpers.checks import TutorialError
+from helpers.layers import in_mode
 
 # A larger tensor used otherwise than as a layer's weight stays where it is.
 _MOST_ELEMENTS = 1_000_000
@@ -97,13 +98,12 @@ def _trace(
     model: nn.Module, example: tuple[Tensor, ...], training: bool
 ) -> torch.export.ExportedProgram:
     """Return the graph of a network in one of its two modes; the network keeps its own."""
-    modes = {module: module.training for module in model.modules()}
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what fails is said once, by the error below
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), in_mode(model, training):
             warnings.simplefilter("ignore")
-            return torch.export.export(model.train(training), example)
+            return torch.export.export(model, example)
     except Exception as error:  # torch.export raises classes without a common base
         mode = "training" if training else "evaluation"
         line = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -113,8 +113,6 @@ def _trace(
         ) from error
     finally:
         logging.disable(disabled)
-        for module, was in modes.items():
-            module.training = was
 
 
 def reorder_(symmetry: Symmetry, source: np.ndarray) -> None:

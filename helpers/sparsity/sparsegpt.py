@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
+from helpers.layers import in_mode
 from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.masks import mask_2to4
 
@@ -74,7 +75,7 @@ def prune_sparsegpt_(
     weights = eligible_weights(model, target, include, exclude)
     _require_finite(weights)
     masks = {}
-    with torch.no_grad(), _evaluation_mode(model), _all_or_nothing(weights):
+    with torch.no_grad(), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, batches)
         for name in tqdm(uses, desc="SparseGPT", leave=False):
             hessian = _hessian(model, name, weights[name], uses[name], batches)
@@ -347,18 +348,6 @@ def _require_finite(weights: dict[str, nn.Parameter]) -> None:
                 f"{name} has NaN or infinite values. Go back to a checkpoint from before the "
                 "training diverged."
             )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode, and each of its modules back into its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
