@@ -9,6 +9,7 @@ or outdated file in one sentence. Used by every notebook.
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -92,11 +93,26 @@ def _explained(error: OSError, path: Path) -> Exception:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write `content`, which may hold dataclasses, as JSON; in one piece or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
+    """Write `content` as JSON, in one piece or not at all.
+
+    It may hold dataclasses. NaN becomes null, since JSON has no NaN.
+    """
+    plain = _without_nan(json.loads(json.dumps(content, default=asdict)))
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as part:
         part.write_text(text + "\n")
     return Path(path)
+
+
+def _without_nan(content: Any) -> Any:
+    match content:
+        case dict():
+            return {key: _without_nan(value) for key, value in content.items()}
+        case list():
+            return [_without_nan(value) for value in content]
+        case float() if math.isnan(content):
+            return None
+    return content
 
 
 class Artifacts:

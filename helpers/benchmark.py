@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
 from helpers.energy import EnergyCounter, EnergyError, EnergyWindow, idle_watts, measure_energy
+from helpers.layers import in_mode
 from helpers.onnx_export import relative_gap
 from helpers.runners import Runner
 
@@ -122,8 +123,12 @@ def check_outputs(
     largest = 0.0
     for _ in range(repeats):
         images = torch.randn(batch, *image_shape, generator=generator)
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            expected = model.eval()(images.to(where)).cpu()
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            in_mode(model, training=False),
+        ):
+            expected = model(images.to(where)).cpu()
         runner.load(images)
         runner.run()
         runner.poison()
@@ -340,6 +345,8 @@ def sweep(
 
     Raises:
         BenchmarkError: as `time_in_turns` and `energy_in_turns` do.
+
+    If the energy counter fails at a batch, that is printed, and its rows have no energy.
     """
     meter = _gpu_energy() if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
@@ -354,9 +361,12 @@ def sweep(
         ]
         if meter is not None:
             counter, idle = meter
-            windows = energy_in_turns(list(runners.values()), counter, energy_rounds)
-            for row, own in zip(batch_rows, windows, strict=True):
-                row.update(_energy_row(own, windows[0], batch), idle_watts=idle)
+            try:
+                windows = energy_in_turns(list(runners.values()), counter, energy_rounds)
+                for row, own in zip(batch_rows, windows, strict=True):
+                    row.update(_energy_row(own, windows[0], batch), idle_watts=idle)
+            except EnergyError as error:  # the latencies are measured, and stay
+                print(f"batch {batch}: no energy. {error}")
         rows += batch_rows
     return pd.DataFrame(rows)
 

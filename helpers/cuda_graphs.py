@@ -36,7 +36,7 @@ def capture(
     return graph, result
 
 
-GRAPH_MS = 5.0  # of work in a graph of `time_calls`: the host's part is below 1 % of that
+GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take as long
 MOST_REPEATS = 20
 
 
@@ -92,6 +92,11 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
         for kept, new in zip(times, own, strict=True):
             kept.append(np.array(new))
     return times
+
+
+def medians(times: Sequence[Sequence[np.ndarray]]) -> list[float]:
+    """Return the median of each graph or call, as `time_graphs` or `time_calls` timed them."""
+    return [float(np.median(np.concatenate(rounds))) for rounds in times]
 
 
 def _repeats(call: Callable[[], Tensor]) -> int:

@@ -276,7 +276,7 @@ def _measure(
     dense, sparse = datatype.dense(x, datatype.operand(values)), datatype.sparse(x, pruned)
     _check_equal(datatype, sparse(), datatype.dense(x, pruned)())
     times = cuda_graphs.time_calls([dense, sparse], rounds=rounds)
-    dense_ms, sparse_ms = (float(np.median(np.concatenate(own))) for own in times)
+    dense_ms, sparse_ms = cuda_graphs.medians(times)
     ratio = bootstrap_ratio(*times, seed=seed)
     operations = _operations(m, n, k)
     rates = [operations / ms / 1e9 for ms in (dense_ms, sparse_ms)]
@@ -311,8 +311,9 @@ def measure_bandwidth(megabytes: int = 1024) -> float:
             "of a datasheet in `DATASHEETS`."
         )
     source = torch.randn(megabytes * 10**6 // 4, device=machine.device())
-    (times,) = cuda_graphs.time_calls([partial(torch.empty_like(source).copy_, source)])
-    return 2 * source.nbytes / float(np.median(np.concatenate(times))) / 1e6
+    copy = partial(torch.empty_like(source).copy_, source)
+    (milliseconds,) = cuda_graphs.medians(cuda_graphs.time_calls([copy]))
+    return 2 * source.nbytes / milliseconds / 1e6
 
 
 # --- what the hardware could do ---
@@ -361,7 +362,12 @@ DATASHEETS = {
         3350.0,
         "NVIDIA H100 Tensor Core GPU datasheet and architecture white paper",
     ),
-    "h200": Datasheet("NVIDIA H200 SXM", _HOPPER, 4800.0, "NVIDIA H200 Tensor Core GPU datasheet"),
+    "h200": Datasheet(
+        "NVIDIA H200 SXM",
+        _HOPPER,
+        4800.0,
+        "NVIDIA H200 Tensor Core GPU datasheet; its rates, rounded there, by H100's white paper",
+    ),
 }
 
 # By the driver's whole name: the PCIe and NVL cards, other memory sizes and MIG slices, which

@@ -2,7 +2,8 @@
 
 A 1x1 convolution over channels-last images multiplies a matrix (pixels, channels) by
 its weight, as a linear layer does, and for that product cuSPARSELt has sparse kernels.
-Each layer keeps whichever of its kernels is the fastest at the batch it meets.
+Each layer keeps whichever of its kernels is the fastest at the batch it meets; if a dense
+network is faster still than the network of these, that one runs.
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
@@ -17,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -272,7 +272,7 @@ def _agree(output: Tensor, reference: Tensor) -> bool:
 
 def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     """Return the median GPU time of each call in milliseconds, measured in turns."""
-    return [float(np.median(np.concatenate(own))) for own in cuda_graphs.time_calls(calls)]
+    return cuda_graphs.medians(cuda_graphs.time_calls(calls))
 
 
 # --- a network of them ---
@@ -522,14 +522,14 @@ class SparseTorchRunner(TorchRunner):
             ready[name] = self.made_ready(network, images)
         # Layers that win alone can still lose together, by what the dense ones are fused with.
         times = cuda_graphs.time_graphs([each.graph for each in ready.values()], rounds=5)
-        medians = [float(np.median(np.concatenate(own))) for own in times]
-        self.milliseconds[images.shape] = dict(zip(ready, medians, strict=True))
+        self.milliseconds[images.shape] = dict(zip(ready, cuda_graphs.medians(times), strict=True))
         return ready[self.fastest(images.shape)]
 
     def fastest(self, shape: torch.Size) -> str:
         """Return which network runs images of a shape that was loaded on a GPU.
 
-        It is `layers` as they came, all `dense`, or `cusparselt` where that is a layer's fastest.
+        It is `layers`, every layer as it came; `dense`, each the faster of that and its dense
+        product; or `cusparselt`, each the fastest of these two and its sparse product.
         """
         times = self.milliseconds[shape]
         return min(times, key=times.get)

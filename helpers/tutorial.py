@@ -110,15 +110,23 @@ def tidy(notebook: Any) -> None:
     }
 
 
-def save_benchmark(artifacts: Artifacts, runners: dict[str, Runner], table: pd.DataFrame) -> Path:
-    """Write the measured table as JSON, with date, machine and versions."""
+def save_benchmark(
+    artifacts: Artifacts, runners: dict[str, Runner], table: pd.DataFrame, kind: str | None = None
+) -> Path:
+    """Write the measured table as JSON, with date, machine and versions.
+
+    Args:
+        artifacts: where it goes.
+        runners: what was measured.
+        table: as `helpers.benchmark.sweep` returns it.
+        kind: of the runners, as `helpers.contenders.find_runners` took it.
+    """
     content = {
         "runner": runners["sparse"].name,
         **machine.provenance(),
-        # JSON has no NaN: what a runner does not measure is null.
-        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
+        "rows": table.to_dict("records"),
     }
-    parents = list(contenders.network_files().values())
+    parents = list(contenders.network_files(kind).values())
     with artifacts.writing("06_benchmark.json", parents) as path:
         write_json(path, content)
     return artifacts.path("06_benchmark.json")
@@ -168,7 +176,7 @@ def _gains(table: pd.DataFrame) -> dict[str, str]:
     for label, (column, unit, compare) in measures.items():
         values = table.pivot(index="batch", columns="network", values=column)
         gains, chances = compare(table), compare(table, other="dense again")
-        for batch, own in values.iterrows():
+        for batch, own in values.dropna().iterrows():  # energy may be missing at a batch
             gain, chance = (Ratio(*ratios.loc[batch]) for ratios in (gains, chances))
             rows[f"{label}, batch {batch}"] = (
                 f"dense {own['dense']:.2f}{unit}, sparse {own['sparse']:.2f}{unit}: "

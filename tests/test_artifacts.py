@@ -179,10 +179,20 @@ def test_json_keeps_letters_readable(tmp_path):
     assert json.loads(path.read_text()) == {"accuracy": "91.97 % ± 0.27"}
 
 
-def test_what_json_cannot_hold_leaves_the_old_file(tmp_path):
+def test_what_was_not_measured_is_null_at_any_depth(tmp_path):
+    nan = float("nan")
+    path = write_json(tmp_path / "facts.json", {"a": nan, "rows": [{"b": nan}, Point(1, nan), 2.5]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": None,
+        "rows": [{"b": None}, {"x": 1, "y": None}, 2.5],
+    }
+
+
+@pytest.mark.parametrize("value", [object(), float("inf")])
+def test_what_json_cannot_hold_leaves_the_old_file(tmp_path, value):
     path = write_json(tmp_path / "facts.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
+    with pytest.raises((TypeError, ValueError)):
+        write_json(path, {"a": value})
     assert json.loads(path.read_text()) == {"a": 1}
     assert names(tmp_path) == ["facts.json"]
 

@@ -493,6 +493,24 @@ def test_a_counter_that_stands_still_is_found_before_anything_is_measured(
     assert "it stands still" in capsys.readouterr().out
 
 
+def test_a_counter_that_fails_at_one_batch_costs_no_latency(clock, fake_gpu, monkeypatch, capsys):
+    def measured(work, counter: str) -> EnergyWindow:
+        if len(work.__self__.images) == 9:
+            raise EnergyError("it was reset")
+        return window(600)
+
+    monkeypatch.setattr(benchmark, "EnergyCounter", lambda: "the counter")
+    monkeypatch.setattr(benchmark, "idle_watts", lambda counter: 42.0)
+    monkeypatch.setattr(benchmark, "measure_energy", measured)
+    swept = sweep(pair(clock), (1, 2, 2), batches=(9, 18), seconds=0, energy_rounds=1)
+    assert swept.p50.notna().all()
+    assert swept.set_index("batch").images_per_joule.isna().groupby("batch").all().to_dict() == {
+        9: True,
+        18: False,
+    }
+    assert "batch 9: no energy. it was reset" in capsys.readouterr().out
+
+
 def table() -> pd.DataFrame:
     return pd.DataFrame(
         {

@@ -90,7 +90,7 @@ def test_without_any_builder_the_reason_is_the_builders(monkeypatch):
     assert reasons_against()["TensorRT"] == "No engine builder loads here."
 
 
-def test_cusparselt_runs_the_checkpoints(monkeypatch, no_gpu, tiny_settings):
+def test_cusparselt_runs_the_checkpoints_of_both_networks(monkeypatch, no_gpu, tiny_settings):
     artifacts = Artifacts(tiny_settings)
     model = create_model("resnext14_8x4d", 10)
     for name in ("01_dense", "03_retrained"):
@@ -99,10 +99,8 @@ def test_cusparselt_runs_the_checkpoints(monkeypatch, no_gpu, tiny_settings):
         prune_2to4_(model)
     monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
-    dense, sparse = (
-        make(artifacts.require(file))
-        for make, file in zip(KINDS["cuSPARSELt"].make, KINDS["cuSPARSELt"].files, strict=True)
-    )
+    monkeypatch.setitem(KINDS, "cuSPARSELt", replace(KINDS["cuSPARSELt"], why_not=str))
+    dense, sparse = find_runners(artifacts, "cuSPARSELt").values()
     assert type(dense) is type(sparse) is SparseTorchRunner
     dense_kernels = [list(layer.kernels) for layer in dense.layers]
     assert dense_kernels == [list(layer.kernels)[:-1] for layer in sparse.layers]

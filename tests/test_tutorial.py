@@ -222,9 +222,10 @@ def test_the_summary_gives_the_key_figures_of_every_step(finished):
 
 
 def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
+    networks = ["dense", "sparse", "dense again"]
     rows = pd.DataFrame(
         {
-            "network": ["dense", "sparse", "dense again"],
+            "network": networks,
             "batch": 8,
             "p50": 1.0,
             "images_per_joule": [4.0, 5.0, 4.2],
@@ -232,10 +233,15 @@ def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
             "perf_per_watt_high": [1.0, 1.3, 1.1],
         }
     )
-    tutorial.save_benchmark(finished, {"sparse": SimpleNamespace(name="made up")}, rows)
-    assert summary(finished.settings)["images per joule, batch 8"] == (
+    without = pd.DataFrame({"network": networks, "batch": 1, "p50": 1.0})  # the counter failed
+    made_up = {"sparse": SimpleNamespace(name="made up")}
+    tutorial.save_benchmark(finished, made_up, pd.concat([rows, without]))
+    figures = summary(finished.settings)
+    assert figures["images per joule, batch 8"] == (
         "dense 4.00, sparse 5.00: 1.25x [1.20, 1.30] (dense against itself 1.05x [1.00, 1.10])"
     )
+    assert {"latency p50, batch 1", "latency p50, batch 8"} <= set(figures)
+    assert "images per joule, batch 1" not in figures
 
 
 @pytest.mark.parametrize("name", [*RUN, "06_benchmark.json"])
@@ -256,7 +262,7 @@ def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys
     assert "figure   02_pattern.png" in printed
 
 
-def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished, monkeypatch):
+def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
     content = json.loads(finished.path("06_benchmark.json").read_text())
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"04_dense_fp32.onnx", "04_sparse_fp32.onnx"}
@@ -267,10 +273,8 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished, monk
         "network": "sparse", "batch": 1, "p50": 1.0, "speedup_low": 1.75, "speedup_high": 2.25,
     }  # fmt: skip
 
-    engines = {name: f"05_{name}.engine" for name in ("dense", "sparse")}
-    monkeypatch.setattr(contenders, "network_files", lambda: engines)
     gpu = {"sparse": SimpleNamespace(name="an engine")}
-    tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}))
+    tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}), "TensorRT")
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
 
