@@ -1,7 +1,8 @@
 """Measure on a GPU all that the tutorial says of one, in a single run.
 
 Every part writes its own JSON into a folder as it ends, with GPU, driver, versions and
-date, and a part that fails or finds no time left says so in its file and stops no other.
+date. A part that fails or finds no time left stops no other; it says so in its file, unless
+that holds an earlier run's measurements, which stay.
 
     python benchmarks/gpu.py --out results           # begins nothing new after 7.5 minutes
     python benchmarks/gpu.py --out results --parts compiled --minutes 9
@@ -13,7 +14,6 @@ the place of the sparse ones, and every file says which runner made it.
 import copy
 import gc
 import json
-import math
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -70,7 +70,7 @@ class Run:
     def write(self, part: str, content: dict[str, Any]) -> None:
         """Write what a part has measured so far."""
         self.written[part] = content
-        write_json(self.path(part), without_nan(content) | machine.provenance())
+        write_json(self.path(part), content | machine.provenance())
 
     def path(self, part: str) -> Path:
         """Return the file of a part."""
@@ -110,15 +110,6 @@ def random_network(name: str, shape: tuple[int, int, int]) -> nn.Module:
     with torch.no_grad():
         model.train()(torch.randn(8, *shape, device=machine.device()))
     return model.eval()
-
-
-def without_nan(content: Any) -> Any:
-    """Return a record with null for NaN, which JSON does not have."""
-    if isinstance(content, dict):
-        return {key: without_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def torch_runners(run: Run, name: str, compile: bool = False) -> dict[str, Runner]:
@@ -241,11 +232,15 @@ def measure_batch(run: Run, record: dict[str, Any], runners: dict[str, Runner], 
 
 
 def advice(run: Run) -> None:
-    """Compare what the products let expect of the networks with what these then took."""
+    """Compare what the products let expect of the networks with what these then took.
+
+    A network without measurements, since its part stopped, has nothing to compare.
+    """
     rates = Rates.from_record(run.path("products"))
     checked = []
     for name in run.networks:
-        for row in json.loads(run.path(name).read_text())["rows"]:
+        measured = json.loads(run.path(name).read_text()) if run.path(name).exists() else {}
+        for row in measured.get("rows", []):
             if row["network"] == "sparse":
                 batch, model = row["batch"], run.networks_of(name)["dense"]
                 predicted = advise(model, rates, run.shape(name), batch=batch)
@@ -265,12 +260,12 @@ def advice(run: Run) -> None:
 
 
 def profile(run: Run) -> None:
-    """Name the kernels that take the most time, and what bounds the slowest layers."""
+    """Name the kernels that take the most time, and what bounds the slowest products."""
     name, batch = run.networks[0], max(run.batches)
     images = torch.randn(batch, *run.shape(name))
     runners = torch_runners(run, name)
     record: dict[str, Any] = {
-        "what": f"{name} at batch {batch}: the time in each kernel, and the layers' floors; "
+        "what": f"{name} at batch {batch}: the time in each kernel, and the products' floors; "
         "overhead is a run's median on the host's clock beside the sum of its kernels, in ms",
         "overhead": {},
         "kernels": {},
@@ -281,7 +276,7 @@ def profile(run: Run) -> None:
         total = sum(kernel["ms"] for kernel in record["kernels"][label])
         record["overhead"][label] = {"p50": latency.p50, "kernels": total}
         run.write("profile", record)
-    record["layers"] = slowest_layers(run, name, batch, runners["sparse"].choices())
+    record["products"] = slowest_products(run, name, batch, runners["sparse"].choices())
     run.write("profile", record)
 
 
@@ -307,8 +302,14 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-def slowest_layers(run: Run, name: str, batch: int, choices: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the layers that take the most time, with their floors by this GPU's own ceilings."""
+def slowest_products(
+    run: Run, name: str, batch: int, choices: pd.DataFrame
+) -> list[dict[str, Any]]:
+    """Return the products that take the most time, with their floors by this GPU's own ceilings.
+
+    They are of the layers that have kernels to choose from; projections of attention, which
+    the runner has under names of its own, are not among them.
+    """
     rates = Rates.from_record(run.path("products"))
     dense, sparse = rates.best["FP16"]
     advised = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch)
@@ -353,6 +354,11 @@ def engines(run: Run) -> None:
         names = ["dense", *(label for label in builds if label != "dense")]
         runners = {label: TensorRTRunner(folder / f"{label}.engine") for label in names}
         record["runner"] = runners["sparse"].name
+        record["gaps"] = []
+        for label, runner in runners.items():
+            weights, *_ = label.split("_")  # such as sparse_without_flag, dense_products
+            gap = check_outputs(runner, run.networks_of(name)[weights], shape, batch)
+            record["gaps"].append({"network": label, "gap": gap})
         table = sweep(runners, shape, [batch], run.seconds, energy_rounds=0)
         run.write("engines", record | {"rows": table.to_dict("records")})
 
