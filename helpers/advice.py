@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -260,17 +261,26 @@ class _Recorder(TorchDispatchMode):
         # What wrote each tensor that depends on the input, by its storage. Keeping the tensor
         # keeps its storage from being given to another one.
         self.made: dict[int, tuple[str, Tensor]] = {}
+        # The stand-ins of tensors on other devices, which a network may make and write into.
+        self.twins: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = (args, kwargs or {})
-        on_meta, named = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
+        given = tree_map_only(Tensor, self._on_meta, (args, kwargs or {}))
         before = self.flops.get_total_flops()
-        result = func(*on_meta, **named)
+        result = func(*given[0], **given[1])
         inputs, outputs = _tensors(given), _tensors(result)
         # What comes from weights alone is computed once, beforehand.
         if outputs and any(_storage(tensor) in self.made for tensor in inputs):
             self._note(func, inputs, outputs[0], self.flops.get_total_flops() - before)
+            for other in outputs[1:]:
+                self.made.setdefault(_storage(other), (func.overloadpacket.__name__, other))
         return result
+
+    def _on_meta(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        key = (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        return self.twins.setdefault(key, (tensor, tensor.to("meta")))[1]
 
     def _note(
         self, func: torch._ops.OpOverload, inputs: list[Tensor], output: Tensor, operations: int
@@ -342,7 +352,8 @@ def _run(model: nn.Module, inputs: _Inputs) -> list[_Kernel]:
             if weight.is_parameter
         }
         recorder = _Recorder(weights, flops)
-        inputs = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), inputs)
+        given = {id(x): torch.empty_like(x, device="meta") for x in _tensors(inputs)}
+        inputs = tree_map_only(Tensor, lambda x: given[id(x)], inputs)
         recorder.made = {_storage(x): ("input", x) for x in _tensors(inputs)}
         with in_mode(model, training=False), attention_shown(), recorder:
             functional_call(model, {name: meta[id(x)] for name, x in state.items()}, *inputs)
@@ -424,8 +435,8 @@ class Advice:
         idle = float(stuck.dense_ms.sum())
         text = (
             f"Of {self.dense_ms:.3g} ms dense, {100 * (idle + self.rest_ms) / self.dense_ms:.0f} % "
-            f"cannot gain 1 % or more: {idle:.3g} ms in {len(stuck)} of {len(self.layers)} "
-            f"layers, {self.rest_ms:.3g} ms outside of layers."
+            f"is in work that gains less than 1 %: {idle:.3g} ms in {len(stuck)} of "
+            f"{len(self.layers)} layers, {self.rest_ms:.3g} ms outside of layers."
         )
         if self.measured and (stuck.reason == "no matrix product").any():
             text += " Convolutions that are no matrix product count at the best dense rate."
@@ -454,7 +465,7 @@ class Advice:
 
     def _repr_html_(self) -> str:
         table = self._best()
-        text = f"<p>{self.verdict}</p><p>{self._where}</p>"
+        text = "".join(f"<p>{escape(line)}</p>" for line in (self.verdict, self._where))
         return text if table.empty else text + table.to_html(index=False)
 
 
@@ -531,7 +542,7 @@ def advise(
         datatype,
         rates.source,
         rates.measured,
-        rates.checked,
+        rates.checked[rates.checked.datatype == datatype],
     )
 
 

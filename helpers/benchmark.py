@@ -116,8 +116,12 @@ def check_outputs(
         The largest gap that was seen.
 
     Raises:
-        BenchmarkError: a gap is larger, or a logit is not finite.
+        BenchmarkError: a gap is larger, or a logit is not finite; or nothing is to be checked.
     """
+    if batch < 1 or repeats < 1:
+        raise BenchmarkError(
+            f"Nothing is checked on {repeats} x {batch} images; both are numbers of at least 1."
+        )
     generator = torch.Generator().manual_seed(seed)
     where = next(model.parameters()).device
     largest = 0.0
@@ -149,7 +153,7 @@ def time_in_turns(
     images: Tensor,
     seconds: float = 3.0,
     warmup: float = 0.2,
-    rounds: int = 10,
+    rounds: int = 12,
 ) -> list[Latency]:
     """Time several runners on the same images, in turns.
 
@@ -162,15 +166,24 @@ def time_in_turns(
         images: one batch (N, C, H, W) of anything but a constant.
         seconds: least time to measure, for each runner.
         warmup: seconds to run each before measuring.
-        rounds: how often everybody gets two turns.
+        rounds: how often everybody gets two turns; a multiple of the runners' number, as 12 is
+            of 2, 3 and 4, gives each of them every place equally often.
 
     Returns:
         The latencies, in the order of the runners.
 
     Raises:
-        BenchmarkError: the images are constant, or a runner's logits are not finite,
-            do not depend on the images, or changed between warm-up and end.
+        BenchmarkError: there is nothing to measure, the images are constant, or a runner's
+            logits are not finite, do not depend on the images, or changed between warm-up
+            and end.
     """
+    if not (runners and rounds >= 1 and 0 <= seconds < math.inf and 0 <= warmup < math.inf):
+        raise BenchmarkError(
+            f"{len(runners)} runners cannot be measured in {rounds} rounds for {seconds} s after "
+            f"{warmup} s: give at least one runner, one round, and no negative seconds."
+        )
+    if not images.numel():
+        raise BenchmarkError(f"There are no images in a batch of shape {tuple(images.shape)}.")
     if images.min() == images.max():
         raise BenchmarkError(
             f"All values of the images are {images.min():g}. Constant data is quicker and cooler "
@@ -344,10 +357,16 @@ def sweep(
         relative to the first runner, with `perf_per_watt_low` and `perf_per_watt_high`.
 
     Raises:
-        BenchmarkError: as `time_in_turns` and `energy_in_turns` do.
+        BenchmarkError: as `time_in_turns` and `energy_in_turns` do, or the first runner has
+            another name than "dense".
 
     If the energy counter fails at a batch, that is printed, and its rows have no energy.
     """
+    if next(iter(runners), None) != "dense":
+        raise BenchmarkError(
+            f'The first of the runners, {", ".join(runners) or "none"}, must be "dense": all '
+            "others are compared with it."
+        )
     meter = _gpu_energy() if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []

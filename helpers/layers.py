@@ -99,6 +99,12 @@ def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
     return weights
 
 
+def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether a layer does what these kinds do, and nothing else: no hook, no subclass."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) in kinds and not own
+
+
 def layer_kind(layer: nn.Module) -> str:
     """Return what kind of layer this is, in the tutorial's words."""
     if isinstance(layer, nn.MultiheadAttention):

@@ -174,9 +174,9 @@ def load_checkpoint(path: Path) -> nn.Module:
         ) from error
     if "model" not in header or "fc.weight" not in state:
         raise CheckpointError(
-            f"{relative(path)} does not say which network it is for: it lacks `model` in its "
-            "header or the weights `fc.weight`. Write checkpoints with "
-            "helpers.models.save_checkpoint."
+            f"{relative(path)} cannot be loaded: it lacks `model` in its header or the weights "
+            "`fc.weight`. Write checkpoints with helpers.models.save_checkpoint, of networks whose "
+            "last layer is called `fc`, as that of ResNet and ResNeXt is."
         )
     model = create_model(header["model"], num_classes=len(state["fc.weight"]))
     try:

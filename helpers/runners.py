@@ -86,7 +86,8 @@ class TorchRunner(Runner):
             takes minutes for each batch size of a large network.
 
     Raises:
-        RunnerError: later on, the network cannot be captured.
+        TutorialError: the network cannot be traced.
+        RunnerError: later on, it cannot be captured, or gives no single tensor.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class TorchRunner(Runner):
     @torch.inference_mode()
     def load(self, images: Tensor) -> None:
         layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
-        self.images = images.to(self.device, self.dtype, memory_format=layout)
+        # A copy: a network may write into its input, which is the caller's.
+        self.images = images.to(self.device, self.dtype, memory_format=layout, copy=True)
         if images.shape not in self.prepared:
             own = self.images.clone()  # a graph will always read from here
             # From the first call on: cuDNN keeps the kernel that it once took for a shape.
@@ -133,18 +135,27 @@ class TorchRunner(Runner):
         if not self.on_gpu:
             return Prepared(model, images)
         try:
-            return Prepared(model, images, *cuda_graphs.capture(partial(model, images)))
+            graph, logits = cuda_graphs.capture(partial(model, images))
         except RuntimeError as error:
             raise RunnerError(
                 f"{self.name}: the network cannot be prepared for {len(images)} images of shape "
                 f"{tuple(images.shape[1:])} ({error}). Use a smaller batch if memory is short."
             ) from error
+        return Prepared(model, images, graph, self._one_tensor(logits))
+
+    def _one_tensor(self, logits: Any) -> Tensor:
+        if not isinstance(logits, Tensor):
+            raise RunnerError(
+                f"{self.name}: the network gives a {type(logits).__name__}, where a runner takes "
+                "one tensor of logits. Wrap it in a module that returns one of its outputs."
+            )
+        return logits
 
     @torch.inference_mode()
     def run(self) -> None:
         ready = self.prepared[self.images.shape]
         if not self.on_gpu:
-            self.logits = ready.network(self.images)
+            self.logits = self._one_tensor(ready.network(self.images))
             return
         self.logits = ready.logits
         self.start.record()
@@ -153,7 +164,7 @@ class TorchRunner(Runner):
         self.end.synchronize()
 
     def fetch(self) -> Tensor:
-        return self.logits.float().cpu()
+        return self.logits.to("cpu", torch.float32, copy=True)
 
     @torch.inference_mode()
     def poison(self) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 
 from helpers import cuda_graphs, machine
 from helpers.artifacts import write_json
-from helpers.layers import LayerWeight
+from helpers.layers import LayerWeight, is_plain
+from helpers.onnx_export import is_read
 from helpers.runners import Prepared, RunnerError, TorchRunner
 from helpers.settings import relative
 from helpers.sparsity import is_2to4
@@ -322,9 +323,9 @@ class SelfAttention(nn.Module):
         self.out = _linear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        split = self.qkv(query).unflatten(-1, (3, self.heads, -1))  # batch, token, 3, head, width
-        mixed = F.scaled_dot_product_attention(*split.permute(2, 0, 3, 1, 4))
-        return self.out(mixed.transpose(1, 2).flatten(2)), None
+        split = self.qkv(query).unflatten(-1, (3, self.heads, -1))  # ..., token, 3, head, width
+        mixed = F.scaled_dot_product_attention(*split.movedim(-3, 0).transpose(-3, -2))
+        return self.out(mixed.transpose(-3, -2).flatten(-2)), None
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -402,11 +403,11 @@ def _linear_calls_(network: fx.GraphModule) -> Iterator[tuple[str, list[fx.Node]
     """Yield each module's name and calls; self-attention is replaced by ours, in its two parts."""
     for name, calls in _calls(network).items():
         layer = network.get_submodule(name)
-        if isinstance(layer, nn.MultiheadAttention) and _is_self_attention(layer, calls):
+        if is_plain(layer, nn.MultiheadAttention) and _is_self_attention(layer, calls):
             network.set_submodule(name, SelfAttention(layer))
             yield f"{name}.qkv", []
             yield f"{name}.out", []
-        else:
+        elif not is_read(network, name):
             yield name, calls
 
 
@@ -421,7 +422,7 @@ def _calls(network: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 def _is_product(name: str, layer: nn.Module) -> bool:
     """Return whether a layer is a product of matrices, in a shape that cuSPARSELt takes."""
-    if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may compute something else
+    if not is_plain(layer, nn.Linear, nn.Conv2d):
         return False
     if isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid", "same"):
         return False
@@ -433,7 +434,9 @@ def _takes(kind: type[Gemm], layer: nn.Module) -> bool:
 
 
 def _absorb_relus_(network: fx.GraphModule, calls: list[fx.Node]) -> bool:
-    """Take the ReLUs out of the graph if all that a layer gives goes into one."""
+    """Take the ReLUs out of the graph if each result of a layer goes into one, and only there."""
+    if not all(len(call.users) == 1 for call in calls):
+        return False
     users = [user for call in calls for user in call.users]
     if not users or not all(_is_relu(network, user) for user in users):
         return False
@@ -447,7 +450,7 @@ def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
     if not node.args:  # called with a keyword; too rare to follow
         return False
     if node.op == "call_module":
-        return type(network.get_submodule(node.target)) is nn.ReLU
+        return is_plain(network.get_submodule(node.target), nn.ReLU)
     return node.op == "call_function" and node.target in (F.relu, torch.relu)
 
 

@@ -493,6 +493,34 @@ def test_a_counter_that_stands_still_is_found_before_anything_is_measured(
     assert "it stands still" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "how", [{"rounds": 0}, {"seconds": -1}, {"seconds": float("nan")}, {"warmup": float("nan")}]
+)
+def test_nothing_is_timed_for_no_time(clock, how):
+    with pytest.raises(BenchmarkError, match="cannot be measured in"):
+        time_in_turns(list(pair(clock).values()), IMAGES, **how)
+
+
+def test_without_runners_or_images_nothing_is_timed(clock):
+    with pytest.raises(BenchmarkError, match="0 runners cannot be measured"):
+        time_in_turns([], IMAGES)
+    with pytest.raises(BenchmarkError, match=r"no images in a batch of shape \(0, "):
+        time_in_turns(list(pair(clock).values()), IMAGES[:0])
+
+
+@pytest.mark.parametrize("names", [(), ("sparse", "dense")])
+def test_a_sweep_begins_with_what_all_are_compared_with(clock, names):
+    runners = {name: FakeRunner(name, [], clock) for name in names}
+    with pytest.raises(BenchmarkError, match='must be "dense"'):
+        sweep(runners, (1, 2, 2), batches=(1,))
+
+
+@pytest.mark.parametrize("how", [{"batch": 0}, {"batch": 1, "repeats": 0}])
+def test_checking_nothing_is_no_check(clock, how):
+    with pytest.raises(BenchmarkError, match="Nothing is checked"):
+        check_outputs(FakeRunner("net", [], clock), torch.nn.Flatten(), (1, 2, 2), **how)
+
+
 def test_a_counter_that_fails_at_one_batch_costs_no_latency(clock, fake_gpu, monkeypatch, capsys):
     def measured(work, counter: str) -> EnergyWindow:
         if len(work.__self__.images) == 9:

@@ -191,7 +191,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 def test_a_checkpoint_that_does_not_name_its_network_is_refused(checkpoint, header):
     save_file(load_file(checkpoint), checkpoint, metadata=header)
     message = refusal(load_checkpoint, checkpoint)
-    assert "does not say which network it is for" in message
+    assert "cannot be loaded: it lacks `model` in its header or the weights `fc.weight`" in message
 
 
 def test_a_checkpoint_that_does_not_tell_its_classes_is_refused(checkpoint):

@@ -100,6 +100,28 @@ def test_loading_running_and_fetching_are_three_steps(no_gpu, exported, referenc
     assert relative_gap(runner.fetch(), reference(images(3))) < GAPS["fp32"]
 
 
+def test_what_the_caller_holds_is_neither_changed_nor_changes(no_gpu):
+    network = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Flatten())
+    runner = TorchRunner(network)
+    given = torch.tensor([[1.0, -2.0]])
+    logits = runner(given)
+    assert given.tolist() == [[1, -2]], "the network writes into a copy"
+    given.zero_()
+    runner.run()
+    assert runner.fetch().tolist() == [[1, 0]], "and goes on with what was loaded"
+    runner.poison()
+    assert logits.tolist() == [[1, 0]]
+
+
+def test_a_network_without_a_single_tensor_of_logits_is_refused(no_gpu):
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(RunnerError, match="gives a tuple, where a runner takes one tensor"):
+        TorchRunner(Two())(torch.ones(1, 2))
+
+
 def test_a_runner_evaluates_as_the_network_does(exported, reference, tiny_splits):
     x, labels = first_images(tiny_splits.test, 64)
     correct = int((reference(x).argmax(1) == labels).sum())

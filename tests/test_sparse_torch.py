@@ -279,18 +279,54 @@ def test_a_subclass_of_a_layer_stays_as_it_is():
     assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["1"]
 
 
-class Branches(nn.Module):
-    """A ReLU that may be taken into its layer, and two that may not."""
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_a_hook_stays_as_it_is(register):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()).eval()
+    for layer in (network[0], network[3]):
+        getattr(layer, register)(lambda layer, args, *output: 2 * (*output, *args)[0])
+    folded = fold_batch_norm(network)
+    (tuned,) = use_gemms_(folded, "dense")
+    assert tuned.name == "2"
+    assert not tuned.kernels["dense GEMM"].relu
+    with torch.inference_mode():
+        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+
+
+class Reads(nn.Module):
+    """Uses a layer's weight without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alone, self.forked, self.twice = (nn.Linear(16, 16) for _ in range(3))
+        self.read, self.called = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(F.linear(self.read(x), self.read.weight))
+
+
+def test_a_layer_whose_weight_is_read_by_others_stays_as_it_is():
+    network = Reads()
+    folded = fold_batch_norm(network)
+    assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["called"]
+    with torch.inference_mode():
+        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+
+
+class Branches(nn.Module):
+    """A ReLU that may be taken into its layer, and four that may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.forked, self.twice, self.both = (nn.Linear(16, 16) for _ in range(4))
         self.relu = nn.ReLU(inplace=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.alone(x))
         fork = self.forked(x)
         x = self.relu(fork) + fork
+        both = self.both(x)
+        first, second = F.relu(both), F.relu(both)
+        x = first.mul_(2) + second
         return self.relu(self.twice(x)) - self.twice(-x)
 
 
@@ -303,6 +339,7 @@ def test_a_relu_is_taken_in_only_if_nothing_else_sees_what_it_cuts_off():
         "alone": True,
         "forked": False,
         "twice": False,
+        "both": False,
     }
     with torch.inference_mode():
         assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
@@ -686,6 +723,16 @@ def test_the_projections_of_self_attention_become_gemms(pruned_transformer):
     parts = ("self_attention.qkv", "self_attention.out", "mlp.0", "mlp.3")
     expected = [block.format(number) + part for number in (0, 1) for part in parts]
     assert [layer.name for layer in layers] == [*expected, "heads.head"]
+
+
+def test_self_attention_of_a_single_sequence_is_the_same():
+    torch.manual_seed(0)
+    model = Attends({"batch_first": True}, lambda own, x: own(x, x, x, need_weights=False)[0])
+    folded = fold_batch_norm(model)
+    assert len(use_gemms_(folded, "dense")) == 3
+    with torch.inference_mode():
+        for x in (random(6, 64), random(5, 6, 64)):
+            assert relative_gap(folded(x), model.eval()(x)) < GAP
 
 
 @pytest.fixture
