@@ -25,6 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 notebooks: $(READY)  ## run the notebooks and save their outputs
+	rm -f artifacts/quick/03_progress.pt  # so that notebook 03 shows a whole training
 	$(BIN)/python -m helpers tutorial --save
 	cp artifacts/quick/figures/02_pattern.png docs/images/pattern.png
 

@@ -2,7 +2,7 @@
 
 Every part writes its own JSON into a folder as it ends, with GPU, driver, versions and
 date. A part that fails or finds no time left stops no other; it says so in its file, unless
-that holds an earlier run's measurements, which stay.
+that holds an earlier run's measurements: these stay until there are new ones.
 
     python benchmarks/gpu.py --out results           # begins nothing new after 7.5 minutes
     python benchmarks/gpu.py --out results --parts compiled --minutes 9
@@ -14,15 +14,18 @@ the place of the sparse ones, and every file says which runner made it.
 import copy
 import gc
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torchvision
@@ -68,9 +71,13 @@ class Run:
         return self.until - time.monotonic()
 
     def write(self, part: str, content: dict[str, Any]) -> None:
-        """Write what a part has measured so far."""
+        """Write what a part has measured so far; until it has, an earlier run's file stays."""
+        path = self.path(part)
+        if not has_figures(content) and has_figures(earlier(path)):
+            print(f"what {path.name} holds of an earlier run stays")
+        else:
+            write_json(path, content | machine.provenance())
         self.written[part] = content
-        write_json(self.path(part), content | machine.provenance())
 
     def path(self, part: str) -> Path:
         """Return the file of a part."""
@@ -88,6 +95,20 @@ class Run:
             prune_2to4_(sparse, "cusparselt")
             self.made[name] = {"dense": dense, "sparse": sparse}
         return self.made[name]
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """Return what an earlier run left in a file; nothing if there is no such record."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def has_figures(record: dict[str, Any]) -> bool:
+    """Return whether a record holds anything that was measured, not only reasons why not."""
+    times = [row.get("p50", row.get("dense_ms")) for row in record.get("rows", [])]
+    return bool(record.get("kernels")) or not pd.Series(times, dtype=float).isna().all()
 
 
 def random_network(name: str, shape: tuple[int, int, int]) -> nn.Module:
@@ -201,8 +222,10 @@ def measure(
     sparse: SparseTorchRunner,
 ) -> None:
     """Check and time runners over the batch sizes while there is time, and write each at once."""
-    record |= {"runner": sparse.name, "gaps": [], "rows": [], "failed": []}
-    took: list[float] = []  # seconds for each batch so far; compiling takes minutes
+    record |= {"runner": sparse.name, "image_shape": run.shape(record["network"])}
+    record |= {"gaps": [], "rows": [], "failed": []}
+    run.write(part, record)  # compiling takes minutes for each batch, and may be cut short
+    took: list[float] = []  # seconds for each batch so far
     for batch in run.batches:
         if run.left < max(30, min(took, default=0)):
             record["missing"] = f"no time was left from batch {batch} on"
@@ -235,15 +258,25 @@ def advice(run: Run) -> None:
     """Compare what the products let expect of the networks with what these then took.
 
     A network without measurements, since its part stopped, has nothing to compare.
+
+    Raises:
+        TutorialError: a network was measured on another GPU than the products.
     """
     rates = Rates.from_record(run.path("products"))
+    record = json.loads(run.path("products").read_text())  # with its own date, which stays
     checked = []
     for name in run.networks:
-        measured = json.loads(run.path(name).read_text()) if run.path(name).exists() else {}
-        for row in measured.get("rows", []):
+        measured = earlier(run.path(name))
+        rows = measured.get("rows", [])
+        if rows and measured["machine"].get("gpu") != record["machine"]["gpu"]:
+            raise TutorialError(
+                f"{name}.json and products.json were not measured on the same GPU; measure both "
+                "into one folder."
+            )
+        for row in rows:
             if row["network"] == "sparse":
                 batch, model = row["batch"], run.networks_of(name)["dense"]
-                predicted = advise(model, rates, run.shape(name), batch=batch)
+                predicted = advise(model, rates, measured["image_shape"], batch=batch)
                 checked.append(
                     {
                         "network": name,
@@ -255,8 +288,10 @@ def advice(run: Run) -> None:
                         "measured_sparse_ms": row["gpu_p50"],
                     }
                 )
-    record = json.loads(run.path("products").read_text())  # with its own date, which stays
+    done = {row["network"] for row in checked}
+    checked += [row for row in record.get("checked", []) if row["network"] not in done]
     write_json(run.path("products"), record | {"checked": checked})
+    run.path("advice").unlink(missing_ok=True)  # in which an earlier run told why it stopped
 
 
 def profile(run: Run) -> None:
@@ -266,7 +301,8 @@ def profile(run: Run) -> None:
     runners = torch_runners(run, name)
     record: dict[str, Any] = {
         "what": f"{name} at batch {batch}: the time in each kernel, and the products' floors; "
-        "overhead is a run's median on the host's clock beside the sum of its kernels, in ms",
+        "overhead is a run's median on the host's clock and the GPU's beside the sum of its "
+        "kernels, in ms; where that is far below the GPU's, the profiler has missed some",
         "overhead": {},
         "kernels": {},
     }
@@ -274,7 +310,8 @@ def profile(run: Run) -> None:
         latency, *_ = time_in_turns([runner], images, run.seconds)
         record["kernels"][label] = kernel_times(runner)
         total = sum(kernel["ms"] for kernel in record["kernels"][label])
-        record["overhead"][label] = {"p50": latency.p50, "kernels": total}
+        gpu = None if latency.gpu is None else float(np.median(latency.gpu))
+        record["overhead"][label] = {"p50": latency.p50, "gpu_p50": gpu, "kernels": total}
         run.write("profile", record)
     record["products"] = slowest_products(run, name, batch, runners["sparse"].choices())
     run.write("profile", record)
@@ -296,7 +333,7 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
             "kernel": event.key,
             "calls": event.count / runs,
             "ms": getattr(event, of) / runs / 1000,
-            "share": 100 * getattr(event, of) / total,
+            "share": 100 * getattr(event, of) / (total or math.nan),  # the profiler may see none
         }
         for event in events
     ]
@@ -311,6 +348,8 @@ def slowest_products(
     the runner has under names of its own, are not among them.
     """
     rates = Rates.from_record(run.path("products"))
+    if "FP16" not in rates.best:
+        raise TutorialError("No FP16 product ran, so there is no ceiling to count floors by.")
     dense, sparse = rates.best["FP16"]
     advised = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch)
     layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
@@ -392,13 +431,11 @@ def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
         work(run)
     except Exception as error:  # a part must not take the others with it
         print(f"{part} stopped: {told(error)}")
-        if part in run.written or not run.path(part).exists():
-            run.write(part, run.written.get(part, {}) | {"stopped": told(error)})
-        else:
-            print(f"what {run.path(part).name} holds of an earlier run stays")
+        run.write(part, run.written.get(part, {}) | {"stopped": told(error)})
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a part that broke the GPU's context
+            torch.cuda.empty_cache()
     print(f"{part}: {time.monotonic() - began:.0f} s, {run.left:.0f} s left", flush=True)
 
 
@@ -419,8 +456,11 @@ def main(
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
     except OSError as error:
-        raise typer.BadParameter(f"cannot be made: {error.strerror}", param_hint="out") from error
+        raise typer.BadParameter(
+            f"cannot be written to: {error.strerror}", param_hint="out"
+        ) from error
     until = time.monotonic() + 60 * minutes
     run = Run(out, networks, batches, image_size, seconds, squares, until)
     for part in parts:

@@ -21,7 +21,6 @@ from helpers import (
     machine,
     models,
     onnx_export,
-    runners,
     training,
     tutorial,
 )
@@ -30,6 +29,7 @@ from helpers.artifacts import Artifacts, atomic_write, sha256, write_json
 from helpers.checks import TutorialError, check
 from helpers.gemm import DATASHEETS
 from helpers.models import SmallResNeXt
+from helpers.runners import OnnxRunner
 from helpers.settings import Settings, relative
 from helpers.sparsity import (
     masks_of,
@@ -84,18 +84,22 @@ def control() -> None:
     is no merit of the 2:4 pattern.
     """
     settings = Settings.load("quick")
+    retrained = models.load_checkpoint(Artifacts(settings).require("03_retrained.safetensors"))
     splits = data.load_splits(settings)
     model = models.load_pretrained(settings)
     history = training.train(model, splits, settings.recipe, settings.seed)
     accuracy = training.evaluate(model, splits.test)
+    comparison = training.compare(model, retrained, splits.test)
     record = {
         "command": "python -m helpers control",
         "test": accuracy,
+        "retrained_against_it": comparison,
         "history": history,
         **machine.provenance(),
     }
     write_json(settings.data_dir / "reference" / "quick_dense_control.json", record)
     print(f"dense, trained on: {accuracy}")
+    print(f"the sparse network against it: {comparison}")
 
 
 @app.command()
@@ -162,13 +166,14 @@ def export() -> None:
     images, _ = data.first_images(data.load_splits(settings).test, 500)
     for name, parent in tutorial.NETWORKS.items():
         model = models.load_checkpoint(artifacts.require(parent))
-        reference = runners.TorchRunner(model)(images)
+        with torch.inference_mode():
+            reference = model(images)
         for precision in ("fp32", "fp16"):
             facts: dict[str, float] = {}
             file = f"04_{name}_{precision}.onnx"
             with artifacts.writing(file, [parent], facts) as path:
                 onnx_export.export_onnx(model, path, settings.image_shape, precision == "fp16")
-                logits = runners.OnnxRunner(path)(images)
+                logits = OnnxRunner(path)(images)
                 facts["gap"] = onnx_export.relative_gap(logits, reference)
             print(f"{file}: relative gap to PyTorch {facts['gap']:.1e}")
     table = verify_onnx(artifacts.path("04_sparse_fp16.onnx"))
@@ -211,6 +216,9 @@ def benchmark() -> None:
         measured, settings.image_shape, settings.batches, settings.seconds_per_batch
     )
     path = tutorial.save_benchmark(artifacts, measured, table)
+    plots.save(
+        plots.plot_sweep(table, measured["sparse"].name), artifacts.figures / "06_benchmark.png"
+    )
     figure = plots.plot_case_study(json.loads(path.read_text()))
     plots.save(figure, artifacts.figures / "06_case_study.png")
     print(table.round(2).to_string(index=False))

@@ -201,7 +201,7 @@ def plot_history(history: Sequence[Epoch], dense_top1: float) -> Figure:
 
 
 def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
-    """Draw test accuracies side by side, with twice their standard error.
+    """Draw test accuracies side by side, with lines of twice their standard error both ways.
 
     Args:
         results: accuracy by name, such as dense, pruned and retrained.
@@ -216,7 +216,7 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
         label = f"{result.top1:.2f} %"
         axis.text(place, result.top1 + 2 * result.standard_error + 2, label, ha="center")
     axis.set_xticks(range(len(results)), results)
-    axis.set_ylabel("test top-1, %")
+    axis.set_ylabel("test top-1, %\n(lines: ± 2 standard errors)")
     axis.set_ylim(0, 110)
     return figure
 
@@ -224,8 +224,9 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
 def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     """Draw throughput against batch size, and beside it what sparse gains over dense.
 
-    Above 1 is a gain, in speed at the median and, where measured, in images per joule;
-    a line through a point is its 95 % interval.
+    Both are at the median. Above 1 is a gain, in speed and, where measured, in images per
+    joule; a line through a point is its 95 % interval, and the grey band that of the dense
+    network against its copy, "dense again", where it took part.
 
     Args:
         table: as `helpers.benchmark.sweep` returns it.
@@ -236,12 +237,18 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     places = np.arange(len(batches))
     for offset, name, colour in ((-0.2, "dense", DENSE), (0.2, "sparse", SPARSE)):
         own = table[table.network == name].set_index("batch").loc[batches]
-        left.bar(places + offset, own.images_per_second, 0.38, color=colour, label=name)
-    left.set_ylabel("images/s")
+        left.bar(places + offset, 1000 * own.index / own.p50, 0.38, color=colour, label=name)
+    left.set_ylabel("images/s at the median")
     left.legend(frameon=False)
     for marker, (label, gain) in zip("os", _gains(table).items(), strict=False):
         right.plot(places, gain.value, marker + "-", color=GAINS[label], label=label)
         _draw_intervals(right, places, gain)
+    if "dense again" in table.network.values:
+        chance = speedup(table, "dense again")
+        right.fill_between(
+            places, chance.low, chance.high, color=DENSE, alpha=0.25, linewidth=0,
+            label="dense against itself",
+        )  # fmt: skip
     _dense_is_1(right)
     right.legend(frameon=False)
     for axis in (left, right):
@@ -262,7 +269,7 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
         record: what `06_benchmark.json` holds, as `json.loads` returns it.
     """
     gains = _gains(pd.DataFrame(record["rows"]))
-    figure, (axis,) = _axes(7, 3.4)
+    figure, (axis,) = _axes(7, 3.6)
     width = 0.8 / len(gains)
     for column, (label, gain) in enumerate(gains.items()):
         places = np.arange(len(gain)) + (column - (len(gains) - 1) / 2) * width
@@ -272,7 +279,7 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
     axis.set_ylim(bottom=0)
     axis.set_xticks(range(len(gain)), gain.index)
     axis.set_xlabel("batch size")
-    axis.legend(ncols=2, loc="lower right", fontsize=8)
+    axis.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, -0.16), frameon=False, fontsize=8)
     machine = record["machine"]
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     axis.set_title(f"{record['runner']}\n{where}, {record['date']}", fontsize=10)
@@ -305,7 +312,7 @@ def _dense_is_1(axis: Axes) -> None:
     axis.axhline(1, color=DENSE, linestyle="--")
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, 0.8), max(high, 1.25))
-    axis.set_ylabel("sparse / dense")
+    axis.set_ylabel("gain over dense")
 
 
 def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:

@@ -4,7 +4,8 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,18 +51,65 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How two networks did on the same images: only those that one of them gets right count."""
+
+    only_first: int  # images that the first classifies correctly and the second does not
+    only_second: int
+    total: int
+
+    @property
+    def difference(self) -> float:
+        """Top-1 of the second minus that of the first, in points."""
+        return 100 * (self.only_second - self.only_first) / self.total
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `difference`, in points; what both share of chance drops out.
+
+        Source: McNemar, "Note on the sampling error of the difference between correlated
+        proportions or percentages", 1947.
+        """
+        differ = (self.only_first + self.only_second) / self.total
+        return 100 * math.sqrt((differ - (self.difference / 100) ** 2) / self.total)
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.difference:+.2f} ± {self.standard_error:.2f} points: {self.only_second} images "
+            f"only the second network has right, {self.only_first} only the first"
+        )
+
+
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
     """Return the top-1 accuracy of a network over a loader, in evaluation mode."""
-    where = device()
-    # Moved outside inference mode: weights made inside it could not be trained any more.
-    model.to(where, memory_format=torch.channels_last)
-    correct = total = 0
-    with torch.inference_mode(), in_mode(model, training=False):
+    (right,) = _right([model], loader)
+    return Accuracy(int(right.sum()), len(right))
+
+
+def compare(first: nn.Module, second: nn.Module, loader: DataLoader) -> Comparison:
+    """Return how much better the second network is on the images of a loader.
+
+    Explained in `03_retrain.ipynb`.
+    """
+    one, other = _right([first, second], loader)
+    return Comparison(int((one & ~other).sum()), int((other & ~one).sum()), len(one))
+
+
+def _right(networks: Sequence[nn.Module], loader: DataLoader) -> Tensor:
+    """Return for each network (rows) and image (columns) whether it is classified correctly."""
+    where, right = device(), []
+    with ExitStack() as modes:
+        for network in networks:
+            # Not in inference mode: weights made inside it could not be trained any more.
+            network.to(where, memory_format=torch.channels_last)
+            modes.enter_context(in_mode(network, training=False))
+        modes.enter_context(torch.inference_mode())
         for images, labels in tqdm(loader, desc="evaluate", leave=False):
             images = images.to(where, memory_format=torch.channels_last)
-            part = accuracy(model(images), labels.to(where))
-            correct, total = correct + part.correct, total + part.total
-    return Accuracy(correct, total)
+            answers = [network(images).argmax(1) for network in networks]
+            right.append(torch.stack(answers).cpu() == labels)
+    return torch.cat(right, dim=1)
 
 
 @dataclass(frozen=True)

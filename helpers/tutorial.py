@@ -19,7 +19,7 @@ from helpers.artifacts import NOTEBOOKS, Artifacts, atomic_write, write_json
 from helpers.benchmark import Ratio, perf_per_watt, speedup
 from helpers.checks import TutorialError
 from helpers.runners import Runner
-from helpers.settings import Settings, project_root, relative
+from helpers.settings import Settings, project_root
 from helpers.training import Accuracy
 
 # The two networks that are exported, built and measured, and their checkpoints.
@@ -203,6 +203,6 @@ def print_summary(settings: Settings) -> None:
     artifacts = Artifacts(settings)
     for name, value in summary(settings).items():
         print(f"{name:26} {value}")
-    print(f"\nresults  {relative(artifacts.folder)}")
+    print(f"\nresults  {os.path.relpath(artifacts.folder)}")
     for figure in sorted(artifacts.figures.glob("*.png")):
-        print(f"figure   {relative(figure)}")
+        print(f"figure   {os.path.relpath(figure)}")

@@ -13,6 +13,7 @@ from helpers.artifacts import NOTEBOOKS, Artifacts, sha256
 from helpers.models import create_model, load_checkpoint, save_checkpoint
 from helpers.settings import project_root
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
+from helpers.training import Comparison
 
 COMMANDS = [
     "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
@@ -230,7 +231,7 @@ def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings)
     artifacts = Artifacts(tiny_settings)
     said = {}
     for command in (
-        "setup", "pretrain", "control", "load", "prune", "retrain", "export", "build",
+        "setup", "pretrain", "load", "prune", "retrain", "control", "export", "build",
         "benchmark", "summary", "record",
     ):  # fmt: skip
         status, said[command], errors = run(command)
@@ -242,7 +243,12 @@ def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings)
     assert artifacts.facts("01_dense.safetensors")["test"] == card["test"]
     assert len(card["history"]) == tiny_settings.recipe.epochs
     control = tiny_settings.data_dir / "reference" / "quick_dense_control.json"
-    assert len(json.loads(control.read_text())["history"]) == tiny_settings.recipe.epochs
+    recorded = json.loads(control.read_text())
+    assert len(recorded["history"]) == tiny_settings.recipe.epochs
+    retrained = artifacts.facts("03_retrained.safetensors")["test"]
+    comparison = Comparison(**recorded["retrained_against_it"])
+    gained = comparison.only_second - comparison.only_first
+    assert gained == retrained["correct"] - recorded["test"]["correct"]
 
     assert "[OK] engines:" in said["setup"]
     assert "dense:" in said["load"]

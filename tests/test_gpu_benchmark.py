@@ -88,7 +88,8 @@ def test_what_needs_a_gpu_is_told_in_words_and_no_figure_takes_its_place(measure
         overhead = files["profile"]["overhead"][network]
         kernels = [kernel["ms"] for kernel in files["profile"]["kernels"][network]]
         assert overhead["kernels"] == pytest.approx(sum(kernels))
-        assert min(overhead.values()) > 0
+        assert min(overhead["kernels"], overhead["p50"]) > 0
+        assert overhead["gpu_p50"] is None
     assert "stopped" in files["profile"], "floors take the ceilings of this GPU"
 
 
@@ -167,16 +168,47 @@ def test_what_an_earlier_run_measured_is_not_lost_to_one_that_stops(measure, scr
     assert "what resnext14_8x4d.json holds of an earlier run stays" in said
 
 
+def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("too little memory")
+
+    _, before = measure(*only("networks"))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "sweep", fail)
+        said, after = measure(*only("networks"))
+    assert after == before
+    assert "what resnext14_8x4d.json holds of an earlier run stays" in said
+    _, after = measure(*only("networks"))
+    assert after["resnext14_8x4d"]["rows"] != before["resnext14_8x4d"]["rows"]
+
+
+def test_products_of_a_gpu_are_not_lost_to_a_run_without_one(measure, tmp_path):
+    record = {"machine": {"gpu": "invented"}, "rows": [{"dense_ms": 0.02, "sparse_ms": 0.01}]}
+    (tmp_path / "products.json").write_text(json.dumps(record))
+    said, files = measure(*only("products"))
+    assert files["products"] == record
+    assert "what products.json holds of an earlier run stays" in said
+
+
+def test_a_file_that_is_no_record_gives_way(measure, tmp_path):
+    (tmp_path / "products.json").write_text("no JSON")
+    _, files = measure(*only("products"))
+    assert files["products"]["rows"]
+
+
 def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, tmp_path):
     """The rates are invented; what is compared with them was measured."""
     measure(*only("networks"))
     for row in (network := json.loads((tmp_path / "resnext14_8x4d.json").read_text()))["rows"]:
         row["gpu_p50"] = 0.1
+    network["machine"]["gpu"] = "invented"
     (tmp_path / "resnext14_8x4d.json").write_text(json.dumps(network))
     sizes = {"datatype": "FP16", "m": 64, "n": 64, "k": 64, "dense_ms": 0.02, "sparse_ms": 0.01}
     record = {"machine": {"gpu": "invented"}, "bandwidth_gbps": 1000, "rows": [sizes]}
     (tmp_path / "products.json").write_text(json.dumps(record | {"date": "2001-01-01"}))
+    (tmp_path / "advice.json").write_text(json.dumps({"stopped": "no time was left"}))
     _, files = measure(*only("advice"))
+    assert "advice" not in files, "it tells why an earlier run stopped"
     assert files["products"]["date"] == "2001-01-01"
     checked = {row["batch"]: row for row in files["products"]["checked"]}
     assert set(checked) == {1, 2}
@@ -187,10 +219,16 @@ def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, 
     assert all(row["predicted"] >= 1 for row in checked.values())
     assert len(Rates.from_record(tmp_path / "products.json").checked) == 2
 
+    before = files["products"]["checked"]
     (tmp_path / "resnext14_8x4d.json").write_text(json.dumps({"stopped": "no memory"}))
     _, files = measure(*only("advice"), "--networks", "resnet18")  # which has no file
-    assert files["products"]["checked"] == []
-    assert "stopped" not in files["products"]
+    assert files["products"]["checked"] == before
+
+    network["machine"]["gpu"] = "another"
+    (tmp_path / "resnext14_8x4d.json").write_text(json.dumps(network))
+    _, files = measure(*only("advice"))
+    assert "were not measured on the same GPU" in files["advice"]["stopped"]
+    assert files["products"]["checked"] == before
 
 
 @pytest.mark.parametrize(
@@ -200,6 +238,7 @@ def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, 
         (("--networks", "../evil"), "../evil; there are resnext14_8x4d"),
         (("--batches", "0"), "greater than or equal to 1"),
         (("--seconds", "-1"), "greater than or equal to 0"),
+        (("--out", "/proc/results"), "cannot be written to"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_measured(

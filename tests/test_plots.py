@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -176,7 +177,8 @@ def test_a_sweep_shows_throughput_and_the_ratios_in_order_of_batch_size():
     figure = plots.plot_sweep(sweep_table(), "on a GPU")
     left, right = figure.axes
     assert figure.get_suptitle() == "on a GPU"
-    assert [bar.get_height() for bar in left.patches] == [40, 100, 20, 150]
+    heights = [bar.get_height() for bar in left.patches]
+    assert heights == pytest.approx([1000 / 1, 8000 / 9, 1000 / 2, 8000 / 6])
     assert legend(left) == ["dense", "sparse"]
     assert texts(right) == ["0.50", "1.50", "3.00", "3.00"]
     assert legend(right) == ["speed", "performance per watt"]
@@ -185,12 +187,21 @@ def test_a_sweep_shows_throughput_and_the_ratios_in_order_of_batch_size():
         assert labels(axis.get_xticklabels()) == ["1", "8"]
 
 
-def test_a_control_in_the_sweep_is_left_out_of_the_picture():
+def test_a_control_in_the_sweep_is_a_band_and_no_contender():
     table = sweep_table()
-    control = table[table.network == "dense"].assign(network="dense again")
-    left, right = plots.plot_sweep(pd.concat([table, control]), "on a GPU").axes
+    control = table[table.network == "dense"].assign(
+        network="dense again", speedup_low=[0.9, 0.8], speedup_high=[1.1, 1.2]
+    )
+    table = pd.concat([table, control])
+    left, right = plots.plot_sweep(table, "on a GPU").axes
     assert len(left.patches) == 4
     assert texts(right) == ["0.50", "1.50", "3.00", "3.00"]
+    assert "dense against itself" in legend(right)
+    (band,) = (part for part in right.collections if isinstance(part, PolyCollection))
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+    assert corners == {(0, 0.8), (0, 1.2), (1, 0.9), (1, 1.1)}
+    (axis,) = plots.plot_case_study(record(table)).axes
+    assert len(axis.patches) == 4
 
 
 def test_a_sweep_without_energy_shows_no_energy():

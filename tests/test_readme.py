@@ -12,7 +12,7 @@ from helpers.artifacts import NOTEBOOKS
 from helpers.gemm import DATASHEETS
 from helpers.models import create_model
 from helpers.settings import PRESETS, project_root
-from helpers.training import Accuracy
+from helpers.training import Accuracy, Comparison
 
 ROOT = project_root()
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,11 @@ def test_the_results_are_those_of_the_recorded_run():
 
 def test_the_control_is_the_recorded_one():
     record = json.loads((REFERENCE / "quick_dense_control.json").read_text())
-    assert str(Accuracy(**record["test"])) in README
+    text = " ".join(README.split())
+    assert str(Accuracy(**record["test"])) in text
+    comparison = Comparison(**record["retrained_against_it"])
+    assert str(comparison) in text
+    assert abs(comparison.difference) < 2 * comparison.standard_error, "as notebook 03 says"
 
 
 def test_the_real_networks_figures_are_the_recorded_ones():
@@ -44,9 +48,20 @@ def test_the_real_networks_figures_are_the_recorded_ones():
 
 def test_the_published_figures_are_labelled_and_those_of_the_record():
     record = json.loads((REFERENCE / "case_study.json").read_text())
-    sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", README.replace("\n", " "))[0]
+    text = " ".join(README.split())
+    sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", text)[0]
     assert f"{record['largest_speedup']:.2f}x" in sentence
     assert f"{record['largest_performance_per_watt']:.2f}x" in sentence
+    assert record["url"] in README
+    (reader,) = record["others"]
+    told = [
+        f"{times['dense']:.3g} ms dense against {times['sparse']:.3g} ms sparse at batch {batch}"
+        for batch, times in reader["milliseconds"].items()
+    ]
+    notebook = (ROOT / "notebooks" / NOTEBOOKS["06"]).read_text()
+    for page in (text, notebook):
+        assert f"InceptionV3 on an {reader['gpu']}" in page
+        assert all(figures in page for figures in told)
 
 
 def test_the_prediction_is_the_one_that_advise_makes_today():
@@ -85,9 +100,11 @@ def test_the_versions_in_troubleshooting_are_the_locked_ones():
 
 
 def test_the_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(example, "README.md", "exec"), {})
-    assert "2 of 2 layers can be sparse" in capsys.readouterr().out
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile("".join(examples), "README.md", "exec"), {})  # the second goes on from the first
+    said = capsys.readouterr().out
+    assert "2 of 2 layers can be sparse" in said
+    assert "at batch 32 in FP16" in said
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "data/README.md"])

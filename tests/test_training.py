@@ -9,7 +9,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import sparsity, training
 from helpers.checks import TutorialError
 from helpers.settings import Recipe
-from helpers.training import Accuracy, accuracy, evaluate, schedule, train
+from helpers.training import (
+    Accuracy,
+    Comparison,
+    accuracy,
+    compare,
+    evaluate,
+    schedule,
+    train,
+)
 
 RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=0.1, weight_decay=5e-4, warmup=0.2)
 
@@ -63,6 +71,39 @@ def test_evaluate_sums_up_unequal_batches():
     logits = torch.eye(3)[torch.tensor([0, 1, 2, 1, 2])].reshape(5, 3, 1, 1)
     loader = DataLoader(TensorDataset(logits, labels), batch_size=3)
     assert evaluate(nn.Flatten(), loader) == Accuracy(3, 5)
+
+
+class Says(nn.Module):
+    """Answers with the column of its input that it was given."""
+
+    def __init__(self, column: int) -> None:
+        super().__init__()
+        self.column = column
+
+    def forward(self, images):
+        return nn.functional.one_hot(images[:, self.column, 0, 0].long(), 3).float()
+
+
+def test_two_networks_are_compared_by_the_images_on_which_they_differ():
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    first = torch.tensor([0, 1, 1, 1, 2])  # right, right, wrong, wrong, wrong
+    second = torch.tensor([0, 2, 2, 0, 2])  # right, wrong, right, right, wrong
+    answers = torch.stack([first, second], dim=1)[..., None, None].float()
+    loader = DataLoader(TensorDataset(answers, labels), batch_size=3)
+    assert compare(Says(0), Says(1), loader) == Comparison(only_first=1, only_second=2, total=5)
+    assert compare(Says(0), Says(0), loader).standard_error == 0
+
+
+def test_the_error_of_a_difference_is_that_of_paired_proportions():
+    comparison = Comparison(only_first=111, only_second=174, total=10_000)
+    pairs = torch.tensor([-1.0] * 111 + [1.0] * 174 + [0.0] * (10_000 - 285), dtype=torch.float64)
+    assert comparison.difference == pytest.approx(100 * pairs.mean().item())
+    assert comparison.standard_error == pytest.approx(
+        100 * pairs.std(correction=0).item() / 10_000**0.5
+    )
+    assert str(comparison) == (
+        "+0.63 ± 0.17 points: 174 images only the second network has right, 111 only the first"
+    )
 
 
 def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, tiny_splits):

@@ -258,8 +258,8 @@ def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys
     printed = capsys.readouterr().out
     for name, value in summary(finished.settings).items():
         assert f"{name:26} {value}" in printed
-    assert "results  quick" in printed
-    assert "figure   02_pattern.png" in printed
+    assert f"results  {os.path.relpath(finished.folder)}" in printed
+    assert f"figure   {os.path.relpath(finished.figures / '02_pattern.png')}" in printed
 
 
 def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
