@@ -40,7 +40,7 @@ from helpers.artifacts import write_json
 from helpers.benchmark import check_outputs, sweep, time_in_turns
 from helpers.checks import TutorialError
 from helpers.runners import Runner, TensorRTRunner
-from helpers.sparse_torch import SparseGemm, SparseTorchRunner, why_no_cusparselt
+from helpers.sparse_torch import SparseGemm, SparseTorchRunner, why_no_sparse_gemms
 from helpers.sparsity import prune_2to4_
 from helpers.sparsity.eligibility import eligible_weights
 
@@ -139,7 +139,7 @@ def torch_runners(run: Run, name: str, compile: bool = False) -> dict[str, Runne
     Both choose among the same dense kernels, so that only sparsity tells them apart.
     """
     networks = run.networks_of(name)
-    backend = "dense" if why_no_cusparselt() else "cusparselt"
+    backend = "dense" if why_no_sparse_gemms() else "cusparselt"
     options = {"cache": run.out / "kernels.json", "compile": compile}
     return {
         "dense": SparseTorchRunner(networks["dense"], "dense", **options),
@@ -389,6 +389,12 @@ def engines(run: Run) -> None:
             file, plan = folder / f"{label}.onnx", folder / f"{label}.engine"
             builds[label] = engine.build_engine(file, plan, shape, batches, **options)
         record["builds"] = {label: report.facts() for label, report in builds.items()}
+        # Layers of which the log and the finished engine do not say the same.
+        record["disagreements"] = {
+            label: report.disagreements()
+            for label, report in builds.items()
+            if report.eligible and report.chosen is not None
+        }
         run.write("engines", record)
         names = ["dense", *(label for label in builds if label != "dense")]
         runners = {label: TensorRTRunner(folder / f"{label}.engine") for label in names}

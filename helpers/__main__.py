@@ -1,6 +1,6 @@
 """The case study from the command line: the steps of the notebooks, without Jupyter.
 
-python -m helpers load prune retrain ...   # see `python -m helpers --help`
+python -m helpers load    # then prune, retrain, export, build, benchmark, one at a time
 """
 
 import json
@@ -25,7 +25,7 @@ from helpers import (
     tutorial,
 )
 from helpers import benchmark as bench
-from helpers.artifacts import Artifacts, atomic_write, sha256, write_json
+from helpers.artifacts import NETWORKS, Artifacts, atomic_write, sha256, write_json
 from helpers.checks import TutorialError, check
 from helpers.gemm import DATASHEETS
 from helpers.models import SmallResNeXt
@@ -81,7 +81,7 @@ def control() -> None:
     """Train the dense network on for as long as the sparse one is retrained, and record it.
 
     The fair control of notebook 03: whatever further training gives the dense network
-    is no merit of the 2:4 pattern.
+    is no merit of the 2:4 pattern. Takes the retrained network of that notebook.
     """
     settings = Settings.load("quick")
     retrained = models.load_checkpoint(Artifacts(settings).require("03_retrained.safetensors"))
@@ -164,7 +164,7 @@ def export() -> None:
     settings = Settings.load()
     artifacts = Artifacts(settings)
     images, _ = data.first_images(data.load_splits(settings).test, 500)
-    for name, parent in tutorial.NETWORKS.items():
+    for name, parent in NETWORKS.items():
         model = models.load_checkpoint(artifacts.require(parent))
         with torch.inference_mode():
             reference = model(images)
@@ -174,7 +174,7 @@ def export() -> None:
             with artifacts.writing(file, [parent], facts) as path:
                 onnx_export.export_onnx(model, path, settings.image_shape, precision == "fp16")
                 logits = OnnxRunner(path)(images)
-                facts["gap"] = onnx_export.relative_gap(logits, reference)
+                facts["gap"] = training.relative_gap(logits, reference)
             print(f"{file}: relative gap to PyTorch {facts['gap']:.1e}")
     table = verify_onnx(artifacts.path("04_sparse_fp16.onnx"))
     wanted = table[table.eligible]
@@ -191,7 +191,7 @@ def build(
     settings = Settings.load()
     artifacts = Artifacts(settings)
     batches = (min(settings.batches), settings.best_batch, max(settings.batches))
-    for name in tutorial.NETWORKS:
+    for name in NETWORKS:
         facts: dict[str, object] = {}
         parent = f"04_{name}_fp16.onnx"
         with artifacts.writing(f"05_{name}.engine", [parent], facts) as path:

@@ -264,7 +264,13 @@ class _Recorder(TorchDispatchMode):
         # The stand-ins of tensors on other devices, which a network may make and write into.
         self.twins: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         given = tree_map_only(Tensor, self._on_meta, (args, kwargs or {}))
         before = self.flops.get_total_flops()
         result = func(*given[0], **given[1])

@@ -34,6 +34,9 @@ NOTEBOOKS = {
     "07": "07_sparse_tensor_cores.ipynb",
 }
 
+# The two networks that are exported, built and measured, and their checkpoints.
+NETWORKS = {"dense": "01_dense.safetensors", "sparse": "03_retrained.safetensors"}
+
 
 class ArtifactError(TutorialError):
     """An artifact is missing, damaged or out of date."""

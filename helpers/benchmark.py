@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from helpers.checks import TutorialError
 from helpers.energy import EnergyCounter, EnergyError, EnergyWindow, idle_watts, measure_energy
 from helpers.layers import in_mode
-from helpers.onnx_export import relative_gap
 from helpers.runners import Runner
+from helpers.training import relative_gap
 
 ROUNDING = 1e-3  # of the largest logit: some GPU kernels add in an order that varies
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from helpers import engine
-from helpers.artifacts import Artifacts
+from helpers.artifacts import NETWORKS, Artifacts
 from helpers.models import load_checkpoint
 from helpers.runners import (
     OnnxRunner,
@@ -18,7 +18,7 @@ from helpers.runners import (
     TensorRTRunner,
     why_no_engine,
 )
-from helpers.sparse_torch import SparseTorchRunner, why_no_cusparselt
+from helpers.sparse_torch import SparseTorchRunner, why_no_sparse_gemms
 
 Make = Callable[[Path], Runner]
 
@@ -51,18 +51,18 @@ def _torch_sparse(path: Path) -> Runner:
     return SparseTorchRunner(load_checkpoint(path))
 
 
-_ENGINES = ("05_dense.engine", "05_sparse.engine")
-_CHECKPOINTS = ("01_dense.safetensors", "03_retrained.safetensors")
-_ONNX = ("04_dense_fp32.onnx", "04_sparse_fp32.onnx")
+_CHECKPOINTS = tuple(NETWORKS.values())
+_ENGINES = tuple(f"05_{name}.engine" for name in NETWORKS)
+_ONNX = tuple(f"04_{name}_fp32.onnx" for name in NETWORKS)
 
 # The best one first. TensorRT-RTX ignores sparsity, so cuSPARSELt in PyTorch is before it.
 KINDS = {
     "TensorRT": Kind(partial(_why_no_engine_of, "TensorRT"), _ENGINES, (TensorRTRunner,) * 2),
-    "cuSPARSELt": Kind(why_no_cusparselt, _CHECKPOINTS, (_torch_dense, _torch_sparse)),
+    "cuSPARSELt": Kind(why_no_sparse_gemms, _CHECKPOINTS, (_torch_dense, _torch_sparse)),
     "TensorRT-RTX": Kind(
         partial(_why_no_engine_of, "TensorRT-RTX"), _ENGINES, (TensorRTRunner,) * 2
     ),
-    "ONNX Runtime": Kind(str, _ONNX, (OnnxRunner,) * 2),
+    "ONNX Runtime": Kind(lambda: "", _ONNX, (OnnxRunner,) * 2),
 }
 
 
@@ -84,7 +84,7 @@ def network_files(kind: str | None = None) -> dict[str, str]:
     Raises:
         RunnerError: there is no such kind.
     """
-    return dict(zip(("dense", "sparse"), _kind(kind).files, strict=True))
+    return dict(zip(NETWORKS, _kind(kind).files, strict=True))
 
 
 def find_runners(artifacts: Artifacts, kind: str | None = None) -> dict[str, Runner]:
@@ -101,10 +101,13 @@ def find_runners(artifacts: Artifacts, kind: str | None = None) -> dict[str, Run
         RunnerError: there is no such kind, or it does not run here; or an engine was built
             for another GPU or version.
     """
-    if kind is not None and (reason := _kind(kind).why_not()):
+    chosen = _kind(kind)
+    if kind is not None and (reason := chosen.why_not()):
         raise RunnerError(reason)
-    make = dict(zip(("dense", "sparse"), _kind(kind).make, strict=True))
-    return {name: make[name](artifacts.require(file)) for name, file in network_files(kind).items()}
+    return {
+        name: make(artifacts.require(file))
+        for name, make, file in zip(NETWORKS, chosen.make, chosen.files, strict=True)
+    }
 
 
 def _kind(name: str | None) -> Kind:

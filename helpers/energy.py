@@ -160,6 +160,6 @@ def measure_energy(
     )
 
 
-def idle_watts(counter: EnergyCounter, seconds: float = 2 * WINDOW) -> float:
+def idle_watts(counter: EnergyCounter) -> float:
     """Return the power of the GPU while this process leaves it alone, in watts."""
-    return measure_energy(lambda: time.sleep(0.1), counter, seconds).watts
+    return measure_energy(lambda: time.sleep(0.1), counter, 2 * WINDOW).watts

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from helpers import cuda_graphs, machine
 from helpers.benchmark import bootstrap_ratio
 from helpers.checks import TutorialError
-from helpers.onnx_export import relative_gap
-from helpers.sparse_torch import why_no_cusparselt
+from helpers.sparse_torch import search_algorithm, why_no_sparse_gemms
 from helpers.sparsity import mask_nm
+from helpers.training import relative_gap
 
 Product = Callable[[], Tensor]
 
@@ -135,12 +135,10 @@ class Datatype:
         compressed = torch._cslt_compress(weight)
         # PyTorch takes a type for the output only where it can differ from that of the input.
         output = None if self.output == self.dtype else self.output
-        alg_id, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(
-            compressed, x.t(), None, None, output, True
-        )
+        algorithm = search_algorithm(compressed, x.t(), output=output)
         return partial(
             torch._cslt_sparse_mm, compressed, x.t(), out_dtype=output, transpose_result=True,
-            alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode,
+            **algorithm,
         )  # fmt: skip
 
 
@@ -173,7 +171,7 @@ def why_not(datatype: str) -> str:
         GemmError: there is no such datatype.
     """
     needed = _datatype(datatype).capability
-    if reason := why_no_cusparselt():
+    if reason := why_no_sparse_gemms():
         return reason
     if torch.cuda.get_device_capability() < needed:
         return (

@@ -19,15 +19,13 @@ import torch
 
 from helpers.settings import Settings, relative
 
-PACKAGES = (
-    "torch", "torchvision", "onnx", "onnxscript", "onnxruntime",
-    "tensorrt", "tensorrt-rtx-cu13", "pycuda",
-)  # fmt: skip
+REQUIRED = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = (*REQUIRED, "tensorrt", "tensorrt-rtx-cu13", "pycuda")
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the version of Python, the driver and each package of the case study."""
+    """Return the versions of Python and of those `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -84,18 +82,19 @@ def setup_report(settings: Settings) -> list[tuple[bool, str]]:
     """Return what the tutorial needs of this machine: is it there, and which."""
     found = versions()
     here = describe()
-    lines = [(sys.version_info >= (3, 11), f"Python {found['python']}")]
+    # An older one than 3.11 does not get here.
+    lines = [(sys.version_info < (3, 14), f"Python {found['python']}")]
     lines += [
         (package in found, f"{package} {found.get(package, 'is not installed')}")
-        for package in ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
+        for package in REQUIRED
     ]
     lines.append((True, f"{here['cores']} cores, {here['memory_gib']} GiB, {here['cpu']}"))
-    free = shutil.disk_usage(existing_parent(settings.artifacts_dir)).free / 1e9
+    free = shutil.disk_usage(_existing_parent(settings.artifacts_dir)).free / 1e9
     lines.append((free > 1, f"{free:.0f} GB free for {relative(settings.artifacts_dir)}"))
     return lines
 
 
-def existing_parent(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     """Return the nearest folder above `path` that exists."""
     while not path.exists():
         path = path.parent

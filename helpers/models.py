@@ -172,6 +172,10 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise CheckpointError(
             f"{relative(path)} is not a readable safetensors file ({error})."
         ) from error
+    if "compressed_2to4" in header:
+        raise CheckpointError(
+            f"{relative(path)} is compressed; read it with helpers.sparsity.load_compressed."
+        )
     if "model" not in header or "fc.weight" not in state:
         raise CheckpointError(
             f"{relative(path)} cannot be loaded: it lacks `model` in its header or the weights "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
@@ -17,12 +18,14 @@ from helpers.artifacts import atomic_write
 from helpers.checks import TutorialError
 from helpers.layers import is_plain
 from helpers.settings import relative
-from helpers.sparsity.verify import load_onnx
+from helpers.sparsity.eligibility import why_not_tensorrt
+from helpers.sparsity.verify import STANDARD_DOMAINS, load_onnx
+from helpers.training import relative_gap
 
 INPUT, OUTPUT = "images", "logits"
 
 
-FOLDS = {
+_FOLDS = {
     nn.BatchNorm1d: nn.Conv1d,
     nn.BatchNorm2d: nn.Conv2d,
     nn.BatchNorm3d: nn.Conv3d,
@@ -71,9 +74,9 @@ def _folds(network: fx.GraphModule, call: fx.Node) -> bool:
         return False
     layer, norm = (network.get_submodule(node.target) for node in (before, call))
     return (
-        is_plain(norm, *FOLDS)
+        is_plain(norm, *_FOLDS)
         and norm.track_running_stats
-        and is_plain(layer, FOLDS[type(norm)])
+        and is_plain(layer, _FOLDS[type(norm)])
         and list(before.users) == [call]
         and [node.target for node in network.graph.nodes].count(before.target) == 1
         and not is_read(network, before.target)
@@ -120,21 +123,6 @@ def export_onnx(
     return Path(path)
 
 
-def relative_gap(logits: Tensor, reference: Tensor) -> float:
-    """Return the largest difference of two sets of logits, relative to the largest logit.
-
-    Raises:
-        TutorialError: they are not of the same shape.
-    """
-    if logits.shape != reference.shape:
-        raise TutorialError(
-            f"Logits of shape {tuple(logits.shape)} cannot be compared with some of shape "
-            f"{tuple(reference.shape)}; they are not of the same network and images."
-        )
-    logits, reference = logits.double(), reference.double()
-    return float((logits - reference).abs().max() / reference.abs().max())
-
-
 def onnx_gap(path: Path, reference: Path, images: Tensor) -> float:
     """Return the largest `relative_gap` of two ONNX files' outputs, run by ONNX Runtime.
 
@@ -154,8 +142,6 @@ def onnx_gap(path: Path, reference: Path, images: Tensor) -> float:
 
 def _run(path: Path, images: Tensor) -> list[Tensor]:
     """Return the outputs of an ONNX file."""
-    import onnxruntime as ort
-
     try:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         (taken,) = session.get_inputs()
@@ -201,7 +187,7 @@ def rewrite_1x1_as_matmul(
     """
     model = load_onnx(path_in)
     onnx.load_external_data_for_model(model, str(Path(path_in).parent))
-    opset = next(item.version for item in model.opset_import if item.domain in _ONNX)
+    opset = next(item.version for item in model.opset_import if item.domain in STANDARD_DOMAINS)
     if opset < 10:
         raise TutorialError(f"{relative(path_in)} has opset {opset}. Export it again, with 10 up.")
     rewriter = _ChannelsLast(model.graph)
@@ -224,7 +210,6 @@ def rewrite_1x1_as_matmul(
     return tuple(rewriter.products)
 
 
-_ONNX = ("", "ai.onnx")  # the domain of the standard's own operators
 # How far another order of the same sums may take the outputs, relative to the largest.
 _GAPS = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 1e-2}
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -269,14 +254,14 @@ class _ChannelsLast:
 
     def _is_product(self, node: NodeProto) -> bool:
         """Return whether a node is a 1x1 convolution that TensorRT may run sparse."""
-        if node.op_type != "Conv" or node.domain not in _ONNX:
+        if node.op_type != "Conv" or node.domain not in STANDARD_DOMAINS:
             return False
         weight = self.constants.get(node.input[1])
         if weight is None or weight.data_type not in _GAPS or list(weight.dims[2:]) != [1, 1]:
             return False
         attributes = _attributes(node)
-        ungrouped = attributes.get("group", 1) == 1
-        return ungrouped and weight.dims[1] % 4 == 0 and not any(attributes.get("pads", ()))
+        reason = why_not_tensorrt(weight.dims[1], attributes.get("group", 1))
+        return not reason and not any(attributes.get("pads", ()))
 
     def _add_product(self, node: NodeProto) -> None:
         """Add the product of pixels and matrix; before it the steps, after it the bias."""
@@ -318,7 +303,7 @@ class _ChannelsLast:
 
         It can where all but single numbers are in it, and should where one is in no other.
         """
-        if node.op_type not in _POINTWISE or node.domain not in _ONNX:
+        if node.op_type not in _POINTWISE or node.domain not in STANDARD_DOMAINS:
             return False
         tensors = [name for name in node.input if name and not self._is_number(name)]
         can = all(name in self.last for name in tensors)

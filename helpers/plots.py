@@ -58,7 +58,7 @@ def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
     return figure
 
 
-def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.2f}") -> None:
+def _grid(axis: Axes, values: np.ndarray, title: str) -> None:
     """Draw a matrix as coloured cells with its numbers; zeros stay empty."""
     limit = max(np.abs(values).max(), 1e-12)
     shown = np.ma.masked_equal(values, 0)
@@ -67,7 +67,7 @@ def _grid(axis: Axes, values: np.ndarray, title: str, text: str = "{:.2f}") -> N
     axis.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
     for row, column in np.ndindex(values.shape):
         if values[row, column] != 0:
-            label = text.format(values[row, column])
+            label = f"{values[row, column]:.2f}"
             axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=7)
     axis.invert_yaxis()
     axis.set_aspect("equal")
@@ -85,9 +85,7 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
         sparse: the same weight, 2:4.
     """
     compressed = compress_2to4(sparse)
-    rows, width = sparse.shape
-    bits = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in compressed.metadata])
-    positions = bits.reshape(rows, width // 2)
+    positions = compressed.positions.numpy()
     figure, axes = _axes(11, 3.4, 4, width_ratios=[2, 2, 1, 1])
     _grid(axes[0], dense.numpy(), "dense weight")
     _grid(axes[1], sparse.numpy(), "2:4, two of every four kept")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
@@ -194,8 +195,6 @@ class OnnxRunner(Runner):
     """
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime as ort
-
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only

@@ -103,6 +103,25 @@ class DenseGemm(Gemm):
         return product.relu_() if self.relu else product
 
 
+def search_algorithm(
+    compressed: Tensor,
+    columns: Tensor,
+    bias: Tensor | None = None,
+    output: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Return the arguments with which `torch._cslt_sparse_mm` is the fastest for a product.
+
+    Args:
+        compressed: the sparse matrix, as `torch._cslt_compress` returns it.
+        columns: what it is multiplied by.
+        bias: one number for each row of the sparse matrix.
+        output: type of the product, where it is not that of the matrices.
+    """
+    found = torch._C._cusparselt.mm_search(compressed, columns, bias, None, output, True)
+    # A fourth number comes last: how many kernels there were to choose from.
+    return dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
+
+
 class SparseGemm(Gemm):
     """The product with the compressed 2:4 weight, by cuSPARSELt, in FP16 or BF16.
 
@@ -134,10 +153,7 @@ class SparseGemm(Gemm):
 
     def search(self, input: Tensor) -> dict[str, int]:
         rows = self._padded(self._rows(self._channels_last(input)))
-        alg_id, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(
-            self.compressed, rows.t(), self.bias, None, None, True
-        )
-        return {"alg_id": alg_id, "split_k": split_k, "split_k_mode": split_k_mode}
+        return search_algorithm(self.compressed, rows.t(), self.bias)
 
     def _padded(self, rows: Tensor) -> Tensor:
         missing = -len(rows) % self.STEP
@@ -454,7 +470,7 @@ def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (F.relu, torch.relu)
 
 
-def why_no_cusparselt() -> str:
+def why_no_sparse_gemms() -> str:
     """Return in one sentence why sparse GEMMs cannot run on this machine; empty if they can."""
     if not torch.cuda.is_available():
         return "No NVIDIA GPU was found, so cuSPARSELt's sparse matrix products cannot run here."
@@ -570,7 +586,7 @@ class SparseTorchRunner(TorchRunner):
 
 
 def _require_cusparselt(dtype: torch.dtype | None) -> None:
-    if reason := why_no_cusparselt():
+    if reason := why_no_sparse_gemms():
         raise RunnerError(f"{reason} With backend='dense' the network runs in dense products.")
     if dtype not in (None, torch.float16, torch.bfloat16):
         raise RunnerError(

@@ -46,6 +46,21 @@ class Accuracy:
         return f"{self.top1:.2f} % ± {self.standard_error:.2f} top-1 on {self.total:,} images"
 
 
+def relative_gap(logits: Tensor, reference: Tensor) -> float:
+    """Return the largest difference of two sets of logits, relative to the largest logit.
+
+    Raises:
+        TutorialError: they are not of the same shape.
+    """
+    if logits.shape != reference.shape:
+        raise TutorialError(
+            f"Logits of shape {tuple(logits.shape)} cannot be compared with some of shape "
+            f"{tuple(reference.shape)}; they are not of the same network and images."
+        )
+    logits, reference = logits.double(), reference.double()
+    return float((logits - reference).abs().max() / reference.abs().max())
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     """Return the top-1 accuracy of logits (N, classes) against labels (N)."""
     return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
@@ -82,7 +97,10 @@ class Comparison:
 
 
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
-    """Return the top-1 accuracy of a network over a loader, in evaluation mode."""
+    """Return the top-1 accuracy of a network over a loader, in evaluation mode.
+
+    The network is moved to the GPU, if there is one, and to channels-last, and stays so.
+    """
     (right,) = _right([model], loader)
     return Accuracy(int(right.sum()), len(right))
 
@@ -90,7 +108,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
 def compare(first: nn.Module, second: nn.Module, loader: DataLoader) -> Comparison:
     """Return how much better the second network is on the images of a loader.
 
-    Explained in `03_retrain.ipynb`.
+    Both are moved as `evaluate` does. Explained in `03_retrain.ipynb`.
     """
     one, other = _right([first, second], loader)
     return Comparison(int((one & ~other).sum()), int((other & ~one).sum()), len(one))

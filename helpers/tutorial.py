@@ -15,15 +15,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from helpers import contenders, engine, machine
-from helpers.artifacts import NOTEBOOKS, Artifacts, atomic_write, write_json
+from helpers.artifacts import NETWORKS, NOTEBOOKS, Artifacts, atomic_write, write_json
 from helpers.benchmark import Ratio, perf_per_watt, speedup
 from helpers.checks import TutorialError
 from helpers.runners import Runner
 from helpers.settings import Settings, project_root
 from helpers.training import Accuracy
-
-# The two networks that are exported, built and measured, and their checkpoints.
-NETWORKS = {"dense": "01_dense.safetensors", "sparse": "03_retrained.safetensors"}
 
 
 def check_setup(settings: Settings) -> None:

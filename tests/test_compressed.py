@@ -97,6 +97,14 @@ def test_metadata_holds_four_positions_in_a_byte_lowest_first():
     assert compressed.metadata.tolist() == [1 | 3 << 2 | 0 << 4 | 3 << 6]
 
 
+def test_positions_are_those_of_the_values_in_their_groups():
+    weight = torch.tensor([[0.0, 7, 8, 0, 1, 0, 0, 2], [3, 0, 0, 4, 0, 0, 5, 6]])
+    compressed = compress_2to4(weight)
+    assert compressed.positions.tolist() == [[1, 2, 0, 3], [0, 3, 2, 3]]
+    ragged = compress_2to4(weight[:1, :4])  # half a byte
+    assert ragged.positions.tolist() == [[1, 2]]
+
+
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("lane", range(4))
 @pytest.mark.parametrize("dtype", DTYPES)

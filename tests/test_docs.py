@@ -1,5 +1,6 @@
 """The documentation against the code: names, modules and examples."""
 
+import ast
 import re
 
 import pytest
@@ -37,7 +38,14 @@ def test_every_module_is_in_the_table_of_modules():
             assert f"`{name}`" in MODULES, name
 
 
-def test_links_lead_to_files():
-    for page in (*DOCS.glob("*.md"), project_root() / "README.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+def test_a_module_knows_only_those_above_it_in_the_table():
+    order = re.findall(r"^\| `([\w.]+)` \|", MODULES.partition("\n## ")[0], re.M)
+    package = project_root() / "helpers"
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if name in order and isinstance(node, ast.ImportFrom) and node.module:
+                for known in {node.module, *(f"{node.module}.{each.name}" for each in node.names)}:
+                    known = known.removeprefix("helpers.")
+                    if known in order:
+                        assert order.index(known) < order.index(name), f"{name} knows {known}"

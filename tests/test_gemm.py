@@ -26,7 +26,7 @@ from helpers.gemm import (
     this_datasheet,
     why_not,
 )
-from helpers.sparse_torch import why_no_cusparselt
+from helpers.sparse_torch import why_no_sparse_gemms
 from helpers.sparsity import compress_2to4, mask_nm
 
 SIZE = (32, 64, 96)
@@ -304,7 +304,7 @@ def test_an_unknown_datatype_is_refused_before_anything_is_measured():
 
 
 def fake_gpu(monkeypatch, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(gemm, "why_no_cusparselt", lambda: "")
+    monkeypatch.setattr(gemm, "why_no_sparse_gemms", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
 
@@ -322,8 +322,8 @@ def test_fp8_needs_a_later_gpu_than_the_other_datatypes(monkeypatch):
 
 def test_without_a_gpu_every_datatype_has_the_reason_of_cusparselt(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert {why_not(name) for name in DATATYPES} == {why_no_cusparselt()}
-    assert why_no_cusparselt().startswith("No NVIDIA GPU was found")
+    assert {why_not(name) for name in DATATYPES} == {why_no_sparse_gemms()}
+    assert why_no_sparse_gemms().startswith("No NVIDIA GPU was found")
 
 
 # --- TF32 ----------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_shares_are_per_cent_of_each_contenders_own_peak():
 # --- on a GPU ------------------------------------------------------------------------------
 
 needs_cusparselt = pytest.mark.skipif(
-    bool(why_no_cusparselt()), reason=why_no_cusparselt() or "it is here"
+    bool(why_no_sparse_gemms()), reason=why_no_sparse_gemms() or "it is here"
 )
 
 

@@ -123,7 +123,7 @@ def test_the_setup_report_flags_a_full_disk(monkeypatch, tiny_settings):
     assert asked[0].exists(), "asked for a folder that is there"
 
 
-def test_the_setup_report_flags_an_old_python(monkeypatch, tiny_settings):
-    monkeypatch.setattr(machine.sys, "version_info", (3, 10, 0))
+def test_the_setup_report_flags_a_python_that_is_too_new(monkeypatch, tiny_settings):
+    monkeypatch.setattr(machine.sys, "version_info", (3, 14, 0))
     (line,) = failures(tiny_settings)
     assert line.startswith("Python 3")

@@ -22,6 +22,7 @@ from helpers.models import (
     save_checkpoint,
 )
 from helpers.settings import Settings
+from helpers.sparsity import save_compressed
 
 NAME = "resnext14_8x4d"
 
@@ -185,6 +186,14 @@ def test_a_truncated_checkpoint_is_refused(checkpoint):
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
     assert "is not a readable" in refusal(load_checkpoint, tmp_path / "model.safetensors")
+
+
+def test_a_compressed_checkpoint_names_what_reads_it(checkpoint, tmp_path):
+    path = tmp_path / "compressed.safetensors"
+    save_compressed(load_checkpoint(checkpoint), path, model="resnext14_8x4d")
+    assert "is compressed; read it with helpers.sparsity.load_compressed" in refusal(
+        load_checkpoint, path
+    )
 
 
 @pytest.mark.parametrize("header", [None, {"format": "pt"}])

@@ -49,6 +49,27 @@ def test_more_magnitude_is_kept_and_the_network_computes_the_same(model, target)
     assert report.error < 1e-9
 
 
+@pytest.mark.parametrize("outputs", [8, 6])
+def test_a_transposed_convolution_is_permuted_along_its_inputs(outputs):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, outputs, 2), nn.ReLU(),
+        nn.Conv2d(outputs, 5, 1),
+    ).eval()  # fmt: skip
+    images = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        model[2].weight.mul_(torch.randn(16).exp().view(-1, 1, 1, 1))
+        expected = model(images)
+    report = permute_channels_(model, (images[:1],), "any", exclude="4.*")
+    (row,) = (row for row in report.weights.itertuples() if row.weight == "2.weight")
+    assert row.permuted
+    weight = model[2].weight.transpose(0, 1)  # as the mask sees it: outputs, inputs
+    assert row.after == pytest.approx(kept_magnitude(weight, mask_2to4(weight)), abs=1e-3)
+    assert row.after > row.before + 1
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_behind_a_grouped_convolution_is_permuted_within_its_groups(model):
     """What no other tool does: conv3 of a ResNeXt block, through the groups of its conv2."""
     report = permute_channels_(model, IMAGE, escapes=5)

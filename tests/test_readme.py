@@ -7,6 +7,7 @@ import tomllib
 import pytest
 import torch
 
+import helpers
 from helpers.advice import Rates, advise
 from helpers.artifacts import NOTEBOOKS
 from helpers.gemm import DATASHEETS
@@ -24,6 +25,9 @@ def test_the_results_are_those_of_the_recorded_run():
     assert record["date"] in README
     for name, value in record["summary"].items():
         assert f"| {name} | {value} |" in README, name
+    assert "Every interval contains 1" in README
+    for row in record["benchmark"]["rows"]:
+        assert row["speedup_low"] <= 1 <= row["speedup_high"], row
 
 
 def test_the_control_is_the_recorded_one():
@@ -107,7 +111,10 @@ def test_the_example_runs(capsys):
     assert "at batch 32 in FP16" in said
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "data/README.md", "benchmarks/README.md", "docs/helpers.md", "docs/sparsity.md"],
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
@@ -118,6 +125,7 @@ def test_links_lead_somewhere(page):
 def test_the_version_is_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
+    assert helpers.__version__ == project["version"]
 
 
 def test_the_peers_figures_are_the_recorded_ones():

@@ -11,9 +11,8 @@ from helpers import cuda_graphs, runners
 from helpers.benchmark import check_outputs
 from helpers.data import first_images
 from helpers.engine import Builder, build_engine
-from helpers.onnx_export import relative_gap
 from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner
-from helpers.training import Accuracy
+from helpers.training import Accuracy, relative_gap
 
 SHAPE = (1, 28, 28)
 GAPS = {"fp32": 1e-5, "fp16": 1e-2}

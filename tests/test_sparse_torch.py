@@ -17,7 +17,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from helpers import cuda_graphs, machine, models, sparse_torch
 from helpers.benchmark import check_outputs
-from helpers.onnx_export import fold_batch_norm, relative_gap
+from helpers.onnx_export import fold_batch_norm
 from helpers.runners import RunnerError, TorchRunner
 from helpers.sparse_torch import (
     NOISE,
@@ -28,14 +28,15 @@ from helpers.sparse_torch import (
     SparseTorchRunner,
     TunedLayer,
     use_gemms_,
-    why_no_cusparselt,
+    why_no_sparse_gemms,
 )
 from helpers.sparsity import is_2to4, prune_2to4_
+from helpers.training import relative_gap
 
 GAP = 1e-5  # FP32: the order of the sums differs
 
 needs_cusparselt = pytest.mark.skipif(
-    bool(why_no_cusparselt()), reason=why_no_cusparselt() or "it is here"
+    bool(why_no_sparse_gemms()), reason=why_no_sparse_gemms() or "it is here"
 )
 
 
@@ -590,7 +591,7 @@ def test_the_table_tells_the_kernel_of_every_layer_and_shape(no_gpu):
 def test_without_a_gpu_cusparselt_is_refused_in_one_sentence(no_gpu):
     with pytest.raises(RunnerError, match=r"No NVIDIA GPU was found.*backend='dense'"):
         SparseTorchRunner(linear_network())
-    assert why_no_cusparselt().count(".") == 1
+    assert why_no_sparse_gemms().count(".") == 1
 
 
 def fake_gpu(monkeypatch, capability: tuple[int, int], built: bool) -> None:

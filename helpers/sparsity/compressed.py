@@ -38,6 +38,13 @@ class Compressed:
     metadata: Tensor
 
     @property
+    def positions(self) -> Tensor:
+        """Where each value stood in its group of four, 0 to 3, as indices, shaped as `values`."""
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=self.metadata.device)
+        positions = (self.metadata[:, None] >> shifts & 3).flatten().long()
+        return positions[: self.values.numel()].view(self.values.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of values and metadata together."""
         return self.values.nbytes + self.metadata.nbytes
@@ -162,9 +169,10 @@ def save_compressed(
 ) -> list[str]:
     """Write a network as one safetensors file with its 2:4 weights compressed.
 
-    Compressed is every tensor of two or more dimensions that is 2:4 along its input
-    channels, as `name.values` and `name.metadata`; everything else is stored as it is,
-    and tied weights once. The same weights give the same bytes.
+    Compressed is every tensor of two or more dimensions that is 2:4 along the second one,
+    as `name.values` and `name.metadata`: the input channels of all but transposed
+    convolutions. Everything else is stored as it is, and tied weights once. The same weights
+    give the same bytes.
 
     Args:
         network: a network or its `state_dict`, on any device.

@@ -116,7 +116,7 @@ def why_not_sparse(weight: LayerWeight, target: str = "tensorrt") -> str:
     return _TARGETS[target](weight)
 
 
-def reasons_against(
+def why_not_each(
     model: nn.Module, target: str = "tensorrt", include: Selection = (), exclude: Selection = ()
 ) -> dict[str, str]:
     """Return why each weight stays dense, by its name; empty where it can be sparse.
@@ -174,7 +174,7 @@ def eligible_weights(
 
     Explained in `02_prune_2_4.ipynb`.
     """
-    reasons = reasons_against(model, target, include, exclude)
+    reasons = why_not_each(model, target, include, exclude)
     return {
         name: weight.tensor for name, weight in layer_weights(model).items() if not reasons[name]
     }
@@ -280,7 +280,7 @@ def sparsity_report(
 
     Explained in `02_prune_2_4.ipynb`.
     """
-    reasons = reasons_against(model, target, include, exclude)
+    reasons = why_not_each(model, target, include, exclude)
     weights = layer_weights(model)
     table = layer_table(model, image_shape, example)
     table["reason"] = [reasons[name] for name in table.weight]

@@ -63,12 +63,17 @@ class Symmetry:
     cell: np.ndarray
     reasons: dict[int, str]
 
-    def inputs_of(self, weight: Tensor) -> np.ndarray | None:
-        """Return the atoms of a weight's input channels, (groups, channels); None if unknown."""
+    def inputs_of(self, weight: Tensor, dim: int = 1) -> np.ndarray | None:
+        """Return the atoms of a weight's input channels, (groups, channels); None if unknown.
+
+        Args:
+            weight: a parameter of the network.
+            dim: where its input channels are.
+        """
         placement = self.placements.get(id(weight))
-        if placement is None or 1 not in placement.axes:
+        if placement is None or dim not in placement.axes:
             return None
-        return np.atleast_2d(placement.axes[1].numpy())
+        return np.atleast_2d(placement.axes[dim].numpy())
 
     def why_fixed(self, atom: int) -> str:
         """Return why an atom must stay; empty if it may move."""

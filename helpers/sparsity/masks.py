@@ -81,7 +81,7 @@ def mask_2to4(
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if out is None else out
     fill_ = _fill_on_cpu_ if weight.device.type == "cpu" else _fill_
     if not fill_(mask.view(groups.shape), groups):
-        raise _diverged(name)
+        raise diverged(name)
     return mask
 
 
@@ -190,7 +190,7 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
     for two of four, and faster.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), any floating-point type and device.
+        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16 or BF16, on any device.
         n: how many weights of a group are kept, from 0 to `m`.
         m: size of a group.
         name: what to call it in an error.
@@ -210,7 +210,7 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
         raise TutorialError(f"{n} of every {m} weights cannot be kept: n:m needs 0 <= n <= m.")
     groups = _groups(weight.detach(), m, name, dim)
     if not torch.isfinite(groups).all():
-        raise _diverged(name)
+        raise diverged(name)
     largest = groups.abs().sort(dim=2, descending=True, stable=True).indices[:, :, :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, largest, True)
     return mask.view(weight.shape)
@@ -224,7 +224,7 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
     (out, in) gets the one that keeps the largest sum of magnitudes.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), any floating-point type and device; a
+        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16 or BF16, on any device; a
             convolution is masked at each position of its kernel.
         name: what to call it in an error.
 
@@ -244,7 +244,7 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
             "output and input channels in multiples of four. Leave this layer dense."
         )
     if not torch.isfinite(weight).all():
-        raise _diverged(name)
+        raise diverged(name)
     rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
     by_tile = weight.detach().reshape(rows, 4, columns, 4, -1).permute(0, 2, 4, 1, 3)
     tiles = by_tile.reshape(-1, 16).abs()
@@ -264,7 +264,8 @@ def _transposable_patterns() -> Tensor:
     return tiles[(tiles.sum(1) == 2).all(1)].flatten(1)
 
 
-def _diverged(name: str) -> TutorialError:
+def diverged(name: str) -> TutorialError:
+    """Return the error of a weight that has no magnitudes to rank."""
     return TutorialError(
         f"{name} has NaN or infinite values, which have no magnitude to rank. "
         "Go back to a checkpoint from before the training diverged."

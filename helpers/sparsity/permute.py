@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from tqdm.auto import tqdm
 
 from helpers.checks import TutorialError
+from helpers.layers import LayerWeight, layer_weights
 from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.graph import Symmetry, find_symmetry, gather_order, reorder_, source_of
 from helpers.sparsity.search import kept_2to4, search_permutation
@@ -92,7 +93,8 @@ def permute_channels_(
     behind it, are additions of this project. Explained in `02_prune_2_4.ipynb`.
     """
     example = example if isinstance(example, tuple) else (example,)
-    weights = eligible_weights(model, target, include, exclude)
+    eligible = eligible_weights(model, target, include, exclude)
+    weights = {name: weight for name, weight in layer_weights(model).items() if name in eligible}
     before = {name: _kept_share(weight) for name, weight in weights.items()}
     try:
         symmetry = find_symmetry(model, example)
@@ -132,13 +134,13 @@ class _Reader:
 
 
 def _search_cells(
-    symmetry: Symmetry, weights: dict[str, nn.Parameter], escapes: int
+    symmetry: Symmetry, weights: dict[str, LayerWeight], escapes: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, str]]:
     """Return the moves that gain, and for each weight that none of them serves the reason."""
     readers: dict[int, list[_Reader]] = defaultdict(list)
     reasons: dict[str, str] = {}
     for name, weight in weights.items():
-        atoms = symmetry.inputs_of(weight)
+        atoms = symmetry.inputs_of(weight.tensor, weight.input_dim)
         if atoms is None:
             reasons[name] = "the graph shows no layer that it is the weight of"
             continue
@@ -217,13 +219,13 @@ def _columns_of(symmetry: Symmetry, neurons: np.ndarray, reader: _Reader) -> np.
     return reader.rows[:, by_neuron[np.searchsorted(read[by_neuron], neurons)]]
 
 
-def _as_rows(weight: Tensor) -> np.ndarray:
+def _as_rows(weight: LayerWeight) -> np.ndarray:
     """Return magnitudes as (outputs and kernel positions, input channels)."""
-    magnitude = weight.detach().abs().float().cpu()
-    return magnitude.movedim(1, -1).reshape(-1, weight.shape[1]).numpy()
+    magnitude = weight.tensor.detach().abs().float().cpu().movedim(weight.input_dim, -1)
+    return magnitude.reshape(-1, magnitude.shape[-1]).numpy()
 
 
-def _kept_share(weight: Tensor) -> float:
+def _kept_share(weight: LayerWeight) -> float:
     rows = _as_rows(weight)
     total = float(rows.sum(dtype=np.float64))
     return 100 * kept_2to4(rows) / total if total else 100.0

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from helpers.checks import TutorialError
 from helpers.layers import in_mode
 from helpers.sparsity.eligibility import Selection, eligible_weights
-from helpers.sparsity.masks import mask_2to4
+from helpers.sparsity.masks import diverged, mask_2to4
 
 # So many numbers of an input are unfolded at a time: 128 MiB in double precision.
 _CHUNK = 2**24
@@ -73,7 +73,9 @@ def prune_sparsegpt_(
             "images are read once for every layer. Pass a list or a DataLoader."
         )
     weights = eligible_weights(model, target, include, exclude)
-    _require_finite(weights)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise diverged(name)
     masks = {}
     with torch.no_grad(), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, batches)
@@ -339,15 +341,6 @@ def _images(model: nn.Module, batches: Iterable) -> Iterator[Tensor]:
         yield images.to(device)
     if count == 0:
         raise TutorialError("There are no calibration images: `batches` is empty.")
-
-
-def _require_finite(weights: dict[str, nn.Parameter]) -> None:
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise TutorialError(
-                f"{name} has NaN or infinite values. Go back to a checkpoint from before the "
-                "training diverged."
-            )
 
 
 @contextmanager
