@@ -10,7 +10,6 @@ and a picture of it beside.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from modelopt.torch.sparsity.weight_sparsity.magnitude import create_asp_mask
 from torch import Tensor, nn
 from torch.ao.pruning import WeightNormSparsifier
 from torchvision.models import resnext101_32x8d
+from turns import in_turns
 
 from helpers import machine
 from helpers.artifacts import write_json
@@ -32,26 +32,12 @@ ROUNDS = 5
 OURS = "helpers.sparsity"
 
 
-def interleaved(ways: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return the milliseconds of each way in each round, the ways taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for counted in [False] + [True] * ROUNDS:
-        for name, way in ways.items():
-            start = time.perf_counter()
-            result = way()
-            elapsed = 1e3 * (time.perf_counter() - start)
-            del result  # each way gets its memory anew
-            if counted:
-                times[name].append(elapsed)
-    return times
-
-
 def summary(times: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Return medians, and how many times faster than the reference: the median over rounds."""
+    """Return medians in ms, and how many times faster than the reference: the median of rounds."""
     return {
         name: {
-            "ms": round(statistics.median(each), 1),
-            "ms_min": round(min(each), 1),
+            "ms": round(1e3 * statistics.median(each), 1),
+            "ms_min": round(1e3 * min(each), 1),
             "times_faster": round(
                 statistics.median(r / t for r, t in zip(times[reference], each, strict=True)), 2
             ),
@@ -76,13 +62,14 @@ def torch_ao(weights: list[Tensor]) -> Callable[[], None]:
 def compare_masks(model: nn.Module) -> dict:
     """Return the times of making all masks, and in how many places the masks differ."""
     weights = list(eligible_weights(model, "asp").values())
-    times = interleaved(
+    times = in_turns(
         {
             OURS: lambda: masks_2to4(model, "asp"),
             "nvidia-modelopt": lambda: [create_asp_mask(w, "2:4 sparsity") for w in weights],
             "torch.ao": torch_ao(weights),
             "reading only": lambda: [weight.detach().sum() for weight in weights],
-        }
+        },
+        ROUNDS,
     )
     ours = masks_2to4(model, "asp").values()
     pairs = zip(weights, ours, strict=True)
@@ -110,7 +97,7 @@ def compare_holding(model: nn.Module) -> dict:
                 weight.grad.mul_(mask)
                 weight.mul_(mask)
 
-    times = interleaved({OURS: idle.step, "ASP's way": as_asp_does})
+    times = in_turns({OURS: idle.step, "ASP's way": as_asp_does}, ROUNDS)
     return {"ways": summary(times, "ASP's way")}
 
 

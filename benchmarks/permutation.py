@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
+from turns import in_turns
 
 from helpers import machine, plots
 from helpers.artifacts import write_json
@@ -99,27 +100,21 @@ def normal(rows: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
 
 
-def interleaved(searches: dict[str, Callable[[], np.ndarray]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each search; every round runs each of them once."""
-    seconds: dict[str, list[float]] = {name: [] for name in searches}
-    for _ in range(rounds):
-        for name, search in searches.items():
-            start = time.perf_counter()
-            search()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(measured) for name, measured in seconds.items()}
+def medians(searches: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
+    """Return the median seconds of each search, taken in turns."""
+    times = in_turns(searches, ROUNDS)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def against_plain(size: int) -> dict[str, float]:
     """Compare with the plain search on a square matrix small enough for it."""
     matrix = normal(size, size, seed=0)
-    seconds = interleaved(
+    seconds = medians(
         {
             "plain": lambda: plain_search(matrix),
             "greedy": lambda: search_permutation(matrix, escapes=0),
             "escapes": lambda: search_permutation(matrix),
-        },
-        rounds=ROUNDS,
+        }
     )
     return {
         "plain_seconds": seconds["plain"],
@@ -139,7 +134,7 @@ def square(size: int) -> dict[str, dict[str, float]]:
         "greedy": lambda: search_permutation(matrix, escapes=0),
         "100 escapes": lambda: search_permutation(matrix),
     }
-    seconds = interleaved(searches, rounds=ROUNDS)
+    seconds = medians(searches)
     return {
         name: {"seconds": seconds[name], **kept_facts(matrix, search())}
         for name, search in searches.items()

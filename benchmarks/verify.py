@@ -23,6 +23,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
+from turns import in_turns
 
 from helpers import machine, models, onnx_export
 from helpers.artifacts import write_json
@@ -40,17 +41,10 @@ ROUNDS = 5
 RESULT = Path(__file__).parent / "results" / "verify_cpu.json"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long one call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def interleaved(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each, taken in turns after a warm-up."""
-    rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(ROUNDS + 1)]
-    return {name: round(statistics.median(r[name] for r in rounds[1:]), 3) for name in works}
+def medians(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median seconds of each, taken in turns."""
+    times = in_turns(works, ROUNDS)
+    return {name: round(statistics.median(each), 3) for name, each in times.items()}
 
 
 def time_polygraphy(path: Path) -> dict[str, float | bool]:
@@ -75,7 +69,7 @@ def time_polygraphy(path: Path) -> dict[str, float | bool]:
 def time_verifier(path: Path) -> dict[str, float]:
     """Return `verify_onnx`'s seconds: the median by the clock, the mean of the CPU."""
     cpu = time.process_time()
-    clock = interleaved({"verify": lambda: verify_onnx(path)})["verify"]
+    clock = medians({"verify": lambda: verify_onnx(path)})["verify"]
     return {
         "seconds": clock,
         "cpu_seconds": round((time.process_time() - cpu) / (ROUNDS + 1), 3),
@@ -102,7 +96,7 @@ def measure_compressed_form(weights: list[Tensor]) -> dict:
     matrices = [as_matrix(weight) for weight in common]
     ours = [compress_2to4(weight) for weight in common]
     theirs = [sparse_semi_structured_from_dense_cutlass(matrix) for matrix in matrices]
-    median = interleaved(
+    median = medians(
         {
             "compress": lambda: [compress_2to4(weight) for weight in common],
             "torch_compress": lambda: [
