@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,7 @@ class Choice:
     kernel: str
     algorithm: dict[str, int]
     milliseconds: dict[str, float]  # by kernel
+    refused: dict[str, str] = field(default_factory=dict)  # why a kernel does not run, by kernel
 
 
 class Autotuner:
@@ -200,7 +201,8 @@ class Autotuner:
         """Return the fastest of the kernels of one layer for an input.
 
         The first kernel is the dense layer, which stays unless another beats it by more
-        than noise.
+        than noise. A kernel that does not run for this input is left out, and the choice
+        says why.
 
         Args:
             layer: name of the layer, for errors.
@@ -208,8 +210,8 @@ class Autotuner:
             input: what the layer is called with, real numbers of the right shape.
 
         Raises:
-            RunnerError: a kernel does not run or gives other numbers than the first, or the
-                cache cannot be read.
+            RunnerError: the memory is short, a kernel gives other numbers than the first, or
+                the cache cannot be read.
         """
         key = f"{self.where}, torch {torch.__version__}, {_describe(kernels, input)}"
         if key not in self.choices:
@@ -221,19 +223,25 @@ class Autotuner:
         return self.choices[key]
 
     def _measure(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
-        reference = kernels[0](input)
-        algorithms = [_search(layer, kernel, input, reference) for kernel in kernels]
-        times = self.timer(
-            [
-                partial(kernel, input, **algorithm)
-                for kernel, algorithm in zip(kernels, algorithms, strict=True)
-            ]
-        )
-        best = min(range(len(times)), key=times.__getitem__)
-        if times[best] >= (1 - NOISE) * times[0]:
-            best = 0
-        names = [kernel.name for kernel in kernels]
-        return Choice(names[best], algorithms[best], dict(zip(names, times, strict=True)))
+        dense, *others = kernels
+        calls, refused = {dense.name: partial(dense, input)}, {}
+        reference = dense(input)
+        for kernel in others:
+            try:
+                algorithm = _search(layer, kernel, input, reference)
+                calls[kernel.name] = partial(kernel, input, **algorithm)
+            except torch.OutOfMemoryError as error:
+                raise RunnerError(
+                    f"{layer}: memory is short for the {kernel.name} and an input of shape "
+                    f"{tuple(input.shape)}; use a smaller batch."
+                ) from error
+            except RuntimeError as error:  # a library that does not take this shape
+                refused[kernel.name] = str(error)
+        times = dict(zip(calls, self.timer(list(calls.values())), strict=True))
+        best = min(times, key=times.get)
+        if times[best] >= (1 - NOISE) * times[dense.name]:
+            best = dense.name
+        return Choice(best, calls[best].keywords, times, refused)
 
     def _read(self) -> dict[str, Choice]:
         if self.cache is None or not self.cache.exists():
@@ -262,15 +270,8 @@ def _describe(kernels: Sequence[Kernel], input: Tensor) -> str:
 
 def _search(layer: str, kernel: Kernel, input: Tensor, reference: Tensor) -> dict[str, int]:
     """Return a kernel's best arguments for an input, if it then gives the right numbers."""
-    try:
-        algorithm = kernel.search(input)
-        output = kernel(input, **algorithm)
-    except RuntimeError as error:
-        raise RunnerError(
-            f"{layer}: the {kernel.name} does not run for an input of shape {tuple(input.shape)} "
-            f"({error}). Use a smaller batch if memory is short, else backend='dense'."
-        ) from error
-    if not _agree(output, reference):
+    algorithm = kernel.search(input)
+    if not _agree(kernel(input, **algorithm), reference):
         raise RunnerError(
             f"{layer}: the {kernel.name} does not give the numbers of the dense layer, or they "
             "are not finite. If the network gives finite numbers in PyTorch, this kernel cannot "
@@ -557,8 +558,9 @@ class SparseTorchRunner(TorchRunner):
         """Return one row for each layer and input shape so far: which kernel is its fastest.
 
         The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and on a GPU the
-        milliseconds of every kernel, under its name. Whether the network of these kernels is
-        the fastest, and is therefore run, tells `contest`.
+        milliseconds of every kernel, under its name; `refused` says why a kernel does not run,
+        where one does not. Whether the network of these kernels is the fastest, and is
+        therefore run, tells `contest`.
         """
         rows = [
             {
@@ -566,6 +568,7 @@ class SparseTorchRunner(TorchRunner):
                 "input": "x".join(map(str, shape)),
                 "kernel": choice.kernel,
                 **choice.milliseconds,
+                **({"refused": choice.refused} if choice.refused else {}),
             }
             for layer in self.layers
             for shape, choice in layer.choices.items()

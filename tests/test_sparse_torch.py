@@ -24,6 +24,7 @@ from helpers.sparse_torch import (
     Autotuner,
     DenseGemm,
     DenseLayer,
+    Kernel,
     SparseGemm,
     SparseTorchRunner,
     TunedLayer,
@@ -535,15 +536,30 @@ def test_a_kernel_with_wrong_numbers_is_refused_before_it_is_timed(layer, wrong)
     assert timer.used == 0
 
 
-def test_a_kernel_that_does_not_run_names_its_layer(layer, monkeypatch):
-    def refuse(*_: object, **__: object) -> Tensor:
-        raise RuntimeError("operation not supported")
+def failing_with(error: Exception, layer: nn.Linear, monkeypatch) -> list[Kernel]:
+    """Return the kernels of a layer, of which the second fails."""
+
+    def fail(*_: object, **__: object) -> Tensor:
+        raise error
 
     kernels = kernels_of(layer)
-    monkeypatch.setattr(kernels[1], "multiply", refuse)
-    with pytest.raises(
-        RunnerError, match=r"^layer1\.fc: the dense GEMM does not run .*\(8, 16\) \(operation not"
-    ):
+    monkeypatch.setattr(kernels[1], "multiply", fail)
+    return kernels
+
+
+def test_a_kernel_that_does_not_run_is_left_out_with_its_reason(layer, monkeypatch, tmp_path):
+    kernels = failing_with(RuntimeError("operation not supported"), layer, monkeypatch)
+    for _ in range(2):  # the second time from the cache
+        autotuner = Autotuner(FakeTimer(2.0), tmp_path / "kernels.json")
+        choice = autotuner.choose("layer1.fc", kernels, random(8, 16))
+        assert choice.kernel == "dense layer"
+        assert choice.milliseconds == {"dense layer": 2.0}
+        assert choice.refused == {"dense GEMM": "operation not supported"}
+
+
+def test_short_memory_is_no_reason_to_leave_a_kernel_out_for_good(layer, monkeypatch):
+    kernels = failing_with(torch.OutOfMemoryError("out of memory"), layer, monkeypatch)
+    with pytest.raises(RunnerError, match=r"^layer1\.fc: memory is short .*\(8, 16\); use a small"):
         Autotuner(FakeTimer(2.0, 1.0)).choose("layer1.fc", kernels, random(8, 16))
 
 
