@@ -20,12 +20,12 @@ from modelopt.torch.sparsity.weight_sparsity.magnitude import create_asp_mask
 from torch import Tensor, nn
 from torch.ao.pruning import WeightNormSparsifier
 from torchvision.models import resnext101_32x8d
-from turns import in_turns
 
 from helpers import machine
 from helpers.artifacts import write_json
 from helpers.plots import DENSE, SPARSE, save
 from helpers.sparsity import eligible_weights, hold_masks, masks_2to4
+from turns import in_turns
 
 RESULT = Path(__file__).parent / "results" / "masks_cpu.json"
 ROUNDS = 5

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
-from turns import in_turns
 
 from helpers import machine, plots
 from helpers.artifacts import write_json
@@ -29,6 +28,7 @@ from helpers.models import create_model
 from helpers.sparsity import permute_channels_
 from helpers.sparsity.graph import find_symmetry
 from helpers.sparsity.search import kept_2to4, search_permutation
+from turns import in_turns
 
 RESULT = Path(__file__).parent / "results" / "permutation_cpu.json"
 ROUNDS = 7

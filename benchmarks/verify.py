@@ -23,7 +23,6 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
-from turns import in_turns
 
 from helpers import machine, models, onnx_export
 from helpers.artifacts import write_json
@@ -35,6 +34,7 @@ from helpers.sparsity import (
     verify_model,
     verify_onnx,
 )
+from turns import in_turns
 
 LIMIT = 600  # seconds for polygraphy
 ROUNDS = 5

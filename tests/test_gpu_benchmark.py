@@ -1,29 +1,20 @@
 """`benchmarks/gpu.py` as far as it goes without a GPU."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import gpu
 from helpers import gemm
 from helpers.advice import Rates
 from helpers.runners import TorchRunner
-from helpers.settings import project_root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks_gpu", project_root() / "benchmarks" / "gpu.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return gpu
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
-import runpy
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +8,7 @@ from hypothesis import strategies as st
 from helpers.checks import TutorialError
 from helpers.sparsity import search
 from helpers.sparsity.search import kept_2to4, search_permutation
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-plain_search = runpy.run_path(str(BENCHMARKS / "permutation.py"))["plain_search"]
+from permutation import plain_search
 
 
 def normal(rows, width, seed=0):
