@@ -34,15 +34,21 @@ from torch import nn
 from torchvision.models import list_models
 from torchvision.models.resnet import Bottleneck
 
-from helpers import contenders, engine, gemm, machine, models, onnx_export
-from helpers.advice import Rates, advise
-from helpers.artifacts import write_json
-from helpers.benchmark import check_outputs, sweep, time_in_turns
-from helpers.checks import TutorialError
-from helpers.runners import Runner, TensorRTRunner
-from helpers.sparse_torch import SparseGemm, SparseTorchRunner, why_no_sparse_gemms
+from helpers import machine
+from helpers.errors import HelpersError
+from helpers.files import write_json
+from helpers.inference import channels_last, engine, export
+from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
+from helpers.inference.runners import Runner, TensorRTRunner
+from helpers.inference.sparse_torch import SparseTorchRunner
+from helpers.measurement import gemm, roofline
+from helpers.measurement.advice import advise
+from helpers.measurement.benchmark import check_outputs, sweep, time_in_turns
+from helpers.measurement.rates import Rates
 from helpers.sparsity import prune_2to4_
 from helpers.sparsity.eligibility import eligible_weights
+from helpers.training import networks
+from helpers.tutorial import backends
 
 NETWORKS = ("resnext101_32x8d", "resnet50", "vit_b_16")
 BATCHES = (256, 32, 1, 128, 8, 64)  # the most telling first, should the time run out
@@ -120,7 +126,7 @@ def random_network(name: str, shape: tuple[int, int, int]) -> nn.Module:
     layer that starts with zeros gets weights.
     """
     torch.manual_seed(0)
-    model = models.create_model(name, num_classes=1000).to(machine.device())
+    model = networks.create_model(name, num_classes=1000).to(machine.device())
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean over all batches, not a moving one
@@ -177,7 +183,7 @@ def product_sizes(run: Run, name: str) -> set[tuple[int, int, int]]:
 
     As in the network, m is padded to what cuSPARSELt takes.
     """
-    rates = Rates.from_datasheet(gemm.DATASHEETS["a100"])  # the sizes do not depend on them
+    rates = Rates.from_datasheet(roofline.DATASHEETS["a100"])  # the sizes do not depend on them
     sizes: set[tuple[int, int, int]] = set()
     for batch in (max(run.batches), min(run.batches)):
         layers = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch).layers
@@ -235,8 +241,8 @@ def measure(
             measure_batch(run, record, runners, batch)
         except Exception as error:  # such as too little memory, which a smaller batch may have
             record["failed"].append({"batch": batch, "reason": told(error)})
-        record["contest"] = sparse.contest().to_dict("records")
-        record["choices"] = sparse.choices().to_dict("records")
+        record["contest"] = sparse.network_times().to_dict("records")
+        record["choices"] = sparse.kernel_choices().to_dict("records")
         run.write(part, record)
         took.append(time.monotonic() - began)
     run.write(part, record)
@@ -260,7 +266,7 @@ def advice(run: Run) -> None:
     A network without measurements, since its part stopped, has nothing to compare.
 
     Raises:
-        TutorialError: a network was measured on another GPU than the products.
+        HelpersError: a network was measured on another GPU than the products.
     """
     rates = Rates.from_record(run.path("products"))
     record = json.loads(run.path("products").read_text())  # with its own date, which stays
@@ -269,7 +275,7 @@ def advice(run: Run) -> None:
         measured = earlier(run.path(name))
         rows = measured.get("rows", [])
         if rows and measured["machine"].get("gpu") != record["machine"]["gpu"]:
-            raise TutorialError(
+            raise HelpersError(
                 f"{name}.json and products.json were not measured on the same GPU; measure both "
                 "into one folder."
             )
@@ -313,7 +319,7 @@ def profile(run: Run) -> None:
         gpu = None if latency.gpu is None else float(np.median(latency.gpu))
         record["overhead"][label] = {"p50": latency.p50, "gpu_p50": gpu, "kernels": total}
         run.write("profile", record)
-    record["products"] = slowest_products(run, name, batch, runners["sparse"].choices())
+    record["products"] = slowest_products(run, name, batch, runners["sparse"].kernel_choices())
     run.write("profile", record)
 
 
@@ -349,7 +355,7 @@ def slowest_products(
     """
     rates = Rates.from_record(run.path("products"))
     if "FP16" not in rates.best:
-        raise TutorialError("No FP16 product ran, so there is no ceiling to count floors by.")
+        raise HelpersError("No FP16 product ran, so there is no ceiling to count floors by.")
     dense, sparse = rates.best["FP16"]
     advised = advise(run.networks_of(name)["dense"], rates, run.shape(name), batch=batch)
     layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
@@ -357,9 +363,9 @@ def slowest_products(
     rows = layers.nlargest(15, "ms").to_dict("records")
     for row in rows:
         size = (row["m"], row["n"], row["k"], "FP16")
-        row["dense_floor_ms"] = gemm.floor_ms(*size, dense, rates.bandwidth, sparse=False)
-        row["sparse_floor_ms"] = gemm.floor_ms(*size, sparse, rates.bandwidth, sparse=True)
-        row["operations_per_byte"] = gemm.intensity(*size, sparse=True)
+        row["dense_floor_ms"] = roofline.floor_ms(*size, dense, rates.bandwidth, sparse=False)
+        row["sparse_floor_ms"] = roofline.floor_ms(*size, sparse, rates.bandwidth, sparse=True)
+        row["operations_per_byte"] = roofline.intensity(*size, sparse=True)
     return rows
 
 
@@ -369,7 +375,7 @@ def engines(run: Run) -> None:
     shape, batches = run.shape(name), (1, batch, batch)
     record: dict[str, Any] = {
         "what": f"{name} in FP16: engines of dense and sparse weights, with and without the flag",
-        "reasons": contenders.reasons_against(),
+        "reasons": backends.backend_status(),
     }
     run.write("engines", record)
     builder = engine.find_builder()  # before the minute that the exports take
@@ -380,8 +386,8 @@ def engines(run: Run) -> None:
             options["timing_cache"] = folder / "timing.cache"
         for label, model in run.networks_of(name).items():
             file = folder / f"{label}.onnx"
-            onnx_export.export_onnx(model, file, shape, half=True)
-            onnx_export.rewrite_1x1_as_matmul(file, folder / f"{label}_products.onnx", shape)
+            export.export_onnx(model, file, shape, half=True)
+            channels_last.rewrite_1x1_as_matmul(file, folder / f"{label}_products.onnx", shape)
         builds = engine.build_with_controls(
             folder / "dense.onnx", folder / "sparse.onnx", folder, shape, batches, **options
         )
@@ -423,7 +429,7 @@ NEEDED = {"compiled": 240, "engines": 120}  # seconds; all other parts are begun
 
 def told(error: Exception) -> str:
     """Return an error in one line, after printing where it came from if it was not foreseen."""
-    if not isinstance(error, TutorialError):
+    if not isinstance(error, HelpersError):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 
@@ -433,7 +439,7 @@ def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
     began = time.monotonic()
     try:
         if run.left < NEEDED.get(part, 20):
-            raise TutorialError("no time was left for this part; run it alone with --parts")
+            raise HelpersError("no time was left for this part; run it alone with --parts")
         work(run)
     except Exception as error:  # a part must not take the others with it
         print(f"{part} stopped: {told(error)}")

@@ -22,9 +22,9 @@ from torch.ao.pruning import WeightNormSparsifier
 from torchvision.models import resnext101_32x8d
 
 from helpers import machine
-from helpers.artifacts import write_json
-from helpers.plots import DENSE, SPARSE, save
+from helpers.files import write_json
 from helpers.sparsity import eligible_weights, hold_masks, masks_2to4
+from helpers.tutorial.plots import DENSE, SPARSE, save
 from turns import in_turns
 
 RESULT = Path(__file__).parent / "results" / "masks_cpu.json"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from helpers import machine
-from helpers.artifacts import write_json
-from helpers.data import first_images, load_splits
-from helpers.models import load_pretrained
-from helpers.settings import Settings
+from helpers.files import write_json
 from helpers.sparsity import masks_of, permute_channels_, prune_2to4_, prune_sparsegpt_
-from helpers.training import evaluate, train
+from helpers.training.data import first_images
+from helpers.training.loop import evaluate, train
+from helpers.tutorial.inputs import load_pretrained, load_splits
+from helpers.tutorial.settings import Settings
 
 SEEDS = (0, 1, 2)  # of the draw of calibration images
 IMAGES, DAMPENING = 1024, 0.01

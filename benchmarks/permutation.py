@@ -21,13 +21,14 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from helpers import machine, plots
-from helpers.artifacts import write_json
+from helpers import machine
+from helpers.files import write_json
 from helpers.layers import layer_weights
-from helpers.models import create_model
 from helpers.sparsity import permute_channels_
 from helpers.sparsity.graph import find_symmetry
 from helpers.sparsity.search import kept_2to4, search_permutation
+from helpers.training.networks import create_model
+from helpers.tutorial import plots
 from turns import in_turns
 
 RESULT = Path(__file__).parent / "results" / "permutation_cpu.json"

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from helpers import engine, machine, models, onnx_export
-from helpers.artifacts import write_json
+from helpers import machine
+from helpers.files import write_json
+from helpers.inference import engine, export
 from helpers.sparsity import prune_2to4_, sparsity_report, verify_onnx
+from helpers.training import networks
 
 IMAGE = (3, 224, 224)
 RESULT = Path(__file__).parent / "results" / "real_network_cpu.json"
@@ -21,7 +23,7 @@ RESULT = Path(__file__).parent / "results" / "real_network_cpu.json"
 def main() -> None:
     """Measure each step once, after a warm-up of the masks, and write the result."""
     torch.manual_seed(0)
-    model = models.create_model("resnext101_32x8d", num_classes=1000)
+    model = networks.create_model("resnext101_32x8d", num_classes=1000)
     report = sparsity_report(model, IMAGE)
     prune_2to4_(model)  # a fresh process pays for its memory once
     seconds: dict[str, float] = {}
@@ -37,7 +39,7 @@ def main() -> None:
         timed("prune", start)
 
         start = time.perf_counter()
-        onnx_export.export_onnx(model, onnx_file, IMAGE, half=True)
+        export.export_onnx(model, onnx_file, IMAGE, half=True)
         timed("export", start)
 
         start = time.perf_counter()

@@ -24,8 +24,9 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from helpers import machine, models, onnx_export
-from helpers.artifacts import write_json
+from helpers import machine
+from helpers.files import write_json
+from helpers.inference import export
 from helpers.sparsity import (
     compress_2to4,
     decompress_2to4,
@@ -34,6 +35,7 @@ from helpers.sparsity import (
     verify_model,
     verify_onnx,
 )
+from helpers.training import networks
 from turns import in_turns
 
 LIMIT = 600  # seconds for polygraphy
@@ -120,10 +122,10 @@ def measure_compressed_form(weights: list[Tensor]) -> dict:
 def main() -> None:
     """Measure and write the result."""
     torch.manual_seed(0)
-    model = models.create_model("resnext101_32x8d", num_classes=1000)
+    model = networks.create_model("resnext101_32x8d", num_classes=1000)
     prune_2to4_(model)
     with tempfile.TemporaryDirectory() as folder:
-        path = onnx_export.export_onnx(model, Path(folder) / "sparse.onnx", (3, 224, 224), True)
+        path = export.export_onnx(model, Path(folder) / "sparse.onnx", (3, 224, 224), True)
         table = verify_onnx(path)
         ours = time_verifier(path)
         print("verify_onnx", ours)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -134,7 +134,7 @@ def layer_table(
         example: instead of an image, what to call the network with.
 
     Raises:
-        TutorialError: neither or both of `image_shape` and `example` are given.
+        InputError: neither or both of `image_shape` and `example` are given.
     """
     macs = _count_macs(model, _inputs(model, image_shape, example))
     weights = layer_weights(model)
@@ -159,7 +159,7 @@ def _inputs(
     example: Tensor | tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, ...]:
     if (image_shape is None) == (example is None):
-        raise TutorialError(
+        raise InputError(
             "Counting MACs takes one input: give either `image_shape`, such as (3, 224, 224), "
             "or `example`, what the network is called with."
         )

@@ -6,8 +6,6 @@ a number can be traced to what made it. Shown in `00_check_your_setup.ipynb`.
 
 import os
 import platform
-import shutil
-import sys
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -16,8 +14,6 @@ from typing import Any
 
 import pynvml
 import torch
-
-from helpers.settings import Settings, relative
 
 REQUIRED = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = (*REQUIRED, "tensorrt", "tensorrt-rtx-cu13", "pycuda")
@@ -76,29 +72,6 @@ def gpu() -> dict[str, str]:
     except pynvml.NVMLError as error:
         found["driver"] = f"unknown ({error})"
     return found
-
-
-def setup_report(settings: Settings) -> list[tuple[bool, str]]:
-    """Return what the tutorial needs of this machine: is it there, and which."""
-    found = versions()
-    here = describe()
-    # An older one than 3.11 does not get here.
-    lines = [(sys.version_info < (3, 14), f"Python {found['python']}")]
-    lines += [
-        (package in found, f"{package} {found.get(package, 'is not installed')}")
-        for package in REQUIRED
-    ]
-    lines.append((True, f"{here['cores']} cores, {here['memory_gib']} GiB, {here['cpu']}"))
-    free = shutil.disk_usage(_existing_parent(settings.artifacts_dir)).free / 1e9
-    lines.append((free > 1, f"{free:.0f} GB free for {relative(settings.artifacts_dir)}"))
-    return lines
-
-
-def _existing_parent(path: Path) -> Path:
-    """Return the nearest folder above `path` that exists."""
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def device() -> torch.device:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from helpers import cuda_graphs, onnx_export, sparsity
-from helpers.data import InMemoryImages, Splits
-from helpers.settings import PRESETS, Settings
+from helpers import sparsity
+from helpers.inference import cuda_graphs, export
+from helpers.training.data import InMemoryImages, Splits
+from helpers.tutorial.settings import PRESETS, Settings
 
 # The first call into torch is slow, and a test suite should not depend on the day.
 hypothesis.settings.register_profile("tutorial", deadline=None, derandomize=True, max_examples=50)
@@ -95,7 +96,7 @@ def exported(tmp_path_factory):
     sparsity.prune_2to4_(model)
     folder = tmp_path_factory.mktemp("onnx")
     files = {
-        name: onnx_export.export_onnx(model, folder / f"{name}.onnx", SHAPE, name == "fp16")
+        name: export.export_onnx(model, folder / f"{name}.onnx", SHAPE, name == "fp16")
         for name in ("fp32", "fp16")
     }
     return model, files
@@ -133,7 +134,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     clock = Clock()
-    for module in ("helpers.benchmark", "helpers.energy"):
+    for module in ("helpers.measurement.benchmark", "helpers.measurement.energy"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from helpers.advice import AdviceError, Rates, advise, advise_batches
-from helpers.gemm import DATASHEETS, DATATYPES, floor_ms
 from helpers.layers import layer_table
-from helpers.models import create_model
+from helpers.measurement.advice import advise, advise_batches
+from helpers.measurement.gemm import DATATYPES
+from helpers.measurement.rates import AdviceError, Rates
+from helpers.measurement.roofline import DATASHEETS, floor_ms
 from helpers.sparsity import sparsity_report
 from helpers.sparsity.eligibility import why_not_cusparselt
+from helpers.training.networks import create_model
 
 A100 = Rates.from_datasheet(DATASHEETS["a100"])
 IMAGE = (3, 224, 224)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from helpers import artifacts as module
-from helpers.artifacts import NOTEBOOKS, ArtifactError, Artifacts, atomic_write, sha256, write_json
+from helpers import files
+from helpers.files import atomic_write, sha256, write_json
 from helpers.machine import versions
-from helpers.models import resnext14_8x4d, save_checkpoint
-from helpers.settings import project_root
+from helpers.training.networks import resnext14_8x4d, save_checkpoint
+from helpers.tutorial.artifacts import NOTEBOOKS, ArtifactError, Artifacts
+from helpers.tutorial.settings import project_root
 
 DENSE, PRUNED, RETRAINED = (
     "01_dense.safetensors",
@@ -336,7 +337,7 @@ def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, mon
             raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", full)
+        patch.setattr(files, "write_json", full)
         with pytest.raises(ArtifactError, match="disk is full"):
             write(chain, PRUNED, "pruned anew", [DENSE])
     assert "Run 02_prune_2_4.ipynb" in refusal(chain, PRUNED)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import benchmark
-from helpers.benchmark import (
+from helpers.inference.runners import Runner, TorchRunner
+from helpers.measurement import benchmark
+from helpers.measurement.benchmark import (
     BenchmarkError,
     Latency,
     Ratio,
@@ -21,8 +22,7 @@ from helpers.benchmark import (
     time_in_turns,
     time_transfers,
 )
-from helpers.energy import EnergyError, EnergyWindow
-from helpers.runners import Runner, TorchRunner
+from helpers.measurement.energy import EnergyError, EnergyWindow
 
 IMAGES = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
@@ -54,7 +54,7 @@ class FakeRunner(Runner):
         self.clock.now += 0.25
         return self.logits
 
-    def poison(self) -> None:
+    def invalidate_output(self) -> None:
         self.calls.append(f"poison {self.name}")
         self.logits = torch.full_like(self.logits, float("nan"))
 

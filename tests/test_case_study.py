@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from torchvision.models import ResNeXt101_32X8D_Weights
 
-from helpers import engine, models, onnx_export, sparsity
-from helpers.models import CheckpointError
-from helpers.settings import Settings
+from helpers import sparsity
+from helpers.inference import engine, export
+from helpers.training import networks
+from helpers.training.networks import CheckpointError
+from helpers.tutorial import inputs
+from helpers.tutorial.settings import Settings
 
 SHAPE = (3, 224, 224)
 FILE = ResNeXt101_32X8D_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
@@ -28,13 +31,13 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def dense() -> nn.Module:
     torch.manual_seed(0)
-    return models.create_model("resnext101_32x8d", num_classes=1000)
+    return networks.create_model("resnext101_32x8d", num_classes=1000)
 
 
 @pytest.fixture(scope="module")
 def sparse_file(dense, folder) -> Path:
     sparsity.prune_2to4_(dense)
-    return onnx_export.export_onnx(dense, folder / "sparse.onnx", SHAPE, half=True)
+    return export.export_onnx(dense, folder / "sparse.onnx", SHAPE, half=True)
 
 
 def test_the_workshop_starts_from_torchvisions_weights_with_imagenettes_ten_classes(
@@ -44,7 +47,7 @@ def test_the_workshop_starts_from_torchvisions_weights_with_imagenettes_ten_clas
     cache = folder / "torch" / "hub" / "checkpoints" / FILE
     cache.parent.mkdir(parents=True)
     torch.save(dense.state_dict(), cache)
-    model = models.load_pretrained(Settings.load("workshop"))
+    model = inputs.load_pretrained(Settings.load("workshop"))
     cache.unlink()
 
     assert model.fc.out_features == 10
@@ -64,9 +67,9 @@ def test_a_damaged_file_of_torchvisions_weights_is_refused_in_one_sentence(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / FILE).write_bytes(content)
-    monkeypatch.setattr(models, "create_model", lambda *_, **__: nn.Identity())  # saves seconds
+    monkeypatch.setattr(networks, "create_model", lambda *_, **__: nn.Identity())  # saves seconds
     with pytest.raises(CheckpointError, match=FILE):
-        models.load_pretrained(Settings.load("workshop"))
+        inputs.load_pretrained(Settings.load("workshop"))
 
 
 def test_all_71_eligible_weights_of_the_exported_file_are_2to4(sparse_file):

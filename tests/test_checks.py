@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from helpers.artifacts import ArtifactError
-from helpers.checks import CheckError, TutorialError, check, check_answer
-from helpers.data import DataError
-from helpers.models import CheckpointError
+from helpers.errors import HelpersError
+from helpers.training.data import DataError
+from helpers.training.networks import CheckpointError
+from helpers.tutorial.artifacts import ArtifactError
+from helpers.tutorial.checks import CheckError, check, check_answer
 
 
 def test_check_prints_what_holds(capsys):
@@ -67,7 +68,7 @@ def test_a_list_of_anything_stops_nothing(capsys, answer):
 
 
 @pytest.mark.parametrize(
-    "kind", [TutorialError, CheckError, ArtifactError, DataError, CheckpointError]
+    "kind", [HelpersError, CheckError, ArtifactError, DataError, CheckpointError]
 )
 def test_a_notebook_shows_an_error_as_one_line(kind):
     lines = kind("The file is missing.")._render_traceback_()
@@ -77,7 +78,7 @@ def test_a_notebook_shows_an_error_as_one_line(kind):
 def test_ipython_shows_no_traceback(capsys):
     interactiveshell = pytest.importorskip("IPython.core.interactiveshell")
     shell = interactiveshell.InteractiveShell()
-    shell.run_cell("from helpers.checks import TutorialError\nraise TutorialError('Do this.')")
+    shell.run_cell("from helpers.checks import HelpersError\nraise HelpersError('Do this.')")
     output = capsys.readouterr()
-    assert "TutorialError: Do this." in output.out + output.err
+    assert "HelpersError: Do this." in output.out + output.err
     assert "Traceback" not in output.out + output.err

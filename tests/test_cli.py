@@ -7,13 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import __main__ as cli
-from helpers import data
-from helpers.artifacts import NOTEBOOKS, Artifacts, sha256
-from helpers.models import create_model, load_checkpoint, save_checkpoint
-from helpers.settings import project_root
+from helpers.files import sha256
+from helpers.metrics import Comparison
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
-from helpers.training import Comparison
+from helpers.training import data
+from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
+from helpers.tutorial import commands as cli
+from helpers.tutorial.artifacts import NOTEBOOKS, Artifacts
+from helpers.tutorial.settings import project_root
 
 COMMANDS = [
     "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
@@ -96,7 +97,7 @@ def test_pruning_and_retraining_go_by_the_target(run, tiny_settings):
         save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
     status, _, errors = run("prune", "--target", "nowhere")
     assert status == 1
-    assert errors.startswith("TutorialError: There is no target 'nowhere'; there are tensorrt, asp")
+    assert errors.startswith("HelpersError: There is no target 'nowhere'; there are tensorrt, asp")
     for command in (("prune", "--target", "any"), ("retrain",)):
         status, *said = run(*command)
         assert status == 0, said
@@ -136,7 +137,7 @@ def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     status, _, errors = run("verify", tmp_path / "x.onnx")
     assert status == 1
     (line,) = errors.splitlines()
-    assert line.startswith("TutorialError: x.onnx is not a valid ONNX model")
+    assert line.startswith("HelpersError: x.onnx is not a valid ONNX model")
 
 
 def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
@@ -191,18 +192,18 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("resnet51",), "TutorialError: There is no classification network 'resnet51'"),
-        (("fcn_resnet50",), "TutorialError: There is no classification network 'fcn_resnet50'"),
-        (("m.pt",), "TutorialError: m.pt is no checkpoint: these end in .safetensors"),
-        (("resnet50", "--gpu", ""), "TutorialError: There is no datasheet ''"),
+        (("resnet51",), "HelpersError: There is no classification network 'resnet51'"),
+        (("fcn_resnet50",), "HelpersError: There is no classification network 'fcn_resnet50'"),
+        (("m.pt",), "HelpersError: m.pt is no checkpoint: these end in .safetensors"),
+        (("resnet50", "--gpu", ""), "HelpersError: There is no datasheet ''"),
         (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
         (("resnet50", "--batch", 10**17), "AdviceError: The network does not run on these"),
         (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
         (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
         (("resnet50", "--image-size", 10**9), "AdviceError: The network does not run on these"),
         (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
-        (("resnet50", "--gpu", "b200"), "TutorialError: There is no datasheet 'b200'"),
-        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "TutorialError: Give either --gpu"),
+        (("resnet50", "--gpu", "b200"), "HelpersError: There is no datasheet 'b200'"),
+        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "HelpersError: Give either --gpu"),
         (("resnet50", "--rates", "x.json"), "AdviceError: x.json cannot be read"),
         (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
         (

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.sparse import _semi_structured_conversions as conversions
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.sparsity import (
     Compressed,
     compress_2to4,
@@ -176,18 +176,18 @@ def test_a_parameter_is_compressed_without_its_gradient():
 
 
 def test_a_dense_weight_is_refused():
-    with pytest.raises(TutorialError, match=r"^fc.weight is not 2:4.*prune_2to4_"):
+    with pytest.raises(HelpersError, match=r"^fc.weight is not 2:4.*prune_2to4_"):
         compress_2to4(torch.tensor([[0, 0, 0, 0, 1.0, 0, 1, 1]]), "fc.weight")
 
 
 def test_numbers_of_more_than_64_bits_are_refused():
-    with pytest.raises(TutorialError, match=r"complex128 cannot be compressed"):
+    with pytest.raises(HelpersError, match=r"complex128 cannot be compressed"):
         compress_2to4(torch.zeros(2, 4, dtype=torch.complex128))
 
 
 def test_values_and_metadata_of_different_weights_are_refused():
     compressed = compress_2to4(torch.zeros(4, 8))
-    with pytest.raises(TutorialError, match=r"^3 bytes of metadata do not belong to 16 values"):
+    with pytest.raises(HelpersError, match=r"^3 bytes of metadata do not belong to 16 values"):
         decompress_2to4(Compressed(compressed.values, compressed.metadata[:3]))
 
 
@@ -320,7 +320,7 @@ def test_any_safetensors_file_is_read_as_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("entry", [3, "text", torch.ones(2, 2).to_sparse()])
 def test_an_entry_that_is_no_plain_tensor_is_refused_by_name(tmp_path, entry):
-    with pytest.raises(TutorialError, match=r"^extra is no plain dense tensor"):
+    with pytest.raises(HelpersError, match=r"^extra is no plain dense tensor"):
         save_compressed({"w": torch.ones(2), "extra": entry}, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -329,12 +329,12 @@ def test_an_entry_that_is_no_plain_tensor_is_refused_by_name(tmp_path, entry):
 def test_names_that_collide_are_refused(tmp_path, first):
     state = {"w": torch.zeros(2, 4), "w.values": torch.ones(3)}
     state = {first: state[first]} | state
-    with pytest.raises(TutorialError, match=r"^w.values is the name of a tensor"):
+    with pytest.raises(HelpersError, match=r"^w.values is the name of a tensor"):
         save_compressed(state, tmp_path / "net.safetensors")
 
 
 def refusal(path):
-    with pytest.raises(TutorialError) as error:
+    with pytest.raises(HelpersError) as error:
         load_compressed(path)
     message = str(error.value)
     assert "\n" not in message

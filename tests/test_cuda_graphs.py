@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import cuda_graphs
+from helpers.inference import cuda_graphs
 
 
 def test_calls_are_timed_in_turns_round_by_round(captured, gpu_clock):

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import FashionMNIST, Imagenette
 
-from helpers.data import DataError, first_images, load_splits
-from helpers.settings import Settings, project_root
+from helpers.training.data import DataError, first_images
+from helpers.tutorial.inputs import load_splits
+from helpers.tutorial.settings import Settings, project_root
 
 RAW = project_root() / "data" / "FashionMNIST" / "raw"
 WNIDS = list(Imagenette._WNID_TO_CLASS)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from helpers import sparsity
-from helpers.settings import project_root
+from helpers.tutorial.settings import project_root
 
 DOCS = project_root() / "docs"
 API = (DOCS / "sparsity.md").read_text()

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.layers import layer_weights
-from helpers.models import create_model
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, sparsity_report
 from helpers.sparsity.eligibility import why_not_sparse
+from helpers.training.networks import create_model
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_computed_weight_is_not_eligible(target):
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones():
-    with pytest.raises(TutorialError, match=r"'tensort'.*tensorrt, asp, cusparselt, any"):
+    with pytest.raises(HelpersError, match=r"'tensort'.*tensorrt, asp, cusparselt, any"):
         eligible_weights(nn.Linear(4, 4), "tensort")
 
 
@@ -232,7 +232,7 @@ def test_weights_are_selected_by_pattern_and_type(include, exclude, expected):
 
 @pytest.mark.parametrize("selection", ["include", "exclude"])
 def test_a_pattern_that_fits_nothing_is_a_mistake(selection):
-    with pytest.raises(TutorialError, match=r"called 'haed'.*stem\.weight"):
+    with pytest.raises(HelpersError, match=r"called 'haed'.*stem\.weight"):
         eligible_weights(blocks(), **{selection: "haed"})
 
 

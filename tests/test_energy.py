@@ -4,7 +4,7 @@ import pynvml
 import pytest
 import torch
 
-from helpers.energy import EnergyCounter, EnergyError, idle_watts, measure_energy
+from helpers.measurement.energy import EnergyCounter, EnergyError, idle_watts, measure_energy
 
 UUID = "b17a6f0c-0000-1111-2222-333344445555"
 

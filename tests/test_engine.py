@@ -12,16 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import engine, runners, sparsity
-from helpers.engine import (
-    CHOSEN,
-    ELIGIBLE,
+from helpers import sparsity
+from helpers.inference import engine, runners
+from helpers.inference.channels_last import rewrite_1x1_as_matmul
+from helpers.inference.engine import (
     Builder,
     EngineError,
     EngineReport,
     build_engine,
     build_with_controls,
     find_builder,
+)
+from helpers.inference.engine_log import (
+    CHOSEN,
+    ELIGIBLE,
     kernel_times,
     last_report,
     read_tactics,
@@ -29,7 +33,7 @@ from helpers.engine import (
     sparse_layers,
     why_dense,
 )
-from helpers.onnx_export import export_onnx, rewrite_1x1_as_matmul
+from helpers.inference.export import export_onnx
 from helpers.sparsity.verify import verify_onnx
 
 SHAPE, BATCHES = (1, 28, 28), (1, 2, 8)

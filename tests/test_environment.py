@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from helpers import machine
-from helpers.settings import project_root
+from helpers.tutorial.settings import project_root
 
 PROJECT = tomllib.loads((project_root() / "pyproject.toml").read_text())["project"]
 CONDA_TEXT = (project_root() / "environment.yml").read_text()

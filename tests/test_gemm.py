@@ -13,20 +13,12 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass as to_cutlass,
 )
 
-from helpers import cuda_graphs, gemm, machine
-from helpers.gemm import (
-    DATASHEETS,
-    DATATYPES,
-    GemmError,
-    floor_ms,
-    intensity,
-    measure_bandwidth,
-    measure_gemms,
-    shares,
-    this_datasheet,
-    why_not,
-)
-from helpers.sparse_torch import why_no_sparse_gemms
+from helpers import machine
+from helpers.inference import cuda_graphs
+from helpers.inference.cusparselt import why_no_sparse_gemms
+from helpers.measurement import gemm
+from helpers.measurement.gemm import DATATYPES, GemmError, measure_bandwidth, measure_gemms, why_not
+from helpers.measurement.roofline import DATASHEETS, floor_ms, intensity, shares, this_datasheet
 from helpers.sparsity import compress_2to4, mask_nm
 
 SIZE = (32, 64, 96)

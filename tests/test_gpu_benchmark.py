@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 import gpu
-from helpers import gemm
-from helpers.advice import Rates
-from helpers.runners import TorchRunner
+from helpers.inference.runners import TorchRunner
+from helpers.measurement import gemm
+from helpers.measurement.rates import Rates
 
 
 @pytest.fixture

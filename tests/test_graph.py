@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.sparsity import graph
 from helpers.sparsity.graph import find_symmetry, gather_order, reorder_, source_of
 
@@ -405,7 +405,7 @@ def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():
 
     model = Branches().train()
     model.stem.eval()
-    with pytest.raises(TutorialError, match="Branches cannot be traced in evaluation mode"):
+    with pytest.raises(HelpersError, match="Branches cannot be traced in evaluation mode"):
         find_symmetry(model, (torch.randn(1, 3, 8, 8),))
     assert model.training and not model.stem.training
 

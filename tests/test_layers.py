@@ -5,9 +5,9 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.layers import layer_kind, layer_table, layer_weights, shares_by_kind
-from helpers.models import create_model
+from helpers.training.networks import create_model
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_counting_removes_its_hooks_when_the_image_does_not_fit(three_layers):
 
 @pytest.mark.parametrize("inputs", [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)}])
 def test_counting_takes_one_kind_of_input(three_layers, inputs):
-    with pytest.raises(TutorialError, match=r"either `image_shape`.*or `example`"):
+    with pytest.raises(HelpersError, match=r"either `image_shape`.*or `example`"):
         layer_table(three_layers, **inputs)
 
 

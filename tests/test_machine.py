@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import machine
-from helpers.settings import Settings
+from helpers.tutorial import setup
+from helpers.tutorial.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def hide(monkeypatch, *names: str) -> None:
 
 
 def failures(settings: Settings) -> list[str]:
-    return [line for fine, line in machine.setup_report(settings) if not fine]
+    return [line for fine, line in setup.setup_report(settings) if not fine]
 
 
 def test_versions_are_those_of_the_installed_packages():

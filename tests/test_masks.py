@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.sparsity import is_2to4, mask_2to4, mask_2to4_transposable, mask_nm
 from helpers.sparsity.masks import _fill_, _fill_on_cpu_, groups_of_four
 
@@ -104,13 +104,13 @@ def test_the_weight_itself_is_left_alone():
 def test_a_value_without_a_magnitude_is_refused_by_name(value):
     weight = torch.zeros(2, 4)
     weight[1, 2] = value
-    with pytest.raises(TutorialError, match=r"^layer1\.conv1\.weight has NaN or infinite values"):
+    with pytest.raises(HelpersError, match=r"^layer1\.conv1\.weight has NaN or infinite values"):
         mask_2to4(weight, "layer1.conv1.weight")
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (8, 6, 3, 3), (8,)])
 def test_input_channels_must_be_a_multiple_of_four(shape):
-    with pytest.raises(TutorialError, match=r"^conv1\.weight has shape .*multiple of 4"):
+    with pytest.raises(HelpersError, match=r"^conv1\.weight has shape .*multiple of 4"):
         mask_2to4(torch.zeros(shape), "conv1.weight")
 
 
@@ -164,7 +164,7 @@ def test_a_weight_without_channels_has_an_empty_mask():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_a_type_that_is_not_ranked_is_refused_by_name(dtype):
-    with pytest.raises(TutorialError, match=r"^fc\.weight is of type .*\.float\(\)"):
+    with pytest.raises(HelpersError, match=r"^fc\.weight is of type .*\.float\(\)"):
         mask_2to4(torch.zeros(4, 4).to(dtype), "fc.weight")
 
 
@@ -201,14 +201,14 @@ def test_n_of_m_keeps_the_first_of_the_largest(pattern):
 
 @pytest.mark.parametrize(("n", "m"), [(3, 2), (-1, 4), (0, 0)])
 def test_more_than_all_cannot_be_kept(n, m):
-    with pytest.raises(TutorialError, match="cannot be kept"):
+    with pytest.raises(HelpersError, match="cannot be kept"):
         mask_nm(torch.zeros(4, 4), n, m)
 
 
 def test_n_of_m_refuses_what_2to4_refuses():
-    with pytest.raises(TutorialError, match=r"^fc has shape .*multiple of 8"):
+    with pytest.raises(HelpersError, match=r"^fc has shape .*multiple of 8"):
         mask_nm(torch.zeros(4, 12), 4, 8, "fc")
-    with pytest.raises(TutorialError, match=r"^fc has NaN"):
+    with pytest.raises(HelpersError, match=r"^fc has NaN"):
         mask_nm(torch.full((4, 8), torch.nan), 4, 8, "fc")
 
 
@@ -262,12 +262,12 @@ def test_a_large_weight_is_masked_in_pieces_as_a_whole():
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (4,)])
 def test_a_transposable_mask_needs_both_sides_in_fours(shape):
-    with pytest.raises(TutorialError, match=r"^fc has shape .*multiples of four"):
+    with pytest.raises(HelpersError, match=r"^fc has shape .*multiples of four"):
         mask_2to4_transposable(torch.zeros(shape), "fc")
 
 
 def test_a_transposable_mask_refuses_nan():
-    with pytest.raises(TutorialError, match=r"^fc has NaN"):
+    with pytest.raises(HelpersError, match=r"^fc has NaN"):
         mask_2to4_transposable(torch.full((4, 4), torch.nan), "fc")
 
 
@@ -293,7 +293,7 @@ def test_groups_start_at_multiples_of_four():
 
 
 def test_the_pattern_needs_input_channels_in_fours():
-    with pytest.raises(TutorialError, match="multiple of 4"):
+    with pytest.raises(HelpersError, match="multiple of 4"):
         is_2to4(torch.zeros(4, 6))
 
 

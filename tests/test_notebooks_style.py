@@ -6,9 +6,9 @@ from itertools import pairwise
 import nbformat
 import pytest
 
-from helpers.artifacts import NOTEBOOKS
-from helpers.settings import project_root
-from helpers.tutorial import source_digest
+from helpers.tutorial.artifacts import NOTEBOOKS
+from helpers.tutorial.notebooks import source_digest
+from helpers.tutorial.settings import project_root
 
 FOLDER = project_root() / "notebooks"
 ROWS = ("You will", "You need", "Time", "Reads", "Leaves behind")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.checks import TutorialError
-from helpers.models import create_model
+from helpers.errors import HelpersError
 from helpers.sparsity import eligible_weights, kept_magnitude, mask_2to4, permute, prune_2to4_
 from helpers.sparsity.permute import permute_channels_
+from helpers.training.networks import create_model
 
 IMAGE = (torch.zeros(1, 1, 28, 28),)
 
@@ -192,7 +192,7 @@ def test_a_network_that_comes_out_changed_is_restored(model, monkeypatch):
             weight.copy_(weight.flip(1))
 
     monkeypatch.setattr(permute, "reorder_", wrong_)
-    with pytest.raises(TutorialError, match="The network has been restored"):
+    with pytest.raises(HelpersError, match="The network has been restored"):
         permute_channels_(model, IMAGE, escapes=5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

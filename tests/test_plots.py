@@ -10,11 +10,15 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import models, plots, sparsity
-from helpers.artifacts import ArtifactError
-from helpers.gemm import DATASHEETS, GemmError, floor_ms, intensity, measure_gemms
+from helpers import sparsity
+from helpers.measurement.gemm import GemmError, measure_gemms
+from helpers.measurement.roofline import DATASHEETS, floor_ms, intensity
+from helpers.metrics import Accuracy
 from helpers.sparsity import compress_2to4, mask_2to4
-from helpers.training import Accuracy, Epoch
+from helpers.training import networks
+from helpers.training.loop import Epoch
+from helpers.tutorial import plots
+from helpers.tutorial.artifacts import ArtifactError
 
 
 def texts(axis) -> list[str]:
@@ -87,7 +91,7 @@ def test_shares_are_two_bars_for_each_kind_of_layer():
 
 
 def test_layers_are_coloured_by_the_verdict_and_its_reason():
-    model = models.create_model("resnext14_8x4d", 10)
+    model = networks.create_model("resnext14_8x4d", 10)
     report = sparsity.sparsity_report(model, (1, 28, 28))
     (axis,) = plots.plot_layers(report).axes
     sparse = [bar for bar in axis.patches if to_hex(bar.get_facecolor()) == plots.SPARSE]

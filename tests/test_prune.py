@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers.checks import TutorialError
-from helpers.models import create_model
+from helpers.errors import HelpersError
 from helpers.sparsity import (
     apply_masks_,
     eligible_weights,
@@ -26,6 +25,7 @@ from helpers.sparsity import (
     sparsity_report,
     unpack_masks,
 )
+from helpers.training.networks import create_model
 
 
 def network():
@@ -112,7 +112,7 @@ def test_nothing_is_changed_when_one_layer_has_nan(value):
     with torch.no_grad():
         model[5].weight[0, 0] = value
     before = model[3].weight.detach().clone()
-    with pytest.raises(TutorialError, match=r"^5\.weight has NaN"):
+    with pytest.raises(HelpersError, match=r"^5\.weight has NaN"):
         prune_2to4_(model)
     assert torch.equal(model[3].weight, before)
 
@@ -334,7 +334,7 @@ def test_zeros_are_held_under_distributed_data_parallel(tmp_path):
         hold_masks(optimizer, model, masks)
         train(parallel, optimizer)
         assert zeros_are_held(model, masks)
-        with pytest.raises(TutorialError, match="rather than a wrapper"):
+        with pytest.raises(HelpersError, match="rather than a wrapper"):
             hold_masks(optimizer, parallel, masks)
     finally:
         dist.destroy_process_group()
@@ -384,7 +384,7 @@ def test_a_check_finds_who_else_has_written_to_the_weights():
     model.load_state_dict(dense)
     train(model, optimizer, steps=1)  # not checked
     model.load_state_dict(dense)
-    with pytest.raises(TutorialError, match=r"^3\.weight is not 2:4.*besides this optimizer"):
+    with pytest.raises(HelpersError, match=r"^3\.weight is not 2:4.*besides this optimizer"):
         train(model, optimizer, steps=1)
 
 
@@ -392,7 +392,7 @@ def test_a_check_ends_with_the_holding():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     holding = hold_masks(optimizer, model, masks_2to4(model), check_every=1)
-    with pytest.raises(TutorialError, match="not 2:4"), holding:
+    with pytest.raises(HelpersError, match="not 2:4"), holding:
         train(model, optimizer, steps=1)
     train(model, optimizer, steps=1)
 
@@ -403,9 +403,9 @@ def test_masks_of_another_network_are_refused():
     wrong = {"3.weight": torch.ones(8, 4, 3, 3, dtype=torch.bool)}
     for masks, message in (({"9.weight": wrong["3.weight"]}, "no parameter 9"), (wrong, "shape")):
         before = model[3].weight.clone()
-        with pytest.raises(TutorialError, match=message):
+        with pytest.raises(HelpersError, match=message):
             apply_masks_(model, {"5.weight": model[5].weight > 0} | masks)
-        with pytest.raises(TutorialError, match=message):
+        with pytest.raises(HelpersError, match=message):
             hold_masks(optimizer, model, masks)
         assert torch.equal(model[3].weight, before)
     assert (model[5].weight != 0).all(), "nothing is changed before all is checked"
@@ -426,7 +426,7 @@ def test_masks_are_computed_without_changing_the_network():
 def test_masks_of_a_dense_network_are_refused_by_name():
     model = network()
     prune_2to4_(model, exclude="5")
-    with pytest.raises(TutorialError, match=r"^5\.weight is not 2:4.*exclude"):
+    with pytest.raises(HelpersError, match=r"^5\.weight is not 2:4.*exclude"):
         masks_of(model)
     assert list(masks_of(model, exclude="5")) == ["3.weight"]
 
@@ -470,7 +470,7 @@ def test_values_of_other_masks_are_not_restored():
     removed = removed_weights(model, masks)
     before = model[3].weight.clone()
     for wrong in ({"3.weight": removed["3.weight"]}, removed | {"5.weight": torch.ones(3)}):
-        with pytest.raises(TutorialError, match=r"^5\.weight has lost 192 values"):
+        with pytest.raises(HelpersError, match=r"^5\.weight has lost 192 values"):
             restore_weights_(model, masks, wrong)
         assert torch.equal(model[3].weight, before)
 

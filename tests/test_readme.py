@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import helpers
-from helpers.advice import Rates, advise
-from helpers.artifacts import NOTEBOOKS
-from helpers.gemm import DATASHEETS
-from helpers.models import create_model
-from helpers.settings import PRESETS, project_root
-from helpers.training import Accuracy, Comparison
+from helpers.measurement.advice import advise
+from helpers.measurement.rates import Rates
+from helpers.measurement.roofline import DATASHEETS
+from helpers.metrics import Accuracy, Comparison
+from helpers.training.networks import create_model
+from helpers.tutorial.artifacts import NOTEBOOKS
+from helpers.tutorial.settings import PRESETS, project_root
 
 ROOT = project_root()
 README = (ROOT / "README.md").read_text()

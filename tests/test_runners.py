@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import cuda_graphs, runners
-from helpers.benchmark import check_outputs
-from helpers.data import first_images
-from helpers.engine import Builder, build_engine
-from helpers.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner
-from helpers.training import Accuracy, relative_gap
+from helpers.inference import cuda_graphs, runners
+from helpers.inference.engine import Builder, build_engine
+from helpers.inference.runners import OnnxRunner, RunnerError, TensorRTRunner, TorchRunner
+from helpers.measurement.benchmark import check_outputs
+from helpers.metrics import Accuracy, max_relative_error
+from helpers.training.data import first_images
 
 SHAPE = (1, 28, 28)
 GAPS = {"fp32": 1e-5, "fp16": 1e-2}
@@ -47,7 +47,7 @@ def test_the_torch_runner_gives_the_logits_of_the_network(exported, reference):
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
         assert logits.device.type == "cpu"
-        assert relative_gap(logits, reference(images(batch))) < tolerance
+        assert max_relative_error(logits, reference(images(batch))) < tolerance
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -58,7 +58,7 @@ def test_the_onnx_runner_gives_the_logits_of_the_network(exported, reference, pr
     for batch in (1, 5):
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
-        assert relative_gap(logits, reference(images(batch))) < GAPS[precision]
+        assert max_relative_error(logits, reference(images(batch))) < GAPS[precision]
 
 
 @pytest.mark.parametrize("kind", ["torch", "fp32", "fp16"])
@@ -78,7 +78,7 @@ def test_poisoned_logits_are_nan_until_the_next_run(no_gpu, exported, kind):
     model, files = exported
     runner = TorchRunner(model) if kind == "torch" else OnnxRunner(files["fp32"])
     logits = runner(images(2)).clone()
-    runner.poison()
+    runner.invalidate_output()
     assert runner.fetch().isnan().all()
     runner.run()
     assert torch.equal(runner.fetch(), logits)
@@ -95,8 +95,8 @@ def test_loading_running_and_fetching_are_three_steps(no_gpu, exported, referenc
     assert torch.equal(runner.fetch(), first), "loading alone changes no result"
     runner.run()
     assert runner.fetch().shape == (3, 10)
-    assert relative_gap(first, reference(images(2))) < GAPS["fp32"]
-    assert relative_gap(runner.fetch(), reference(images(3))) < GAPS["fp32"]
+    assert max_relative_error(first, reference(images(2))) < GAPS["fp32"]
+    assert max_relative_error(runner.fetch(), reference(images(3))) < GAPS["fp32"]
 
 
 def test_what_the_caller_holds_is_neither_changed_nor_changes(no_gpu):
@@ -108,7 +108,7 @@ def test_what_the_caller_holds_is_neither_changed_nor_changes(no_gpu):
     given.zero_()
     runner.run()
     assert runner.fetch().tolist() == [[1, 0]], "and goes on with what was loaded"
-    runner.poison()
+    runner.invalidate_output()
     assert logits.tolist() == [[1, 0]]
 
 
@@ -304,7 +304,7 @@ def test_the_tensorrt_runner_moves_images_and_logits_in_the_engines_type(
     for batch in (1, 5, 5, 2):
         logits = runner(images(batch))
         assert logits.dtype == torch.float32
-        assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+        assert max_relative_error(logits, reference(images(batch))) < GAPS["fp16"]
     assert len(captured) == 3, "a graph is captured for each change of shape"
 
 
@@ -312,7 +312,7 @@ def test_without_a_graph_the_host_launches_the_engine(fake_gpu, captured, refere
     plan = tmp_path / "05_sparse.engine"
     plan.write_bytes(b"an engine")
     runner = TensorRTRunner(plan, graph=False)
-    assert relative_gap(runner(images(2)), reference(images(2))) < GAPS["fp16"]
+    assert max_relative_error(runner(images(2)), reference(images(2))) < GAPS["fp16"]
     assert not captured
 
 
@@ -325,7 +325,7 @@ def test_tensorrt_rtx_makes_its_graph_itself(
     plan = tmp_path / "05_sparse.engine"
     plan.write_bytes(b"an engine")
     runner = TensorRTRunner(plan, graph=graph)
-    assert relative_gap(runner(images(2)), reference(images(2))) < GAPS["fp16"]
+    assert max_relative_error(runner(images(2)), reference(images(2))) < GAPS["fp16"]
     assert not captured
     assert (rtx.config is not None) == graph
     if graph:
@@ -337,7 +337,7 @@ def test_a_poisoned_result_stays_until_the_engine_runs(fake_gpu, tmp_path):
     plan.write_bytes(b"an engine")
     runner = TensorRTRunner(plan)
     logits = runner(images(3))
-    runner.poison()
+    runner.invalidate_output()
     assert runner.fetch().isnan().all()
     runner.run()
     assert torch.equal(runner.fetch(), logits)
@@ -415,7 +415,7 @@ def test_an_engine_gives_the_logits_of_the_network_on_the_gpu(
         logits = runner(images(batch))
         assert logits.shape == (batch, 10)
         # TF32 is allowed in an FP32 engine, and has the ten bits of FP16.
-        assert relative_gap(logits, reference(images(batch))) < GAPS["fp16"]
+        assert max_relative_error(logits, reference(images(batch))) < GAPS["fp16"]
 
 
 @pytest.mark.gpu

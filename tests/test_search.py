@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.sparsity import search
 from helpers.sparsity.search import kept_2to4, search_permutation
 from permutation import plain_search
@@ -174,7 +174,7 @@ def test_progress_is_told_of_every_round_and_every_escape():
 @pytest.mark.parametrize("shape", [(4, 6), (4,), (2, 4, 4)])
 def test_a_matrix_without_whole_fours_is_refused(shape):
     for function in (search_permutation, kept_2to4):
-        with pytest.raises(TutorialError, match="multiple of four columns"):
+        with pytest.raises(HelpersError, match="multiple of four columns"):
             function(np.ones(shape, dtype=np.float32))
 
 
@@ -183,5 +183,5 @@ def test_nan_and_inf_are_refused_with_their_place(value):
     matrix = normal(8, 8)
     matrix[3, 5] = value
     for function in (search_permutation, kept_2to4):
-        with pytest.raises(TutorialError, match="Row 3, column 5"):
+        with pytest.raises(HelpersError, match="Row 3, column 5"):
             function(matrix)

@@ -2,8 +2,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from helpers.checks import TutorialError
-from helpers.settings import PRESETS, Settings, project_root, relative
+from helpers.errors import HelpersError
+from helpers.tutorial.settings import PRESETS, Settings, project_root, relative
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_every_preset_writes_to_a_folder_of_its_own():
 @pytest.mark.parametrize("preset", ["Quick", "large"])
 def test_an_unknown_preset_is_answered_with_their_names(monkeypatch, preset):
     monkeypatch.setenv("TUTORIAL_PRESET", preset)
-    with pytest.raises(TutorialError) as error:
+    with pytest.raises(HelpersError) as error:
         Settings.load()
     message = str(error.value)
     assert repr(preset) in message

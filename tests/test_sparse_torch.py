@@ -15,24 +15,18 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers import cuda_graphs, machine, models, sparse_torch
-from helpers.benchmark import check_outputs
-from helpers.onnx_export import fold_batch_norm
-from helpers.runners import RunnerError, TorchRunner
-from helpers.sparse_torch import (
-    NOISE,
-    Autotuner,
-    DenseGemm,
-    DenseLayer,
-    Kernel,
-    SparseGemm,
-    SparseTorchRunner,
-    TunedLayer,
-    use_gemms_,
-    why_no_sparse_gemms,
-)
+from helpers import machine
+from helpers.inference import cuda_graphs, sparse_torch
+from helpers.inference.autotune import NOISE, Autotuner
+from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
+from helpers.inference.fold import fold_batch_norm
+from helpers.inference.kernels import DenseGemm, DenseLayer, Kernel
+from helpers.inference.runners import RunnerError, TorchRunner
+from helpers.inference.sparse_torch import SparseTorchRunner, TunedLayer, use_gemms_
+from helpers.measurement.benchmark import check_outputs
+from helpers.metrics import max_relative_error
 from helpers.sparsity import is_2to4, prune_2to4_
-from helpers.training import relative_gap
+from helpers.training import networks
 
 GAP = 1e-5  # FP32: the order of the sums differs
 
@@ -46,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def quick_network() -> nn.Module:
-    return models.create_model("resnext14_8x4d", 10)
+    return networks.create_model("resnext14_8x4d", 10)
 
 
 def bottlenecks() -> nn.Module:
@@ -183,7 +177,7 @@ def test_the_network_of_gemms_gives_the_outputs_of_the_folded_network(pruned):
         layers = use_gemms_(folded, "dense")
         for batch in (images, images[:1], images.contiguous(memory_format=layout_of(images))):
             output = folded(batch)
-            assert relative_gap(output, expected[: len(batch)]) < GAP
+            assert max_relative_error(output, expected[: len(batch)]) < GAP
     assert layers
     assert all(choice.kernel == "dense GEMM" for layer in layers for choice in chosen(layer))
 
@@ -205,7 +199,7 @@ def test_the_network_of_sparse_gemms_gives_the_outputs_of_the_folded_network(pru
         layers = use_gemms_(folded, "cusparselt", Autotuner(the_fastest_is("sparse GEMM")))
         folded(images)  # chooses
         cusparselt.calls.clear()
-        assert relative_gap(folded(images), expected) < GAP
+        assert max_relative_error(folded(images), expected) < GAP
     algorithm = {"alg_id": 5, "split_k": 2, "split_k_mode": 1}
     for layer in layers:
         (choice,) = chosen(layer)
@@ -272,7 +266,7 @@ def test_a_layer_that_is_no_product_of_matrices_stays_as_it_is(layer):
     assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["0"]
     assert folded.get_submodule("1") is stays
     with torch.inference_mode():
-        assert relative_gap(folded(random(2, 16, 4, 4)), network(random(2, 16, 4, 4))) < GAP
+        assert max_relative_error(folded(random(2, 16, 4, 4)), network(random(2, 16, 4, 4))) < GAP
 
 
 def test_a_subclass_of_a_layer_stays_as_it_is():
@@ -292,7 +286,7 @@ def test_a_layer_with_a_hook_stays_as_it_is(register):
     assert tuned.name == "2"
     assert not tuned.kernels["dense GEMM"].relu
     with torch.inference_mode():
-        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+        assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
 
 
 class Reads(nn.Module):
@@ -311,7 +305,7 @@ def test_a_layer_whose_weight_is_read_by_others_stays_as_it_is():
     folded = fold_batch_norm(network)
     assert [tuned.name for tuned in use_gemms_(folded, "dense")] == ["called"]
     with torch.inference_mode():
-        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+        assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
 
 
 class Branches(nn.Module):
@@ -344,7 +338,7 @@ def test_a_relu_is_taken_in_only_if_nothing_else_sees_what_it_cuts_off():
         "both": False,
     }
     with torch.inference_mode():
-        assert relative_gap(folded(random(5, 16)), network(random(5, 16))) < GAP
+        assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
 
 
 def test_weights_that_are_not_2to4_get_no_sparse_kernel(cusparselt):
@@ -588,17 +582,17 @@ def test_loading_running_and_fetching_are_three_steps(no_gpu, pruned):
     runner.load(images[:1])
     assert torch.equal(runner.fetch(), first), "loading alone changes no result"
     runner.run()
-    assert relative_gap(first, expected) < GAP
-    assert relative_gap(runner.fetch(), expected[:1]) < GAP
+    assert max_relative_error(first, expected) < GAP
+    assert max_relative_error(runner.fetch(), expected[:1]) < GAP
     assert (first.dtype, first.device.type) == (torch.float32, "cpu")
 
 
 def test_the_table_tells_the_kernel_of_every_layer_and_shape(no_gpu):
     runner = SparseTorchRunner(linear_network(), "dense")
-    assert runner.choices().empty
+    assert runner.kernel_choices().empty
     runner(random(3, 48))
     runner(random(2, 48))
-    table = runner.choices()
+    table = runner.kernel_choices()
     assert list(table.layer) == ["0", "0", "2", "2", "4", "4"]
     assert list(table.input) == ["3x48", "2x48", "3x64", "2x64", "3x32", "2x32"]
     assert set(table.kernel) == {"dense GEMM"}
@@ -654,7 +648,7 @@ def test_each_shape_is_captured_once_and_replayed_on_the_images_that_are_loaded(
         runner.load(own)
         own.fill_(float("nan"))  # the runner has a copy
         runner.run()
-        assert relative_gap(runner.fetch(), expected[part]) < GAP
+        assert max_relative_error(runner.fetch(), expected[part]) < GAP
     assert len(captured) == 2 * 2  # for each shape the layers and the products
     before = runner.fetch()
     runner.load(images)
@@ -665,7 +659,7 @@ def test_a_run_writes_all_that_was_poisoned(no_gpu, captured, gpu_clock, pruned)
     model, images = pruned
     runner = on_a_fake_gpu(model)
     expected = runner(images)
-    runner.poison()
+    runner.invalidate_output()
     assert runner.fetch().isnan().all()
     runner.run()
     assert torch.equal(runner.fetch(), expected)
@@ -701,8 +695,8 @@ def test_the_fastest_of_the_whole_networks_runs(
         )
     images = random(3, 48)
     with torch.inference_mode():
-        assert relative_gap(runner(images), model(images)) < GAP
-    (row,) = runner.contest().to_dict("records")
+        assert max_relative_error(runner(images), model(images)) < GAP
+    (row,) = runner.network_times().to_dict("records")
     times = dict.fromkeys(runner.networks, 2.0) | {fastest: 1.0}
     assert row == {"input": "3x48", **times, "runs": fastest}
     gpu_clock[0] = 0.0
@@ -731,7 +725,7 @@ def test_a_compiled_network_computes_the_same(no_gpu):
         ):  # fmt: skip
             assert "compiled" in runner.name
             for images in (random(3, 48), random(5, 48, seed=1)):
-                assert relative_gap(runner(images), model(images)) < GAP
+                assert max_relative_error(runner(images), model(images)) < GAP
 
 
 def test_the_projections_of_self_attention_become_gemms(pruned_transformer):
@@ -749,7 +743,7 @@ def test_self_attention_of_a_single_sequence_is_the_same():
     assert len(use_gemms_(folded, "dense")) == 3
     with torch.inference_mode():
         for x in (random(6, 64), random(5, 6, 64)):
-            assert relative_gap(folded(x), model.eval()(x)) < GAP
+            assert max_relative_error(folded(x), model.eval()(x)) < GAP
 
 
 @pytest.fixture
@@ -794,13 +788,13 @@ def test_other_attention_stays_as_it_is(how, of):
     assert layer.name == "head"
     x = random(5, 6, 64)
     with torch.inference_mode():
-        assert relative_gap(folded(x), model(x)) < GAP
+        assert max_relative_error(folded(x), model(x)) < GAP
 
 
 # --- on a GPU ------------------------------------------------------------------------------
 
 
-def poison() -> None:
+def invalidate_output() -> None:
     """Fill the memory that PyTorch will hand out next with NaN."""
     blocks = [torch.full((2**size,), float("nan"), device="cuda") for size in range(8, 27)]
     torch.cuda.synchronize()
@@ -819,7 +813,7 @@ def test_the_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, d
         poison()
         with torch.inference_mode():
             expected = model(fresh)
-        assert relative_gap(runner(fresh), expected) < tolerance
+        assert max_relative_error(runner(fresh), expected) < tolerance
     assert len(json.loads((tmp_path / "kernels.json").read_text())) > 1
 
 
@@ -836,7 +830,7 @@ def test_a_sparse_gemm_is_the_dense_one_on_the_gpu(rows):
     poison()
     with torch.inference_mode():
         for algorithm in ({}, kernel.search(x)):
-            assert relative_gap(kernel(x, **algorithm), layer(x).relu()) < 1e-2
+            assert max_relative_error(kernel(x, **algorithm), layer(x).relu()) < 1e-2
 
 
 @pytest.mark.gpu
@@ -845,6 +839,6 @@ def test_every_layer_keeps_the_kernel_that_was_measured_to_be_the_fastest(pruned
     model, images = pruned
     runner = SparseTorchRunner(model)
     runner(images)
-    for row in runner.choices().to_dict("records"):
+    for row in runner.kernel_choices().to_dict("records"):
         times = [row[kernel] for kernel in ("dense layer", "dense GEMM", "sparse GEMM")]
         assert row[row["kernel"]] <= min(times) / (1 - NOISE)

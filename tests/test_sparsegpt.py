@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
 from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
 from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt_2to4
 
@@ -146,14 +146,14 @@ def test_a_layer_without_any_input_is_pruned_by_magnitude():
 
 def test_a_singular_hessian_is_told_with_the_way_out():
     inputs = correlated(4, 16).double()  # fewer samples than columns
-    with pytest.raises(TutorialError, match=r"fc\.weight is singular.*more calibration images or"):
+    with pytest.raises(HelpersError, match=r"fc\.weight is singular.*more calibration images or"):
         sparsegpt_2to4(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
 
 
 @pytest.mark.parametrize("wrong", [{"block_size": 6}, {"block_size": 0}, {"dampening": -1.0}])
 def test_senseless_numbers_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(TutorialError, match=f"^{name} is"):
+    with pytest.raises(HelpersError, match=f"^{name} is"):
         sparsegpt_2to4(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), **wrong)
 
 
@@ -491,7 +491,7 @@ def test_an_interrupted_network_is_as_it_was(error):
 
 def fails(model, message, batches=None, **kwargs):
     before = state(model)
-    with pytest.raises(TutorialError, match=message):
+    with pytest.raises(HelpersError, match=message):
         prune_sparsegpt_(model, batches or [smooth_images(8, 4)], **kwargs)
     for key, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(7), before[key].nan_to_num(7))
@@ -502,7 +502,7 @@ def test_a_generator_is_refused_before_anything_is_done():
 
 
 def test_no_images_are_refused():
-    with pytest.raises(TutorialError, match="no calibration images"):
+    with pytest.raises(HelpersError, match="no calibration images"):
         prune_sparsegpt_(network(), [])
 
 

@@ -6,18 +6,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import sparsity, training
-from helpers.checks import TutorialError
-from helpers.settings import Recipe
-from helpers.training import (
-    Accuracy,
-    Comparison,
-    accuracy,
-    compare,
-    evaluate,
-    schedule,
-    train,
-)
+from helpers import sparsity
+from helpers.errors import HelpersError
+from helpers.metrics import Accuracy, Comparison, accuracy
+from helpers.training import loop
+from helpers.training.loop import compare, evaluate, train
+from helpers.training.recipe import Recipe, schedule
 
 RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=0.1, weight_decay=5e-4, warmup=0.2)
 
@@ -47,7 +41,7 @@ def scripted(monkeypatch, shares: list[int]) -> list[dict]:
         seen.append(weights_of(model))
         return Accuracy(shares[len(seen) - 1], 100)
 
-    monkeypatch.setattr(training, "evaluate", fake)
+    monkeypatch.setattr(loop, "evaluate", fake)
     return seen
 
 
@@ -173,7 +167,7 @@ def test_the_seed_decides_the_result(tiny_net, tiny_splits):
 
 
 def test_a_loss_that_is_no_number_stops_the_training_in_one_sentence(tiny_net, tiny_splits):
-    with pytest.raises(TutorialError, match=r"The loss became nan in epoch 1.*learning_rate"):
+    with pytest.raises(HelpersError, match=r"The loss became nan in epoch 1.*learning_rate"):
         train(tiny_net, tiny_splits, dataclasses.replace(RECIPE, learning_rate=1e30), seed=1)
 
 
@@ -182,7 +176,7 @@ def test_a_loss_that_is_no_number_stops_the_training_in_one_sentence(tiny_net, t
 
 def interrupt(monkeypatch, where: str, epoch: int) -> None:
     """Let the training stop in the middle of an epoch, after its weights have moved."""
-    real, calls = getattr(training, where), []
+    real, calls = getattr(loop, where), []
 
     def stopping(*args: object) -> object:
         result = real(*args)
@@ -191,7 +185,7 @@ def interrupt(monkeypatch, where: str, epoch: int) -> None:
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(training, where, stopping)
+    monkeypatch.setattr(loop, where, stopping)
 
 
 @pytest.mark.parametrize("where", ["_train_epoch", "evaluate"])
@@ -243,7 +237,7 @@ def test_a_finished_training_is_loaded_and_not_repeated(
     file = tmp_path / "progress.pt"
     history = train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
     again = fresh if asked_by == "a fresh network" else copy.deepcopy(tiny_net)
-    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("it was repeated"))
+    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("it was repeated"))
     assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
     assert same(again.state_dict(), tiny_net.state_dict())
     assert not again.training
@@ -284,7 +278,7 @@ def test_a_damaged_progress_file_is_refused_in_one_sentence(
         train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
         content = file.read_bytes()[:2000]
     file.write_bytes(content)
-    with pytest.raises(TutorialError, match=r"progress\.pt is damaged .*Delete it"):
+    with pytest.raises(HelpersError, match=r"progress\.pt is damaged .*Delete it"):
         train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
 
 

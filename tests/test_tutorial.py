@@ -11,10 +11,16 @@ import pytest
 import torch
 from nbformat import v4
 
-from helpers import contenders, engine, machine, tutorial
-from helpers.artifacts import ArtifactError, Artifacts, write_json
-from helpers.checks import TutorialError
-from helpers.tutorial import run_notebooks, source_digest, summary, tidy
+from helpers import machine
+from helpers.errors import HelpersError
+from helpers.files import write_json
+from helpers.inference import engine
+from helpers.tutorial import backends, setup
+from helpers.tutorial import notebooks as module
+from helpers.tutorial import summary as results
+from helpers.tutorial.artifacts import ArtifactError, Artifacts
+from helpers.tutorial.notebooks import run_notebooks, source_digest, tidy
+from helpers.tutorial.summary import summary
 
 # --- notebooks -----------------------------------------------------------------------------
 
@@ -72,11 +78,11 @@ def notebooks(monkeypatch, tmp_path):
     monkeypatch.setenv("TUTORIAL_PRESET", "quick")  # run_notebooks sets it; this puts it back
     folder = tmp_path / "project" / "notebooks"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(tutorial, "project_root", lambda: folder.parent)
+    monkeypatch.setattr(module, "project_root", lambda: folder.parent)
 
     def make(**sources: str) -> Path:
         names = {name: f"{name}.ipynb" for name in sources}
-        monkeypatch.setattr(tutorial, "NOTEBOOKS", names)
+        monkeypatch.setattr(module, "NOTEBOOKS", names)
         for name, source in sources.items():
             notebook = v4.new_notebook(cells=[v4.new_code_cell(source)])
             (folder / names[name]).write_text(json.dumps(notebook))
@@ -109,7 +115,7 @@ def test_a_cell_that_fails_stops_the_run_in_one_sentence(notebooks, tiny_setting
     failing = "from helpers.checks import check\ncheck(False, 'water runs uphill')"
     folder = notebooks(n00_fails=failing, n01_never="print(1)")
     before = (folder / "n00_fails.ipynb").read_text()
-    with pytest.raises(TutorialError) as raised:
+    with pytest.raises(HelpersError) as raised:
         run_notebooks(tiny_settings, save=True)
     message = str(raised.value)
     assert message == "n00_fails.ipynb stopped: CheckError: [FAIL] water runs uphill"
@@ -119,7 +125,7 @@ def test_a_cell_that_fails_stops_the_run_in_one_sentence(notebooks, tiny_setting
 
 def test_a_kernel_that_dies_stops_the_run_in_one_sentence(notebooks, tiny_settings):
     notebooks(n00_dies="import os\nos._exit(1)")  # as when the memory runs out
-    with pytest.raises(TutorialError, match=r"^n00_dies\.ipynb stopped"):
+    with pytest.raises(HelpersError, match=r"^n00_dies\.ipynb stopped"):
         run_notebooks(tiny_settings)
 
 
@@ -134,7 +140,7 @@ def test_every_kernel_is_ended_with_its_notebook(notebooks, tiny_settings, tmp_p
 
 def test_without_jupyter_the_reader_is_told_how_to_get_it(monkeypatch, tiny_settings):
     monkeypatch.setitem(sys.modules, "nbclient", None)
-    with pytest.raises(TutorialError, match=r"pip install -e '\.\[notebooks\]'"):
+    with pytest.raises(HelpersError, match=r"pip install -e '\.\[notebooks\]'"):
         run_notebooks(tiny_settings)
 
 
@@ -144,10 +150,10 @@ def test_without_jupyter_the_reader_is_told_how_to_get_it(monkeypatch, tiny_sett
 def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
     found = engine.Builder("TensorRT-RTX", json, "1.7", "the test says so")
     monkeypatch.setattr(engine, "find_builder", lambda: found)
-    monkeypatch.setattr(machine, "setup_report", lambda _: [(True, "Python"), (False, "onnx")])
+    monkeypatch.setattr(setup, "setup_report", lambda _: [(True, "Python"), (False, "onnx")])
     reasons = {"TensorRT": "No GPU.", "ONNX Runtime": ""}
-    monkeypatch.setattr(contenders, "reasons_against", lambda: reasons)
-    tutorial.check_setup(tiny_settings)
+    monkeypatch.setattr(backends, "backend_status", lambda: reasons)
+    setup.check_setup(tiny_settings)
     assert capsys.readouterr().out.splitlines() == [
         "[OK] Python",
         "[FAIL] onnx",
@@ -193,7 +199,7 @@ def finished(tiny_settings, monkeypatch) -> Artifacts:
             "speedup_high": [1.0, 2.25, 1.25, 1.0, 0.75, 1.5],
         }
     )
-    tutorial.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
+    results.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
     return artifacts
 
 
@@ -235,7 +241,7 @@ def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
     )
     without = pd.DataFrame({"network": networks, "batch": 1, "p50": 1.0})  # the counter failed
     made_up = {"sparse": SimpleNamespace(name="made up")}
-    tutorial.save_benchmark(finished, made_up, pd.concat([rows, without]))
+    results.save_benchmark(finished, made_up, pd.concat([rows, without]))
     figures = summary(finished.settings)
     assert figures["images per joule, batch 8"] == (
         "dense 4.00, sparse 5.00: 1.25x [1.20, 1.30] (dense against itself 1.05x [1.00, 1.10])"
@@ -254,7 +260,7 @@ def test_a_summary_of_half_a_run_names_the_notebook_that_is_missing(finished, na
 
 def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys):
     write_json(finished.figures / "02_pattern.png", "stands for a picture")
-    tutorial.print_summary(finished.settings)
+    results.print_summary(finished.settings)
     printed = capsys.readouterr().out
     for name, value in summary(finished.settings).items():
         assert f"{name:26} {value}" in printed
@@ -274,21 +280,21 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
     }  # fmt: skip
 
     gpu = {"sparse": SimpleNamespace(name="an engine")}
-    tutorial.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}), "TensorRT")
+    results.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}), "TensorRT")
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
 
 
 def test_what_a_runner_does_not_measure_is_null(finished):
     rows = pd.DataFrame({"batch": [1, 2], "gpu_p50": [0.5, float("nan")]})
-    tutorial.save_benchmark(finished, {"sparse": SimpleNamespace(name="mixed")}, rows)
+    results.save_benchmark(finished, {"sparse": SimpleNamespace(name="mixed")}, rows)
     content = json.loads(finished.path("06_benchmark.json").read_text())
     assert content["rows"] == [{"batch": 1, "gpu_p50": 0.5}, {"batch": 2, "gpu_p50": None}]
 
 
 def test_the_figures_of_a_run_can_be_kept_as_reference(finished, monkeypatch):
     monkeypatch.setattr(machine, "gpu", dict)
-    path = tutorial.record(finished.settings)
+    path = results.record(finished.settings)
     assert path == finished.settings.data_dir / "reference" / "quick_cpu.json"
     kept = json.loads(path.read_text())
     assert kept["summary"] == summary(finished.settings)

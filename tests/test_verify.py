@@ -10,8 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-from helpers.checks import TutorialError
-from helpers.models import create_model, save_checkpoint
+from helpers.errors import HelpersError
 from helpers.sparsity import (
     mask_2to4,
     prune_2to4_,
@@ -21,6 +20,7 @@ from helpers.sparsity import (
     verify_model,
     verify_onnx,
 )
+from helpers.training.networks import create_model, save_checkpoint
 
 
 def weight(*shape, sparse=True, dtype=np.float32):
@@ -562,7 +562,7 @@ def test_an_input_that_a_call_leaves_out_is_left_out(tmp_path):
 
 def test_a_function_that_calls_itself_is_refused(tmp_path):
     again = function("Again", ["a"], [helper.make_node("Again", ["a"], ["out"], domain="local")])
-    with pytest.raises(TutorialError, match=r"^model.onnx"):
+    with pytest.raises(HelpersError, match=r"^model.onnx"):
         verify_tensors(tmp_path, [node("Again", "x", domain="local")], [], (), [again])
 
 
@@ -682,9 +682,7 @@ def test_every_weight_of_a_file_has_its_row(tmp_path):
 
 def test_constants_nested_too_deeply_are_told_in_one_sentence(tmp_path):
     chain = [helper.make_node("Identity", [f"w{i}"], [f"w{i + 1}"]) for i in range(1000)]
-    with pytest.raises(
-        TutorialError, match=r"^The constants or functions of model.onnx are nested"
-    ):
+    with pytest.raises(HelpersError, match=r"^The constants or functions of model.onnx are nested"):
         verify(tmp_path, [*chain, node("MatMul", "x", "w1000")], w0=weight(8, 8))
 
 
@@ -698,7 +696,7 @@ def test_a_long_network_is_no_nesting(tmp_path):
 
 
 def refusal(path):
-    with pytest.raises(TutorialError) as error:
+    with pytest.raises(HelpersError) as error:
         verify_onnx(path)
     message = str(error.value)
     assert "\n" not in message
@@ -831,20 +829,20 @@ def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
     save_file(resnet(sparse=True).state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(TutorialError, match=r"^net.safetensors does not hold the weights of vgg11"):
+    with pytest.raises(HelpersError, match=r"^net.safetensors does not hold the weights of vgg11"):
         verify_checkpoint(tmp_path / "net.safetensors", "vgg11")
 
 
 def test_a_pickle_is_never_opened(tmp_path):
     path = tmp_path / "net.pt"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(TutorialError, match=r"^net.pt may be a pickle"):
+    with pytest.raises(HelpersError, match=r"^net.pt may be a pickle"):
         verify_file(path)
     path = path.rename(tmp_path / "net.safetensors")
-    with pytest.raises(TutorialError, match=r"^net.safetensors is not a readable safetensors"):
+    with pytest.raises(HelpersError, match=r"^net.safetensors is not a readable safetensors"):
         verify_file(path)
     path = path.rename(tmp_path / "net.onnx")
-    with pytest.raises(TutorialError, match=r"^net.onnx is not a valid ONNX model"):
+    with pytest.raises(HelpersError, match=r"^net.onnx is not a valid ONNX model"):
         verify_file(path)
 
 

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.artifacts import atomic_write
-from helpers.checks import TutorialError
-from helpers.settings import relative
+from helpers.errors import InputError
+from helpers.files import atomic_write, shown
 from helpers.sparsity.masks import groups_of_four
 
 
@@ -62,13 +61,13 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
         name: what to call it in an error.
 
     Raises:
-        TutorialError: the weight is not 2:4, or `in` is no multiple of four.
+        InputError: the weight is not 2:4, or `in` is no multiple of four.
 
     Source: Mishra et al., arXiv 2104.08378, section 3. Explained in `02_prune_2_4.ipynb`.
     """
     compressed = _compressed(weight, name)
     if compressed is None:
-        raise TutorialError(
+        raise InputError(
             f"{name} is not 2:4: a group of four holds more than two non-zeros. "
             "Prune it with prune_2to4_ first."
         )
@@ -91,11 +90,11 @@ def decompress_2to4(compressed: Compressed) -> Tensor:
     """Return the dense weight, with its zeros, that `compress_2to4` was given.
 
     Raises:
-        TutorialError: values and metadata do not belong together.
+        InputError: values and metadata do not belong together.
     """
     values, metadata = compressed.values, compressed.metadata
     if metadata.numel() != -(-values.numel() // 4):
-        raise TutorialError(
+        raise InputError(
             f"{metadata.numel()} bytes of metadata do not belong to {values.numel()} values: "
             "each byte holds the positions of four. Compress the weight again."
         )
@@ -110,7 +109,7 @@ def _bits(tensor: Tensor) -> Tensor:
     """View numbers as integers: NumPy knows neither bfloat16 nor the 8-bit floats."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if tensor.dtype.itemsize not in integers:
-        raise TutorialError(
+        raise InputError(
             f"A weight of {tensor.dtype} cannot be compressed: it takes numbers of at most "
             "64 bits. Convert it first."
         )
@@ -160,6 +159,7 @@ def _put_back(values: np.ndarray, metadata: np.ndarray, groups: np.ndarray) -> N
 
 # --- a whole network in one file ---
 
+
 _HEADER, _VERSION = "compressed_2to4", 1
 _AGAIN = "Copy it anew, or write it again with save_compressed."
 
@@ -183,7 +183,7 @@ def save_compressed(
         The names of the compressed weights.
 
     Raises:
-        TutorialError: an entry is no tensor that safetensors can hold, or two entries
+        InputError: an entry is no tensor that safetensors can hold, or two entries
             would have the same name; nothing is written.
 
     Explained in `02_prune_2_4.ipynb`.
@@ -204,7 +204,7 @@ def save_compressed(
             sparse.append(name)
         for key in parts:
             if key != name and key in state:
-                raise TutorialError(
+                raise InputError(
                     f"{key} is the name of a tensor of the network and of a part of a compressed "
                     "one. Rename the tensor."
                 )
@@ -223,7 +223,7 @@ def load_compressed(path: Path) -> dict[str, Tensor]:
     `model.load_state_dict` takes it as it is. Nothing is ever unpickled.
 
     Raises:
-        TutorialError: the file is missing, damaged or of another kind.
+        InputError: the file is missing, damaged or of another kind.
 
     Explained in `02_prune_2_4.ipynb`.
     """
@@ -240,21 +240,19 @@ def read_checkpoint(
         only_compressed: refuse a file that `save_compressed` did not write.
 
     Raises:
-        TutorialError: the file is missing, damaged or of another kind.
+        InputError: the file is missing, damaged or of another kind.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise TutorialError(
-            f"{relative(path)} is not a readable safetensors file ({error})."
-        ) from error
+        raise InputError(f"{shown(path)} is not a readable safetensors file ({error}).") from error
     if _HEADER in metadata:
         return _restore(stored, metadata[_HEADER], path)
     if only_compressed:
-        raise TutorialError(
-            f"{relative(path)} was not written by save_compressed: its weights are dense. "
+        raise InputError(
+            f"{shown(path)} was not written by save_compressed: its weights are dense. "
             "Read it with helpers.models.load_checkpoint or safetensors."
         )
     return stored, metadata.get("model")
@@ -268,14 +266,14 @@ def _restore(
         header = json.loads(text)
         version, recorded = header["version"], header.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TutorialError(f"The header of {relative(path)} is damaged. {_AGAIN}") from error
+        raise InputError(f"The header of {shown(path)} is damaged. {_AGAIN}") from error
     if version != _VERSION:
-        raise TutorialError(
-            f"{relative(path)} is in version {version} of the compressed form, and this program "
+        raise InputError(
+            f"{shown(path)} is in version {version} of the compressed form, and this program "
             f"reads version {_VERSION}. Use the release that wrote it."
         )
     if _checksum(stored, header) != recorded:
-        raise TutorialError(f"{relative(path)} is damaged: its checksum is wrong. {_AGAIN}")
+        raise InputError(f"{shown(path)} is damaged: its checksum is wrong. {_AGAIN}")
     for name in header["sparse"]:
         parts = Compressed(stored.pop(f"{name}.values"), stored.pop(f"{name}.metadata"))
         stored[name] = decompress_2to4(parts)
@@ -296,7 +294,7 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def _require_storable(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise TutorialError(
+        raise InputError(
             f"{name} is no plain dense tensor but {_kind(tensor)}, which safetensors cannot hold. "
             "Convert it to one, or leave it out of the state_dict."
         )

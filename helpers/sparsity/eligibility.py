@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import pandas as pd
 from torch import Tensor, nn
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_table, layer_weights
 from helpers.sparsity.masks import kept_magnitude, mask_2to4
 
@@ -102,7 +102,7 @@ def why_not_sparse(weight: LayerWeight, target: str = "tensorrt") -> str:
             input channels in fours.
 
     Raises:
-        TutorialError: there is no such target.
+        InputError: there is no such target.
 
     Source: TensorRT documentation, "Structured Sparsity" (groups of four input channels,
     FP16 or INT8), and NVIDIA/TensorRT#4054 (no sparse kernels for grouped convolutions);
@@ -110,7 +110,7 @@ def why_not_sparse(weight: LayerWeight, target: str = "tensorrt") -> str:
     Explained in `02_prune_2_4.ipynb`.
     """
     if target not in _TARGETS:
-        raise TutorialError(f"There is no target {target!r}; there are {', '.join(_TARGETS)}.")
+        raise InputError(f"There is no target {target!r}; there are {', '.join(_TARGETS)}.")
     if not weight.is_parameter:
         return "computed from other parameters"
     return _TARGETS[target](weight)
@@ -141,7 +141,7 @@ def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | 
     items = [selection] if isinstance(selection, str | type) else list(selection)
     for item in items:
         if isinstance(item, str) and not any(_matches(item, each) for each in weights.values()):
-            raise TutorialError(
+            raise InputError(
                 f"No weight and no layer is called {item!r}. "
                 f"The network has {', '.join(list(weights)[:5])}, ..."
             )
@@ -170,7 +170,7 @@ def eligible_weights(
         exclude: not these, in the same form.
 
     Raises:
-        TutorialError: there is no such target, or a pattern fits no weight.
+        InputError: there is no such target, or a pattern fits no weight.
 
     Explained in `02_prune_2_4.ipynb`.
     """
@@ -275,7 +275,7 @@ def sparsity_report(
         exclude: as `eligible_weights` takes it.
 
     Raises:
-        TutorialError: there is no such target, a pattern fits no weight, an eligible weight
+        InputError: there is no such target, a pattern fits no weight, an eligible weight
             has NaN or infinite values, or neither or both inputs are given.
 
     Explained in `02_prune_2_4.ipynb`.

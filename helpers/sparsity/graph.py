@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 from helpers.layers import in_mode
 
 # A larger tensor used otherwise than as a layer's weight stays where it is.
@@ -89,7 +89,7 @@ def find_symmetry(model: nn.Module, example: tuple[Tensor, ...]) -> Symmetry:
         example: its positional inputs, batch first.
 
     Raises:
-        TutorialError: the network cannot be traced.
+        InputError: the network cannot be traced.
     """
     labels = _Labels(model)
     labels.walk(_trace(model, example, training=False))
@@ -112,7 +112,7 @@ def _trace(
     except Exception as error:  # torch.export raises classes without a common base
         mode = "training" if training else "evaluation"
         line = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise TutorialError(
+        raise InputError(
             f"{type(model).__name__} cannot be traced in {mode} mode by torch.export "
             f"({type(error).__name__}: {line[:200]}), so its channels stay where they are."
         ) from error

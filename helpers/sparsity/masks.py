@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 
 # Integers of the same width, the magnitude's bits, and the smallest that is not finite.
 _BITS = {
@@ -33,14 +33,14 @@ def groups_of_four(weight: Tensor, name: str = "the weight", dim: int = 1) -> Te
         sizes of the dimensions on either side of the input channels.
 
     Raises:
-        TutorialError: fewer than two dimensions, or `in` is no multiple of four.
+        InputError: fewer than two dimensions, or `in` is no multiple of four.
     """
     return _groups(weight, 4, name, dim)
 
 
 def _groups(weight: Tensor, m: int, name: str, dim: int) -> Tensor:
     if weight.dim() < 2 or weight.shape[dim] % m:
-        raise TutorialError(
+        raise InputError(
             f"{name} has shape {tuple(weight.shape)}: the pattern needs input channels "
             f"(dimension {dim}) in a multiple of {m}. Leave this layer dense."
         )
@@ -66,14 +66,14 @@ def mask_2to4(
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        TutorialError: `in` is no multiple of four, a value is NaN or infinite, or the
+        InputError: `in` is no multiple of four, a value is NaN or infinite, or the
             data type is another one.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv
     2104.08378. Explained in `02_prune_2_4.ipynb`.
     """
     if weight.dtype not in _BITS:
-        raise TutorialError(
+        raise InputError(
             f"{name} is of type {weight.dtype}, whose magnitudes are not ranked here. "
             "Convert it first, for example with .float()."
         )
@@ -104,8 +104,6 @@ def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
 # cleared, a larger integer is a larger magnitude, and the largest of all tells whether
 # every value was finite: infinity and NaN have all exponent bits set and rank above the
 # rest. They are compiled at first use and kept on disk.
-
-
 @njit(inline="always")
 def _two_largest(a, b, c, d):
     """Return 1 for the two largest of four, 0 for the others; of equals the first."""
@@ -200,14 +198,14 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        TutorialError: `n` is not from 0 to `m`, `in` is no multiple of `m`, or a value is
+        InputError: `n` is not from 0 to `m`, `in` is no multiple of `m`, or a value is
             NaN or infinite.
 
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks",
     arXiv 2102.04010. The pattern is explained in `02_prune_2_4.ipynb`.
     """
     if not (m > 0 and 0 <= n <= m):
-        raise TutorialError(f"{n} of every {m} weights cannot be kept: n:m needs 0 <= n <= m.")
+        raise InputError(f"{n} of every {m} weights cannot be kept: n:m needs 0 <= n <= m.")
     groups = _groups(weight.detach(), m, name, dim)
     if not torch.isfinite(groups).all():
         raise diverged(name)
@@ -232,14 +230,14 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        TutorialError: `out` or `in` is no multiple of four, or a value is NaN or infinite.
+        InputError: `out` or `in` is no multiple of four, or a value is NaN or infinite.
 
     Source: Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient
     Method to Find N:M Transposable Masks", arXiv 2102.08124. The pattern is explained in
     `02_prune_2_4.ipynb`.
     """
     if weight.dim() < 2 or weight.shape[0] % 4 or weight.shape[1] % 4:
-        raise TutorialError(
+        raise InputError(
             f"{name} has shape {tuple(weight.shape)}: a mask that can be transposed needs "
             "output and input channels in multiples of four. Leave this layer dense."
         )
@@ -264,9 +262,9 @@ def _transposable_patterns() -> Tensor:
     return tiles[(tiles.sum(1) == 2).all(1)].flatten(1)
 
 
-def diverged(name: str) -> TutorialError:
+def diverged(name: str) -> InputError:
     """Return the error of a weight that has no magnitudes to rank."""
-    return TutorialError(
+    return InputError(
         f"{name} has NaN or infinite values, which have no magnitude to rank. "
         "Go back to a checkpoint from before the training diverged."
     )
@@ -281,7 +279,7 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
         dim: the dimension of the input channels; 0 for a transposed convolution.
 
     Raises:
-        TutorialError: fewer than two dimensions, or `in` is no multiple of four.
+        InputError: fewer than two dimensions, or `in` is no multiple of four.
     """
     a, b, c, d = (groups_of_four(weight.detach(), dim=dim) != 0).unbind(2)
     three_or_more = (a & b & (c | d)) | (c & d & (a | b))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from tqdm.auto import tqdm
 
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError, InputError
 from helpers.layers import LayerWeight, layer_weights
 from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.graph import Symmetry, find_symmetry, gather_order, reorder_, source_of
@@ -86,7 +86,7 @@ def permute_channels_(
         nothing is changed, and the rows say why.
 
     Raises:
-        TutorialError: the outputs have changed; the network is as it was then.
+        InputError: the outputs have changed; the network is as it was then.
 
     Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. A
     permutation for each group of a grouped convolution, and through it for the layer
@@ -98,7 +98,7 @@ def permute_channels_(
     before = {name: _kept_share(weight) for name, weight in weights.items()}
     try:
         symmetry = find_symmetry(model, example)
-    except TutorialError as error:
+    except HelpersError as error:
         return _report(before, before, dict.fromkeys(weights, str(error)), error=0.0)
 
     moves, reasons = _search_cells(symmetry, weights, escapes)
@@ -249,7 +249,7 @@ def _apply_or_restore_(
     if not error <= _TOLERANCE:  # NaN too
         with torch.no_grad():
             torch._foreach_copy_(placed, backup)
-        raise TutorialError(
+        raise InputError(
             f"After permuting its channels {type(model).__name__} computes something else: its "
             f"outputs differ by {error:.1e} of the largest. The network has been restored. Exclude "
             "the layers that treat single channels differently from the rest, with `exclude=`."

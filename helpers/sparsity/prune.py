@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_weights
 from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.masks import is_2to4, mask_2to4
@@ -34,7 +34,7 @@ def masks_2to4(
         exclude: not these weights.
 
     Raises:
-        TutorialError: there is no such target, a pattern fits no weight, or a weight has NaN
+        InputError: there is no such target, a pattern fits no weight, or a weight has NaN
             or infinite values.
 
     Explained in `02_prune_2_4.ipynb`.
@@ -68,7 +68,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """Set the weights that the masks do not keep to zero, in place.
 
     Raises:
-        TutorialError: the network has no weight of that name and shape; nothing has been
+        InputError: the network has no weight of that name and shape; nothing has been
             changed then.
     """
     weights = _weights(model, masks)
@@ -84,12 +84,12 @@ def _weights(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
         try:
             weight = model.get_parameter(name)
         except AttributeError as error:
-            raise TutorialError(
+            raise InputError(
                 f"The network has no parameter {name}. Give it the masks of this very network, "
                 "and the network itself rather than a wrapper such as DistributedDataParallel."
             ) from error
         if weight.shape != mask.shape:
-            raise TutorialError(
+            raise InputError(
                 f"{name} has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}. "
                 "Give the masks of this very network."
             )
@@ -112,7 +112,7 @@ def prune_2to4_(
         The masks, for `hold_masks`.
 
     Raises:
-        TutorialError: as `masks_2to4` does; nothing has been changed then.
+        InputError: as `masks_2to4` does; nothing has been changed then.
 
     Source: Mishra et al., arXiv 2104.08378. Explained in `02_prune_2_4.ipynb`.
     """
@@ -135,7 +135,7 @@ def masks_of(
         exclude: as it was pruned.
 
     Raises:
-        TutorialError: an eligible weight is not 2:4.
+        InputError: an eligible weight is not 2:4.
 
     Explained in `03_retrain.ipynb`.
     """
@@ -145,10 +145,8 @@ def masks_of(
     return masks_2to4(model, target, include, exclude)
 
 
-def _not_2to4(name: str, remedy: str) -> TutorialError:
-    return TutorialError(
-        f"{name} is not 2:4: a group of four holds more than two non-zeros. {remedy}"
-    )
+def _not_2to4(name: str, remedy: str) -> InputError:
+    return InputError(f"{name} is not 2:4: a group of four holds more than two non-zeros. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ def hold_masks(
         A handle; `handle.remove()` ends the holding.
 
     Raises:
-        TutorialError: the network has no weight of a mask's name and shape; later, in a
+        InputError: the network has no weight of a mask's name and shape; later, in a
             checked step, a weight is not 2:4.
 
     Explained in `03_retrain.ipynb`.
@@ -240,7 +238,7 @@ def removed_weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     They are half of each weight, in a flat tensor each: what `restore_weights_` needs.
 
     Raises:
-        TutorialError: the network has no weight of a mask's name and shape.
+        InputError: the network has no weight of a mask's name and shape.
     """
     weights = zip(masks.items(), _weights(model, masks), strict=True)
     return {name: weight.detach()[~mask.to(weight.device)] for (name, mask), weight in weights}
@@ -255,14 +253,14 @@ def restore_weights_(model: nn.Module, masks: Masks, removed: dict[str, Tensor])
         removed: what `removed_weights` returned before.
 
     Raises:
-        TutorialError: masks, values and the network's weights do not belong together; nothing
+        InputError: masks, values and the network's weights do not belong together; nothing
             has been changed then.
     """
     weights = _weights(model, masks)
     for name, mask in masks.items():
         zeros = int((~mask).sum())
         if name not in removed or removed[name].numel() != zeros:
-            raise TutorialError(
+            raise InputError(
                 f"{name} has lost {zeros} values, and `removed` does not have as many for it. "
                 "Give what removed_weights returned for the same masks."
             )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit, prange
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 
 # Each word lays eight columns out in four pairs. The same four pairs make three splits
 # into fours, so that these 13 words make all 35 splits (four of them twice), and the
@@ -67,7 +67,7 @@ def search_permutation(
         (columns,) int64: `matrix[:, order]` is the permuted matrix.
 
     Raises:
-        TutorialError: the matrix is not 2-D, has NaN or Inf, or the number of its
+        InputError: the matrix is not 2-D, has NaN or Inf, or the number of its
             columns is no multiple of four.
     """
     matrix = _checked(matrix)
@@ -92,7 +92,7 @@ def search_permutation(
 
     order = stripes.ravel()
     if kept_2to4(matrix[:, order]) < kept_2to4(matrix):
-        raise TutorialError(
+        raise InputError(
             f"The search lost magnitude on a matrix of shape {matrix.shape}, which it must "
             "never do. Please report it with the matrix, and leave its channels where they are."
         )
@@ -106,7 +106,7 @@ def kept_2to4(matrix: np.ndarray) -> float:
         matrix: (rows, columns), read as float32 and summed in float64.
 
     Raises:
-        TutorialError: as `search_permutation`.
+        InputError: as `search_permutation`.
     """
     return _kept_in_rows(_checked(matrix))
 
@@ -114,14 +114,14 @@ def kept_2to4(matrix: np.ndarray) -> float:
 def _checked(matrix: np.ndarray) -> np.ndarray:
     """Return a matrix as contiguous float32, or say why it cannot be searched."""
     if matrix.ndim != 2 or matrix.shape[1] % 4:
-        raise TutorialError(
+        raise InputError(
             f"A matrix of shape {matrix.shape} has no groups of four input channels: it takes "
             "rows and a multiple of four columns. Leave this layer's channels where they are."
         )
     matrix = np.ascontiguousarray(matrix, dtype=np.float32)
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0]
-        raise TutorialError(
+        raise InputError(
             f"Row {row}, column {column} of the matrix is {matrix[row, column]}: magnitudes "
             "cannot be compared with it. Load the weights again, or look for the training step "
             "that diverged."
@@ -147,8 +147,6 @@ def _tiled_columns(matrix: np.ndarray) -> np.ndarray:
 #   gains    (n, n)           what the best split of two stripes gains; upper triangle
 #   splits   (n, n)           which of `_SPLITS` that is
 #   changed  (n,)             stripes whose gains are out of date
-
-
 @njit(cache=True)
 def _improve_(stripes, columns, changed, gains, splits):
     """Do a round of the greedy search and return how many pairs of stripes it split anew.

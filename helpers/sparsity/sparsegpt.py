@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from helpers.checks import TutorialError
+from helpers.errors import InputError
 from helpers.layers import in_mode
 from helpers.sparsity.eligibility import Selection, eligible_weights
 from helpers.sparsity.masks import diverged, mask_2to4
@@ -60,7 +60,7 @@ def prune_sparsegpt_(
         The mask of each pruned weight, by the parameter's name.
 
     Raises:
-        TutorialError: a weight or its input is NaN or infinite, a weight is used in
+        InputError: a weight or its input is NaN or infinite, a weight is used in
             neither a convolution nor a linear layer, `batches` cannot be read, or a
             Hessian is singular. After this or any other error the network is as it was.
 
@@ -68,7 +68,7 @@ def prune_sparsegpt_(
     `02_prune_2_4.ipynb`.
     """
     if isinstance(batches, Iterator):
-        raise TutorialError(
+        raise InputError(
             "`batches` is an iterator, which is exhausted after one pass, and the calibration "
             "images are read once for every layer. Pass a list or a DataLoader."
         )
@@ -109,14 +109,14 @@ def sparsegpt_2to4(
         The pruned matrix in float64, and its mask; true where a weight is kept.
 
     Raises:
-        TutorialError: the Hessian is singular, or `dampening` or `block_size` is no
+        InputError: the Hessian is singular, or `dampening` or `block_size` is no
             sensible number.
 
     Source: Frantar and Alistarh, "SparseGPT", arXiv 2301.00774, algorithm 1. Explained
     in `02_prune_2_4.ipynb`.
     """
     if block_size < 4 or block_size % 4:
-        raise TutorialError(f"block_size is {block_size}; it must be a multiple of four.")
+        raise InputError(f"block_size is {block_size}; it must be a multiple of four.")
     factor = _inverse_factor(hessian, dampening, name)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     pruned = weight.detach().to(torch.float64, copy=True)
@@ -146,7 +146,7 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
     of column j when those to its left stay fixed.
     """
     if not 0 <= dampening < math.inf:
-        raise TutorialError(f"dampening is {dampening}; it must be a number from zero on.")
+        raise InputError(f"dampening is {dampening}; it must be a number from zero on.")
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     # A layer whose inputs were all zero may lose any weights; with 1 it is the smallest.
@@ -158,7 +158,7 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
     pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     rounding = hessian.shape[-1] * torch.finfo(hessian.dtype).eps * diagonal.amax(-1)
     if failed.any() or not (pivots > rounding).all():
-        raise TutorialError(
+        raise InputError(
             f"The Hessian of {name} is singular: some of its inputs are always zero or follow "
             f"from the others. Use more calibration images or a dampening above {dampening}."
         )
@@ -181,7 +181,7 @@ def _prune_weight_(
     )
     weight.copy_(pruned)
     if not weight.isfinite().all():
-        raise TutorialError(
+        raise InputError(
             f"{name} has become too large for {weight.dtype}. Use more calibration images or a "
             f"dampening above {dampening}."
         )
@@ -189,8 +189,6 @@ def _prune_weight_(
 
 
 # What a weight is multiplied with.
-
-
 @dataclass(frozen=True)
 class _Product:
     """A product with a weight; the fields are the arguments of `F.linear` and `F.conv2d`."""
@@ -285,7 +283,7 @@ def _count_uses(
         model(next(_images(model, batches)))
     for name in weights:
         if name not in uses:
-            raise TutorialError(
+            raise InputError(
                 f"{name} was in no linear layer or convolution that the first calibration batch "
                 "came through, so its inputs are not known. Leave it dense with `exclude`."
             )
@@ -316,7 +314,7 @@ def _hessian(
         with suppress(_InputsSeen), _Watch({name: weight}, add):
             model(images)
     if not hessian.isfinite().all():
-        raise TutorialError(
+        raise InputError(
             f"The inputs of {name} have NaN or infinite values. Look for them in the calibration "
             "images and in the layers before it."
         )
@@ -324,8 +322,6 @@ def _hessian(
 
 
 # The network around it.
-
-
 def _images(model: nn.Module, batches: Iterable) -> Iterator[Tensor]:
     """Yield the images of each batch on the model's device."""
     device = next(model.parameters()).device
@@ -333,14 +329,14 @@ def _images(model: nn.Module, batches: Iterable) -> Iterator[Tensor]:
     for batch in batches:
         images = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(images, Tensor):
-            raise TutorialError(
+            raise InputError(
                 f"A calibration batch is a {type(images).__name__}. Pass tensors of images, or "
                 "tuples whose first item is one."
             )
         count += 1
         yield images.to(device)
     if count == 0:
-        raise TutorialError("There are no calibration images: `batches` is empty.")
+        raise InputError("There are no calibration images: `batches` is empty.")
 
 
 @contextmanager

@@ -1,161 +1,22 @@
-"""From PyTorch to one ONNX file. Explained in `04_export_onnx.ipynb`."""
+"""Write 1x1 convolutions of an ONNX file as channels-last matrix products.
 
-import copy
-import warnings
+Exporting is explained in `04_export_onnx.ipynb`.
+"""
+
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor, fx, nn
-from torch.nn.utils import fuse_conv_bn_eval
 
-from helpers.artifacts import atomic_write
-from helpers.checks import TutorialError
-from helpers.layers import is_plain
-from helpers.settings import relative
+from helpers.errors import InputError
+from helpers.files import atomic_write, shown
+from helpers.inference.export import onnx_max_relative_error
 from helpers.sparsity.eligibility import why_not_tensorrt
-from helpers.sparsity.verify import STANDARD_DOMAINS, load_onnx
-from helpers.training import relative_gap
-
-INPUT, OUTPUT = "images", "logits"
-
-
-_FOLDS = {
-    nn.BatchNorm1d: nn.Conv1d,
-    nn.BatchNorm2d: nn.Conv2d,
-    nn.BatchNorm3d: nn.Conv3d,
-}
-
-
-def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
-    """Return a copy in evaluation mode with batch norms folded into the convolutions before them.
-
-    Folding multiplies each output channel by a number, so zeros stay zeros: a 2:4
-    weight is 2:4 afterwards. It is done in FP32, before any cast to FP16. A batch norm stays
-    where its convolution is used a second time, or either does more than its kind.
-
-    Args:
-        model: a network that torch.fx can trace.
-
-    Raises:
-        TutorialError: it cannot be traced.
-
-    Explained in `04_export_onnx.ipynb`.
-    """
-    try:
-        folded = fx.symbolic_trace(copy.deepcopy(model).cpu().float().eval())
-    except Exception as error:  # whatever the network does with the tracer's stand-ins
-        raise TutorialError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: "
-            f"{error}). Give the network as it was before torch.compile, and one whose steps do "
-            "not depend on the numbers or the shape of its input."
-        ) from error
-    for call in list(folded.graph.nodes):
-        if _folds(folded, call):
-            before = call.args[0]
-            layer, norm = (folded.get_submodule(node.target) for node in (before, call))
-            folded.set_submodule(before.target, fuse_conv_bn_eval(layer, norm))
-            call.replace_all_uses_with(before)
-            folded.graph.erase_node(call)
-    folded.delete_all_unused_submodules()
-    folded.recompile()
-    return folded
-
-
-def _folds(network: fx.GraphModule, call: fx.Node) -> bool:
-    """Return whether a call is that of a batch norm, and nothing else sees the layer before it."""
-    before = call.args[0] if call.args else None
-    if call.op != "call_module" or not isinstance(before, fx.Node) or before.op != "call_module":
-        return False
-    layer, norm = (network.get_submodule(node.target) for node in (before, call))
-    return (
-        is_plain(norm, *_FOLDS)
-        and norm.track_running_stats
-        and is_plain(layer, _FOLDS[type(norm)])
-        and list(before.users) == [call]
-        and [node.target for node in network.graph.nodes].count(before.target) == 1
-        and not is_read(network, before.target)
-    )
-
-
-def is_read(network: fx.GraphModule, name: str) -> bool:
-    """Return whether parameters of a module are also used without calling it."""
-    reads = (node.target for node in network.graph.nodes if node.op == "get_attr")
-    return any(target.startswith(f"{name}.") for target in reads)
-
-
-def export_onnx(
-    model: nn.Module, path: Path, image_shape: tuple[int, int, int], half: bool = False
-) -> Path:
-    """Write a network as one ONNX file with a dynamic batch.
-
-    The input is `images` (N, C, H, W), the output `logits` (N, classes), both of the
-    type of the weights.
-
-    Args:
-        model: the network; it is not changed.
-        path: file to write; at most 2 GB, the limit of one ONNX file.
-        image_shape: channels, height and width of an input image.
-        half: FP16 weights and arithmetic instead of FP32.
-    """
-    folded = fold_batch_norm(model)
-    example = torch.zeros(2, *image_shape)
-    if half:
-        folded, example = folded.half(), example.half()
-    with warnings.catch_warnings():
-        # The exporter warns about itself: deprecations inside torch that no reader can mend.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            folded,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-    program.save(path, external_data=False)
-    return Path(path)
-
-
-def onnx_gap(path: Path, reference: Path, images: Tensor) -> float:
-    """Return the largest `relative_gap` of two ONNX files' outputs, run by ONNX Runtime.
-
-    Args:
-        path: a file with one input.
-        reference: another one, with the same input and outputs.
-        images: (N, C, H, W), of any floating-point type.
-
-    Raises:
-        TutorialError: a file is missing, damaged, or does not take such images.
-
-    The gap is explained in `04_export_onnx.ipynb`.
-    """
-    pairs = zip(_run(path, images), _run(reference, images), strict=True)
-    return max(relative_gap(output, expected) for output, expected in pairs)
-
-
-def _run(path: Path, images: Tensor) -> list[Tensor]:
-    """Return the outputs of an ONNX file."""
-    try:
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (taken,) = session.get_inputs()
-        half = taken.type == "tensor(float16)"
-        feed = images.numpy().astype(np.float16 if half else np.float32)
-        return [torch.from_numpy(output) for output in session.run(None, {taken.name: feed})]
-    except Exception as error:  # ONNX Runtime has a dozen classes without a common base
-        raise TutorialError(
-            f"{relative(path)} does not run in ONNX Runtime on images of shape "
-            f"{tuple(images.shape)}: {error}"
-        ) from error
-
-
-# --- 1x1 convolutions as matrix products ---
+from helpers.sparsity.onnx_weights import STANDARD_DOMAINS, load_onnx
 
 
 def rewrite_1x1_as_matmul(
@@ -180,7 +41,7 @@ def rewrite_1x1_as_matmul(
         image_shape: channels, height and width of an input image.
 
     Raises:
-        TutorialError: the file is missing or damaged, older than opset 10, or has no such
+        InputError: the file is missing or damaged, older than opset 10, or has no such
             convolution; or the new network computes something else.
 
     Exporting is explained in `04_export_onnx.ipynb`.
@@ -189,22 +50,22 @@ def rewrite_1x1_as_matmul(
     onnx.load_external_data_for_model(model, str(Path(path_in).parent))
     opset = next(item.version for item in model.opset_import if item.domain in STANDARD_DOMAINS)
     if opset < 10:
-        raise TutorialError(f"{relative(path_in)} has opset {opset}. Export it again, with 10 up.")
+        raise InputError(f"{shown(path_in)} has opset {opset}. Export it again, with 10 up.")
     rewriter = _ChannelsLast(model.graph)
     rewriter.rewrite_()
     if not rewriter.products:
-        raise TutorialError(
-            f"{relative(path_in)} has no 1x1 convolution that could run sparse as a matrix "
+        raise InputError(
+            f"{shown(path_in)} has no 1x1 convolution that could run sparse as a matrix "
             "product; verify_onnx tells which of its layers can be sparse. Build it as it is."
         )
     with atomic_write(path_out) as part:
         onnx.save(model, part)
         images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-        gap = onnx_gap(part, path_in, images)
+        gap = onnx_max_relative_error(part, path_in, images)
         limit = max(_GAPS[rewriter.constants[name].data_type] for name in rewriter.matrices)
         if not gap <= limit:
-            raise TutorialError(
-                f"{relative(path_in)} computes something else after the rewrite: its outputs "
+            raise InputError(
+                f"{shown(path_in)} computes something else after the rewrite: its outputs "
                 f"differ by {gap:.1e} of the largest. Build it as it is, and please report it."
             )
     return tuple(rewriter.products)

@@ -13,15 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from helpers import models, onnx_export, sparsity
-from helpers.checks import TutorialError
-from helpers.onnx_export import (
-    export_onnx,
-    fold_batch_norm,
-    onnx_gap,
-    relative_gap,
-    rewrite_1x1_as_matmul,
-)
+from helpers import sparsity
+from helpers.errors import HelpersError
+from helpers.inference import channels_last
+from helpers.inference.channels_last import rewrite_1x1_as_matmul
+from helpers.inference.export import export_onnx, onnx_max_relative_error
+from helpers.inference.fold import fold_batch_norm
+from helpers.metrics import max_relative_error
+from helpers.training import networks
 
 SHAPE = (1, 28, 28)
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
@@ -31,7 +30,7 @@ GAPS = {"fp32": 1e-5, "fp16": 1e-2}
 @pytest.fixture(scope="module")
 def pruned_resnext() -> nn.Module:
     torch.manual_seed(0)
-    model = models.create_model("resnext14_8x4d", 10)
+    model = networks.create_model("resnext14_8x4d", 10)
     model(torch.randn(16, *SHAPE))  # gives the batch norms statistics other than 0 and 1
     sparsity.prune_2to4_(model)
     return model.eval()
@@ -112,7 +111,7 @@ class Twice(nn.Module):
 def test_a_batch_norm_stays_where_folding_it_would_change_the_network(network):
     x = torch.randn(2, 8, 3, 3)
     with torch.inference_mode():
-        assert relative_gap(fold_batch_norm(network)(x), network.eval()(x)) < 1e-6
+        assert max_relative_error(fold_batch_norm(network)(x), network.eval()(x)) < 1e-6
 
 
 def test_a_batch_norm_after_a_linear_layer_stays():
@@ -122,7 +121,7 @@ def test_a_batch_norm_after_a_linear_layer_stays():
         nn.init.normal_(network[1].running_mean)
         x = torch.randn(shape)
         with torch.inference_mode():
-            assert relative_gap(fold_batch_norm(network)(x), network.eval()(x)) < 1e-6
+            assert max_relative_error(fold_batch_norm(network)(x), network.eval()(x)) < 1e-6
 
 
 def test_a_network_that_cannot_be_traced_is_refused_in_one_sentence():
@@ -130,13 +129,13 @@ def test_a_network_that_cannot_be_traced_is_refused_in_one_sentence():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(TutorialError, match=r"Asks cannot be traced by torch\.fx \(TraceError"):
+    with pytest.raises(HelpersError, match=r"Asks cannot be traced by torch\.fx \(TraceError"):
         fold_batch_norm(Asks())
 
 
 def test_logits_of_another_shape_have_no_gap():
-    with pytest.raises(TutorialError, match=r"shape \(2, 1\) cannot be compared .* \(2, 10\)"):
-        relative_gap(torch.ones(2, 1), torch.ones(2, 10))
+    with pytest.raises(HelpersError, match=r"shape \(2, 1\) cannot be compared .* \(2, 10\)"):
+        max_relative_error(torch.ones(2, 1), torch.ones(2, 10))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -163,7 +162,7 @@ class TestExportedFile:
         assert logits.shape == (batch, 10)
         with torch.inference_mode():
             reference = model(images(batch))
-        assert relative_gap(torch.from_numpy(logits), reference) < GAPS[precision]
+        assert max_relative_error(torch.from_numpy(logits), reference) < GAPS[precision]
 
     def test_is_one_file_with_all_weights_in_the_type(self, exported, precision):
         path = exported[1][precision]
@@ -198,8 +197,8 @@ def test_exporting_leaves_the_network_as_it_was(tiny_net, tmp_path):
 
 def test_the_gap_is_relative_to_the_largest_logit():
     reference = torch.tensor([[1.0, -4.0], [2.0, 0.0]])
-    assert relative_gap(reference, reference) == 0
-    assert relative_gap(reference + torch.tensor([0.0, 1.0]), reference) == 0.25
+    assert max_relative_error(reference, reference) == 0
+    assert max_relative_error(reference + torch.tensor([0.0, 1.0]), reference) == 0.25
 
 
 # --- 1x1 convolutions as matrix products ---
@@ -216,7 +215,7 @@ def operators(path: Path) -> Counter:
 
 def test_a_pruned_network_is_the_same_as_products_and_still_2to4(resnext_file, tmp_path):
     products = rewrite_1x1_as_matmul(resnext_file, tmp_path / "products.onnx", SHAPE)
-    gap = onnx_gap(tmp_path / "products.onnx", resnext_file, images(3))
+    gap = onnx_max_relative_error(tmp_path / "products.onnx", resnext_file, images(3))
     assert gap < GAPS[resnext_file.stem]
 
     before = sparsity.verify_onnx(resnext_file).set_index("node")
@@ -246,7 +245,7 @@ def test_a_rewritten_file_takes_any_batch_and_holds_no_weight_twice(resnext_file
     rewrite_1x1_as_matmul(resnext_file, path, SHAPE)
     onnx.checker.check_model(path, full_check=True)
     for batch in (1, 5):
-        assert onnx_gap(path, resnext_file, images(batch)) < GAPS[resnext_file.stem]
+        assert onnx_max_relative_error(path, resnext_file, images(batch)) < GAPS[resnext_file.stem]
     assert path.stat().st_size < 1.05 * resnext_file.stat().st_size
 
 
@@ -287,7 +286,7 @@ def test_strides_and_bias_are_kept_at_every_size(tmp_path_factory, strides, size
     node = helper.make_node("Conv", inputs, ["y"], "conv", strides=strides, **padding)
     path = write_graph(folder / "in.onnx", [node], weights)
     assert rewrite_1x1_as_matmul(path, folder / "out.onnx", (8, *size)) == ("conv",)
-    assert onnx_gap(folder / "out.onnx", path, torch.randn(3, 8, *size)) < 1e-5
+    assert onnx_max_relative_error(folder / "out.onnx", path, torch.randn(3, 8, *size)) < 1e-5
     assert operators(folder / "out.onnx")["Conv"] == 0
 
 
@@ -338,18 +337,18 @@ def test_tensors_needed_in_both_layouts_exist_in_both(tmp_path):
     path = write_graph(tmp_path / "in.onnx", nodes, weights, outputs=("y", "c", "a"))
     out = tmp_path / "out.onnx"
     assert rewrite_1x1_as_matmul(path, out, (8, 4, 6)) == ("a", "second")
-    assert onnx_gap(out, path, torch.randn(2, 8, 4, 6)) < 1e-5
+    assert onnx_max_relative_error(out, path, torch.randn(2, 8, 4, 6)) < 1e-5
     names = [item.name for item in onnx.load(out).graph.initializer]
     assert sorted(names) == ["b", "c_channels_last", "half", "w_matrix", "yes"]
 
 
 def test_a_wrong_product_is_refused_and_what_was_there_stays(exported, tmp_path, monkeypatch):
     (tmp_path / "out.onnx").write_bytes(b"the file of yesterday")
-    real = onnx_export._ChannelsLast._store
+    real = channels_last._ChannelsLast._store
     monkeypatch.setattr(
-        onnx_export._ChannelsLast, "_store", lambda self, value, name: real(self, -value, name)
+        channels_last._ChannelsLast, "_store", lambda self, value, name: real(self, -value, name)
     )
-    with pytest.raises(TutorialError, match=r"fp32\.onnx computes something else"):
+    with pytest.raises(HelpersError, match=r"fp32\.onnx computes something else"):
         rewrite_1x1_as_matmul(exported[1]["fp32"], tmp_path / "out.onnx", SHAPE)
     assert (tmp_path / "out.onnx").read_bytes() == b"the file of yesterday"
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
@@ -358,7 +357,7 @@ def test_a_wrong_product_is_refused_and_what_was_there_stays(exported, tmp_path,
 def test_a_file_without_1x1_convolutions_is_refused(tmp_path):
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
     path = write_graph(tmp_path / "in.onnx", [node], {"w": normal(8, 8, 3, 3)})
-    with pytest.raises(TutorialError, match=r"in\.onnx has no 1x1 convolution"):
+    with pytest.raises(HelpersError, match=r"in\.onnx has no 1x1 convolution"):
         rewrite_1x1_as_matmul(path, tmp_path / "out.onnx", (8, 5, 5))
     assert not (tmp_path / "out.onnx").exists()
 
@@ -369,11 +368,11 @@ def test_an_old_file_is_refused_by_its_opset(tmp_path):
     model = onnx.load(path)
     model.opset_import[0].version = 9
     onnx.save(model, path)
-    with pytest.raises(TutorialError, match="has opset 9"):
+    with pytest.raises(HelpersError, match="has opset 9"):
         rewrite_1x1_as_matmul(path, tmp_path / "out.onnx", (8, 5, 5))
 
 
 def test_images_that_a_file_does_not_take_are_told_by_shape(exported):
     path = exported[1]["fp32"]
-    with pytest.raises(TutorialError, match=r"fp32\.onnx does not run .* \(2, 3, 8, 8\)"):
-        onnx_gap(path, path, torch.randn(2, 3, 8, 8))
+    with pytest.raises(HelpersError, match=r"fp32\.onnx does not run .* \(2, 3, 8, 8\)"):
+        onnx_max_relative_error(path, path, torch.randn(2, 3, 8, 8))

@@ -10,24 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers.checks import TutorialError
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the retraining repeats it unchanged.
-
-    The learning rate rises linearly over `warmup` (a share of all steps), then falls
-    along a half cosine, or by a factor of ten every `step_epochs` epochs.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    momentum: float = 0.9
-    warmup: float = 0.0
-    step_epochs: int | None = None
+from helpers.training.recipe import Recipe
+from helpers.tutorial.checks import TutorialError
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +78,7 @@ class Settings:
 
 def project_root() -> Path:
     """Return the folder of the project, or the working folder outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return root if (root / "notebooks").is_dir() else Path.cwd()
 
 

@@ -17,16 +17,17 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from helpers import cuda_graphs
-from helpers.checks import TutorialError
-from helpers.engine import find_builder
+from helpers.errors import UnavailableError
+from helpers.files import shown
+from helpers.inference import cuda_graphs
+from helpers.inference.engine import find_builder
+from helpers.inference.export import INPUT, OUTPUT
+from helpers.inference.fold import fold_batch_norm
 from helpers.machine import device
-from helpers.onnx_export import INPUT, OUTPUT, fold_batch_norm
-from helpers.settings import relative
-from helpers.training import Accuracy, accuracy
+from helpers.metrics import Accuracy, accuracy
 
 
-class RunnerError(TutorialError):
+class RunnerError(UnavailableError):
     """A runner is not available here, or its file cannot be used."""
 
 
@@ -52,7 +53,7 @@ class Runner(ABC):
         """Return the logits (N, classes) of the last run as FP32 on the CPU."""
 
     @abstractmethod
-    def poison(self) -> None:
+    def invalidate_output(self) -> None:
         """Overwrite the logits of the last run with NaN: a run that writes none is found out."""
 
     def gpu_seconds(self) -> float | None:
@@ -87,7 +88,7 @@ class TorchRunner(Runner):
             takes minutes for each batch size of a large network.
 
     Raises:
-        TutorialError: the network cannot be traced.
+        InputError: the network cannot be traced.
         RunnerError: later on, it cannot be captured, or gives no single tensor.
     """
 
@@ -168,7 +169,7 @@ class TorchRunner(Runner):
         return self.logits.to("cpu", torch.float32, copy=True)
 
     @torch.inference_mode()
-    def poison(self) -> None:
+    def invalidate_output(self) -> None:
         self.logits.fill_(float("nan"))
 
     def gpu_seconds(self) -> float | None:
@@ -206,7 +207,7 @@ class OnnxRunner(Runner):
             )
         except Exception as error:  # ONNX Runtime has a dozen classes without a common base
             raise RunnerError(
-                f"{relative(path)} cannot be loaded by ONNX Runtime: {error}. "
+                f"{shown(path)} cannot be loaded by ONNX Runtime: {error}. "
                 "Run 04_export_onnx.ipynb again."
             ) from error
         half = self.session.get_inputs()[0].type == "tensor(float16)"
@@ -222,7 +223,7 @@ class OnnxRunner(Runner):
     def fetch(self) -> Tensor:
         return torch.from_numpy(self.logits.astype(np.float32))
 
-    def poison(self) -> None:
+    def invalidate_output(self) -> None:
         self.logits = np.full_like(self.logits, np.nan)
 
 
@@ -256,7 +257,7 @@ class TensorRTRunner(Runner):
         self.engine = self.runtime.deserialize_cuda_engine(Path(path).read_bytes())
         if self.engine is None:
             raise RunnerError(
-                f"{relative(path)} cannot be loaded by {builder.name} {builder.version} on this "
+                f"{shown(path)} cannot be loaded by {builder.name} {builder.version} on this "
                 "GPU: an engine runs only on the kind of GPU and the version it was built with. "
                 "Run 05_build_engine.ipynb on this machine."
             )
@@ -331,7 +332,7 @@ class TensorRTRunner(Runner):
         self.stream.synchronize()
         return torch.from_numpy(self.logits.astype(np.float32))
 
-    def poison(self) -> None:
+    def invalidate_output(self) -> None:
         # All bits set is a NaN in FP16, BF16 and FP32.
         self.cuda.memset_d8_async(self.buffers[OUTPUT], 0xFF, self.logits.nbytes, self.stream)
         self.stream.synchronize()

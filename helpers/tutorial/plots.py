@@ -19,11 +19,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from helpers.artifacts import atomic_write
-from helpers.benchmark import perf_per_watt, speedup
-from helpers.gemm import Datasheet, GemmError, floor_ms, intensity
+from helpers.files import atomic_write
+from helpers.measurement.benchmark import perf_per_watt, speedup
+from helpers.measurement.gemm import GemmError
+from helpers.measurement.roofline import Datasheet, floor_ms, intensity
+from helpers.metrics import Accuracy
 from helpers.sparsity import Compressed, SparsityReport, compress_2to4
-from helpers.training import Accuracy, Epoch
+from helpers.training.loop import Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
 CONTENDERS = {"dense": DENSE, "sparse": SPARSE}

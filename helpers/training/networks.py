@@ -4,7 +4,6 @@ Checkpoints are safetensors files with the network's name in their header; nothi
 is ever unpickled. Explained in `01_load_pretrained.ipynb`.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torchvision.models import ResNeXt101_32X8D_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from helpers.artifacts import sha256
-from helpers.checks import TutorialError
-from helpers.settings import Settings, relative
+from helpers.errors import InputError
+from helpers.files import shown
 
 
-class CheckpointError(TutorialError):
+class CheckpointError(InputError):
     """A checkpoint is missing, damaged or of another network."""
 
 
@@ -56,75 +54,16 @@ def create_model(name: str, num_classes: int) -> nn.Module:
         num_classes: outputs of the last layer.
 
     Raises:
-        TutorialError: no network has that name.
+        InputError: no network has that name.
     """
     if name == "resnext14_8x4d":
         return resnext14_8x4d(num_classes)
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise TutorialError(
+        raise InputError(
             f"There is no classification network {name!r}: it is neither resnext14_8x4d nor one "
             "of torchvision's."
         )
     return torchvision.models.get_model(name, num_classes=num_classes)
-
-
-def pretrained_path(settings: Settings) -> Path:
-    """Return where the quick preset's pretrained checkpoint lies in the repository."""
-    name = f"{settings.model}_{settings.dataset.lower()}.safetensors"
-    return settings.data_dir / "pretrained" / name
-
-
-def load_pretrained(settings: Settings) -> nn.Module:
-    """Return the trained dense network that the case study starts from.
-
-    quick: the checkpoint in `data/pretrained/`. full: torchvision's `IMAGENET1K_V1`
-    weights. workshop: the same with the last layer restricted to Imagenette's ten
-    classes, which needs no training.
-
-    Raises:
-        CheckpointError: the weights are missing, damaged or cannot be downloaded.
-    """
-    if settings.model == "resnext14_8x4d":
-        path = pretrained_path(settings)
-        _require_shipped(path)
-        return load_checkpoint(path)
-    weights = ResNeXt101_32X8D_Weights.IMAGENET1K_V1
-    model = create_model(settings.model, num_classes=1000)
-    try:
-        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except Exception as error:  # torch.load fails in many ways on a damaged file
-        name = weights.url.rpartition("/")[2]
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"torchvision's weights {name} could not be downloaded or read ({reason}). Put the "
-            f"whole file into hub/checkpoints/ below TORCH_HOME, which is now "
-            f"{relative(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
-            "no network."
-        ) from error
-    if settings.dataset == "Imagenette":
-        restrict_head_(model, imagenette_indices())
-    return model
-
-
-def _require_shipped(path: Path) -> None:
-    """Compare the checkpoint in the repository with its card."""
-    card = path.with_suffix(".json")
-    restore = "Restore it with `git checkout -- data/pretrained`."
-    if not path.exists() or not card.exists():
-        missing = card if path.exists() else path
-        raise CheckpointError(
-            f"{relative(missing)} is missing. {restore} "
-            "Or train the network again with `python -m helpers pretrain`."
-        )
-    try:
-        recorded = json.loads(card.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{relative(card)} is damaged. {restore}") from error
-    if sha256(path) != recorded:
-        raise CheckpointError(
-            f"{relative(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
-        )
 
 
 def imagenette_indices() -> list[int]:
@@ -170,15 +109,15 @@ def load_checkpoint(path: Path) -> nn.Module:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{relative(path)} is not a readable safetensors file ({error})."
+            f"{shown(path)} is not a readable safetensors file ({error})."
         ) from error
     if "compressed_2to4" in header:
         raise CheckpointError(
-            f"{relative(path)} is compressed; read it with helpers.sparsity.load_compressed."
+            f"{shown(path)} is compressed; read it with helpers.sparsity.load_compressed."
         )
     if "model" not in header or "fc.weight" not in state:
         raise CheckpointError(
-            f"{relative(path)} cannot be loaded: it lacks `model` in its header or the weights "
+            f"{shown(path)} cannot be loaded: it lacks `model` in its header or the weights "
             "`fc.weight`. Write checkpoints with helpers.models.save_checkpoint, of networks whose "
             "last layer is called `fc`, as that of ResNet and ResNeXt is."
         )
@@ -188,9 +127,9 @@ def load_checkpoint(path: Path) -> nn.Module:
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(
-            f"{relative(path)} does not hold the weights of {header['model']}: {detail}"
+            f"{shown(path)} does not hold the weights of {header['model']}: {detail}"
         ) from error
-    _require_finite(state, relative(path))
+    _require_finite(state, shown(path))
     return model.eval()
 
 

@@ -9,12 +9,8 @@ Explained in `06_infer_and_benchmark.ipynb`.
 
 import copy
 import inspect
-import json
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,274 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from helpers import cuda_graphs, machine
-from helpers.artifacts import write_json
+from helpers.inference import cuda_graphs
+from helpers.inference.autotune import Autotuner, Choice, median_times
+from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
+from helpers.inference.fold import is_read
+from helpers.inference.kernels import DenseGemm, DenseLayer, Gemm, Kernel
+from helpers.inference.runners import Prepared, RunnerError, TorchRunner
 from helpers.layers import LayerWeight, is_plain
-from helpers.onnx_export import is_read
-from helpers.runners import Prepared, RunnerError, TorchRunner
-from helpers.settings import relative
 from helpers.sparsity import is_2to4
 from helpers.sparsity.eligibility import why_not_sparse
-
-# --- the ways to compute one layer ---
-
-
-class Kernel(ABC):
-    """One way to compute a layer, and the ReLU that follows it where `relu` says so."""
-
-    name: str
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        self.layer, self.relu = layer, relu
-
-    @abstractmethod
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        """Return what the layer returns for an input."""
-
-    def search(self, input: Tensor) -> dict[str, int]:
-        """Return the arguments with which this kernel is the fastest for an input's shape."""
-        return {}
-
-
-class DenseLayer(Kernel):
-    """The layer as PyTorch runs it: a convolution stays one."""
-
-    name = "dense layer"
-
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        output = self.layer(input)
-        return output.relu_() if self.relu else output
-
-
-class Gemm(Kernel):
-    """The layer as a product of matrices, (pixels, in) by (in, out), in channels-last."""
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        super().__init__(layer, relu)
-        self.weight = layer.weight.detach().flatten(1)
-        self.bias = None if layer.bias is None else layer.bias.detach()
-
-    @abstractmethod
-    def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        """Return the product (rows, out) for rows (rows, in), with bias and ReLU."""
-
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        pixels = self._channels_last(input)
-        product = self.multiply(self._rows(pixels), **algorithm)
-        output = product.view(*pixels.shape[:-1], len(self.weight))
-        return output.movedim(-1, -3) if isinstance(self.layer, nn.Conv2d) else output
-
-    def _channels_last(self, input: Tensor) -> Tensor:
-        """Return the pixels that the layer looks at, with the channels as the last dimension."""
-        if isinstance(self.layer, nn.Linear):
-            return input
-        down, right = self.layer.stride
-        return input[..., ::down, ::right].movedim(-3, -1)
-
-    def _rows(self, pixels: Tensor) -> Tensor:
-        return pixels.reshape(-1, pixels.shape[-1])
-
-
-class DenseGemm(Gemm):
-    """The product with the dense weight; it runs on a CPU too."""
-
-    name = "dense GEMM"
-
-    def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        if self.relu and self.bias is not None:
-            return torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=False)
-        product = F.linear(rows, self.weight, self.bias)
-        return product.relu_() if self.relu else product
-
-
-def search_algorithm(
-    compressed: Tensor,
-    columns: Tensor,
-    bias: Tensor | None = None,
-    output: torch.dtype | None = None,
-) -> dict[str, int]:
-    """Return the arguments with which `torch._cslt_sparse_mm` is the fastest for a product.
-
-    Args:
-        compressed: the sparse matrix, as `torch._cslt_compress` returns it.
-        columns: what it is multiplied by.
-        bias: one number for each row of the sparse matrix.
-        output: type of the product, where it is not that of the matrices.
-    """
-    found = torch._C._cusparselt.mm_search(compressed, columns, bias, None, output, True)
-    # A fourth number comes last: how many kernels there were to choose from.
-    return dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
-
-
-class SparseGemm(Gemm):
-    """The product with the compressed 2:4 weight, by cuSPARSELt, in FP16 or BF16.
-
-    Source: `torch.sparse.semi_structured`, for layouts and limits of the shapes.
-    """
-
-    name = "sparse GEMM"
-    STEP = 8  # cuSPARSELt takes rows in multiples of eight
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        super().__init__(layer, relu)
-        self.compressed = torch._cslt_compress(self.weight.contiguous())
-
-    def _rows(self, pixels: Tensor) -> Tensor:
-        # PyTorch's binding tells row-major from column-major, and ignores any other strides.
-        return super()._rows(pixels).contiguous()
-
-    def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        # cuSPARSELt has the sparse matrix on the left: y^T = W x^T, written transposed.
-        product = torch._cslt_sparse_mm(
-            self.compressed,
-            self._padded(rows).t(),
-            bias=self.bias,
-            transpose_result=True,
-            **algorithm,
-        )[: len(rows)]
-        # It could fuse the ReLU as well, but PyTorch's binding has no argument for it.
-        return product.relu_() if self.relu else product
-
-    def search(self, input: Tensor) -> dict[str, int]:
-        rows = self._padded(self._rows(self._channels_last(input)))
-        return search_algorithm(self.compressed, rows.t(), self.bias)
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        missing = -len(rows) % self.STEP
-        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
-
 
 BACKENDS: dict[str, tuple[type[Gemm], ...]] = {
     "dense": (DenseGemm,),
     "cusparselt": (DenseGemm, SparseGemm),
 }
-
-# --- which of them is the fastest ---
-
-Timer = Callable[[Sequence[Callable[[], Tensor]]], list[float]]
-
-NOISE = 0.02  # a kernel that wins by less than this share of the time has not won
-TOLERANCE = 10  # roundings of the largest output that two kernels may differ by
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The kernel of one layer for one input shape, with what was measured."""
-
-    kernel: str
-    algorithm: dict[str, int]
-    milliseconds: dict[str, float]  # by kernel
-    refused: dict[str, str] = field(default_factory=dict)  # why a kernel does not run, by kernel
-
-
-class Autotuner:
-    """Chooses among the kernels of a layer by timing them, and remembers.
-
-    Args:
-        timer: returns the milliseconds that each of several calls takes.
-        cache: JSON file to keep the choices in; without one they last as long as this
-            object. Its keys name GPU, version of PyTorch, type and shapes.
-    """
-
-    def __init__(self, timer: Timer, cache: Path | None = None) -> None:
-        self.timer, self.cache = timer, cache
-        self.choices: dict[str, Choice] = {}
-        self.where = machine.gpu().get("gpu", machine.cpu_name())
-
-    def choose(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
-        """Return the fastest of the kernels of one layer for an input.
-
-        The first kernel is the dense layer, which stays unless another beats it by more
-        than noise. A kernel that does not run for this input is left out, and the choice
-        says why.
-
-        Args:
-            layer: name of the layer, for errors.
-            kernels: at least one.
-            input: what the layer is called with, real numbers of the right shape.
-
-        Raises:
-            RunnerError: the memory is short, a kernel gives other numbers than the first, or
-                the cache cannot be read.
-        """
-        key = f"{self.where}, torch {torch.__version__}, {_describe(kernels, input)}"
-        if key not in self.choices:
-            self.choices |= self._read()  # another runner may have measured it meanwhile
-        if key not in self.choices:
-            self.choices[key] = self._measure(layer, kernels, input)
-            if self.cache is not None:
-                write_json(self.cache, self.choices)
-        return self.choices[key]
-
-    def _measure(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
-        dense, *others = kernels
-        calls, refused = {dense.name: partial(dense, input)}, {}
-        reference = dense(input)
-        for kernel in others:
-            try:
-                algorithm = _search(layer, kernel, input, reference)
-                calls[kernel.name] = partial(kernel, input, **algorithm)
-            except torch.OutOfMemoryError as error:
-                raise RunnerError(
-                    f"{layer}: memory is short for the {kernel.name} and an input of shape "
-                    f"{tuple(input.shape)}; use a smaller batch."
-                ) from error
-            except RuntimeError as error:  # a library that does not take this shape
-                refused[kernel.name] = str(error)
-        times = dict(zip(calls, self.timer(list(calls.values())), strict=True))
-        best = min(times, key=times.get)
-        if times[best] >= (1 - NOISE) * times[dense.name]:
-            best = dense.name
-        return Choice(best, calls[best].keywords, times, refused)
-
-    def _read(self) -> dict[str, Choice]:
-        if self.cache is None or not self.cache.exists():
-            return {}
-        try:
-            entries = json.loads(self.cache.read_text())
-            return {key: Choice(**entry) for key, entry in entries.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RunnerError(
-                f"{relative(self.cache)} does not hold choices of kernels ({error}). "
-                "Delete it; they will be measured again."
-            ) from error
-
-
-def _describe(kernels: Sequence[Kernel], input: Tensor) -> str:
-    """Return all that the speed of a layer's kernels depends on, but for the machine."""
-    layer, relu = kernels[0].layer, kernels[0].relu
-    size = "x".join(map(str, input.shape))
-    parts = [f"{str(input.dtype).removeprefix('torch.')} {size}"]
-    parts.append(f"to {len(layer.weight)} channels")
-    if isinstance(layer, nn.Conv2d):
-        parts.append("stride {}x{}".format(*layer.stride))
-    parts += ["bias"] * (layer.bias is not None) + ["ReLU"] * relu
-    return ", ".join(parts) + ": " + " or ".join(kernel.name for kernel in kernels)
-
-
-def _search(layer: str, kernel: Kernel, input: Tensor, reference: Tensor) -> dict[str, int]:
-    """Return a kernel's best arguments for an input, if it then gives the right numbers."""
-    algorithm = kernel.search(input)
-    if not _agree(kernel(input, **algorithm), reference):
-        raise RunnerError(
-            f"{layer}: the {kernel.name} does not give the numbers of the dense layer, or they "
-            "are not finite. If the network gives finite numbers in PyTorch, this kernel cannot "
-            f"be trusted with PyTorch {torch.__version__}: use another version."
-        )
-    return algorithm
-
-
-def _agree(output: Tensor, reference: Tensor) -> bool:
-    # FP32 convolutions run in TF32 on a GPU, which rounds as FP16 does.
-    rounding = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float16).eps)
-    output, reference = output.float(), reference.float()
-    # A NaN compares as false.
-    return bool((output - reference).abs().max() <= TOLERANCE * rounding * reference.abs().max())
-
-
-def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """Return the median GPU time of each call in milliseconds, measured in turns."""
-    return cuda_graphs.medians(cuda_graphs.time_calls(calls))
 
 
 # --- a network of them ---
@@ -471,23 +213,6 @@ def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (F.relu, torch.relu)
 
 
-def why_no_sparse_gemms() -> str:
-    """Return in one sentence why sparse GEMMs cannot run on this machine; empty if they can."""
-    if not torch.cuda.is_available():
-        return "No NVIDIA GPU was found, so cuSPARSELt's sparse matrix products cannot run here."
-    if torch.cuda.get_device_capability() < (8, 0):
-        return (
-            f"{torch.cuda.get_device_name()} has no Sparse Tensor Cores, which came with compute "
-            "capability 8.0."
-        )
-    if not torch.backends.cusparselt.is_available():
-        return (
-            f"PyTorch {torch.__version__} was built without cuSPARSELt; install the CUDA build "
-            "from pytorch.org."
-        )
-    return ""
-
-
 class SparseTorchRunner(TorchRunner):
     """PyTorch with sparse matrix products where they are the fastest.
 
@@ -554,13 +279,13 @@ class SparseTorchRunner(TorchRunner):
         times = self.milliseconds[shape]
         return min(times, key=times.get)
 
-    def choices(self) -> pd.DataFrame:
+    def kernel_choices(self) -> pd.DataFrame:
         """Return one row for each layer and input shape so far: which kernel is its fastest.
 
         The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and on a GPU the
         milliseconds of every kernel, under its name; `refused` says why a kernel does not run,
         where one does not. Whether the network of these kernels is the fastest, and is
-        therefore run, tells `contest`.
+        therefore run, tells `network_times`.
         """
         rows = [
             {
@@ -575,7 +300,7 @@ class SparseTorchRunner(TorchRunner):
         ]
         return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
 
-    def contest(self) -> pd.DataFrame:
+    def network_times(self) -> pd.DataFrame:
         """Return one row for each input shape so far: how fast each network is, and which runs.
 
         The columns are `input`, the milliseconds of each network under its name, as `fastest`

@@ -4,14 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import contenders, engine, sparse_torch
-from helpers.artifacts import ArtifactError, Artifacts
-from helpers.contenders import KINDS, find_runners, network_files, reasons_against
-from helpers.engine import Builder, EngineError
-from helpers.models import create_model, save_checkpoint
-from helpers.runners import OnnxRunner, RunnerError
-from helpers.sparse_torch import SparseTorchRunner
+from helpers.inference import engine, sparse_torch
+from helpers.inference.engine import Builder, EngineError
+from helpers.inference.runners import OnnxRunner, RunnerError
+from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.sparsity import prune_2to4_
+from helpers.training.networks import create_model, save_checkpoint
+from helpers.tutorial import backends
+from helpers.tutorial.artifacts import ArtifactError, Artifacts
+from helpers.tutorial.backends import BACKENDS, backend_status, find_runners, network_files
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def put(artifacts: Artifacts, name: str, content: bytes) -> None:
 def build_with(name: str, monkeypatch) -> None:
     """Let a GPU and PyCUDA be here, and a builder of that name."""
     builder = Builder(name, types.SimpleNamespace(), "1.0", "the test says so")
-    monkeypatch.setattr(contenders, "why_no_engine", str)
+    monkeypatch.setattr(backends, "why_no_engine", str)
     monkeypatch.setattr(engine, "find_builder", lambda: builder)
 
 
@@ -55,7 +56,7 @@ def test_on_a_cpu_a_missing_onnx_file_names_its_notebook(no_gpu, tiny_settings, 
 
 
 def test_without_a_gpu_each_kind_but_one_has_its_reason(no_gpu):
-    reasons = reasons_against()
+    reasons = backend_status()
     assert list(reasons) == ["TensorRT", "cuSPARSELt", "TensorRT-RTX", "ONNX Runtime"]
     assert reasons.pop("ONNX Runtime") == ""
     for reason in reasons.values():
@@ -65,8 +66,8 @@ def test_without_a_gpu_each_kind_but_one_has_its_reason(no_gpu):
 
 def test_tensorrt_comes_first_where_it_builds(monkeypatch, tiny_settings):
     build_with("TensorRT", monkeypatch)
-    assert reasons_against()["TensorRT"] == ""
-    assert reasons_against()["TensorRT-RTX"] == "Engines are TensorRT's here: the test says so."
+    assert backend_status()["TensorRT"] == ""
+    assert backend_status()["TensorRT-RTX"] == "Engines are TensorRT's here: the test says so."
     assert network_files() == {"dense": "05_dense.engine", "sparse": "05_sparse.engine"}
     with pytest.raises(ArtifactError, match=r"05_dense\.engine is missing\. Run 05_build_engine"):
         find_runners(Artifacts(tiny_settings))
@@ -75,8 +76,8 @@ def test_tensorrt_comes_first_where_it_builds(monkeypatch, tiny_settings):
 @pytest.mark.parametrize("cusparselt", ["", "PyTorch was built without it."])
 def test_tensorrt_rtx_which_ignores_sparsity_comes_after_cusparselt(monkeypatch, cusparselt):
     build_with("TensorRT-RTX", monkeypatch)
-    kind = replace(KINDS["cuSPARSELt"], why_not=lambda: cusparselt)
-    monkeypatch.setitem(KINDS, "cuSPARSELt", kind)
+    kind = replace(BACKENDS["cuSPARSELt"], why_not=lambda: cusparselt)
+    monkeypatch.setitem(BACKENDS, "cuSPARSELt", kind)
     files = network_files()
     assert files["sparse"] == ("05_sparse.engine" if cusparselt else "03_retrained.safetensors")
 
@@ -87,7 +88,7 @@ def test_without_any_builder_the_reason_is_the_builders(monkeypatch):
 
     build_with("TensorRT", monkeypatch)
     monkeypatch.setattr(engine, "find_builder", none)
-    assert reasons_against()["TensorRT"] == "No engine builder loads here."
+    assert backend_status()["TensorRT"] == "No engine builder loads here."
 
 
 def test_cusparselt_runs_the_checkpoints_of_both_networks(monkeypatch, no_gpu, tiny_settings):
@@ -99,7 +100,7 @@ def test_cusparselt_runs_the_checkpoints_of_both_networks(monkeypatch, no_gpu, t
         prune_2to4_(model)
     monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
-    monkeypatch.setitem(KINDS, "cuSPARSELt", replace(KINDS["cuSPARSELt"], why_not=str))
+    monkeypatch.setitem(BACKENDS, "cuSPARSELt", replace(BACKENDS["cuSPARSELt"], why_not=str))
     dense, sparse = find_runners(artifacts, "cuSPARSELt").values()
     assert type(dense) is type(sparse) is SparseTorchRunner
     dense_kernels = [list(layer.kernels) for layer in dense.layers]

@@ -19,16 +19,22 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from helpers.checks import TutorialError
-from helpers.energy import EnergyCounter, EnergyError, EnergyWindow, idle_watts, measure_energy
+from helpers.errors import HelpersError
+from helpers.inference.runners import Runner
 from helpers.layers import in_mode
-from helpers.runners import Runner
-from helpers.training import relative_gap
+from helpers.measurement.energy import (
+    EnergyCounter,
+    EnergyError,
+    EnergyWindow,
+    idle_watts,
+    measure_energy,
+)
+from helpers.metrics import max_relative_error
 
 ROUNDING = 1e-3  # of the largest logit: some GPU kernels add in an order that varies
 
 
-class BenchmarkError(TutorialError):
+class BenchmarkError(HelpersError, RuntimeError):
     """A runner's time would mean nothing, since it does not do its work."""
 
 
@@ -135,9 +141,9 @@ def check_outputs(
             expected = model(images.to(where)).cpu()
         runner.load(images)
         runner.run()
-        runner.poison()
+        runner.invalidate_output()
         runner.run()
-        gap = relative_gap(runner.fetch(), expected)
+        gap = max_relative_error(runner.fetch(), expected)
         if not gap <= tolerance:  # NaN is not below it either
             raise BenchmarkError(
                 f"{runner.name}: its logits of {batch} random images are off those of the network "
@@ -205,7 +211,7 @@ def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
     """Run for some seconds; return the logits, checked to be an answer to the images."""
     others = runner(-images).clone()
     runner.load(images)
-    runner.poison()  # a runner that writes nothing must not pass with what was there before
+    runner.invalidate_output()  # a runner that writes nothing must not pass with what was there before
     until = time.perf_counter() + seconds
     answer = _answer(runner)
     while time.perf_counter() < until:
@@ -243,7 +249,7 @@ def _take_turn(runner: Runner, seconds: float) -> list[Run]:
 
 
 def _check_unchanged(runner: Runner, answer: Tensor) -> None:
-    gap = relative_gap(runner.fetch(), answer)
+    gap = max_relative_error(runner.fetch(), answer)
     if not gap < ROUNDING:  # NaN is not below it either
         raise BenchmarkError(
             f"{runner.name}: its logits moved by {gap:.1e} of the largest one while it was "

@@ -7,22 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import models
-from helpers.artifacts import sha256
-from helpers.checks import TutorialError
+from helpers.errors import HelpersError
+from helpers.files import sha256
 from helpers.layers import layer_weights
-from helpers.models import (
+from helpers.sparsity import save_compressed
+from helpers.training import networks
+from helpers.training.networks import (
     CheckpointError,
     create_model,
     imagenette_indices,
     load_checkpoint,
-    load_pretrained,
-    pretrained_path,
     restrict_head_,
     save_checkpoint,
 )
-from helpers.settings import Settings
-from helpers.sparsity import save_compressed
+from helpers.tutorial.inputs import load_pretrained, pretrained_path
+from helpers.tutorial.settings import Settings
 
 NAME = "resnext14_8x4d"
 
@@ -73,7 +72,7 @@ def test_a_network_of_torchvision_is_made_by_name():
 
 
 def test_an_unknown_network_is_refused_by_name():
-    with pytest.raises(TutorialError, match=r"^There is no classification network 'resnext15'"):
+    with pytest.raises(HelpersError, match=r"^There is no classification network 'resnext15'"):
         create_model("resnext15", 10)
 
 
@@ -160,7 +159,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(model, tmp_path):
 
 def test_a_checkpoint_of_an_unknown_network_is_refused(model, tmp_path):
     save_checkpoint(model, tmp_path / "model.safetensors", "resnext15")
-    with pytest.raises(TutorialError, match="There is no classification network 'resnext15'"):
+    with pytest.raises(HelpersError, match="There is no classification network 'resnext15'"):
         load_checkpoint(tmp_path / "model.safetensors")
 
 
@@ -249,7 +248,7 @@ def stand_in():
 
 
 def serve(monkeypatch, state):
-    weights = models.ResNeXt101_32X8D_Weights
+    weights = networks.ResNeXt101_32X8D_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: state)
 
 

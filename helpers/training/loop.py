@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,85 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from helpers.artifacts import atomic_write
-from helpers.checks import TutorialError
-from helpers.data import Splits
+from helpers.errors import InputError
+from helpers.files import atomic_write
 from helpers.layers import in_mode
 from helpers.machine import device
-from helpers.settings import Recipe
+from helpers.metrics import Accuracy, Comparison
 from helpers.sparsity.prune import hold_masks
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 accuracy over a set of images, with the uncertainty of its size."""
-
-    correct: int
-    total: int
-
-    @property
-    def top1(self) -> float:
-        """Per cent of the images classified correctly."""
-        return 100 * self.correct / self.total
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial standard error of `top1`, in points."""
-        share = self.correct / self.total
-        return 100 * math.sqrt(share * (1 - share) / self.total)
-
-    def __repr__(self) -> str:
-        return f"{self.top1:.2f} % ± {self.standard_error:.2f} top-1 on {self.total:,} images"
-
-
-def relative_gap(logits: Tensor, reference: Tensor) -> float:
-    """Return the largest difference of two sets of logits, relative to the largest logit.
-
-    Raises:
-        TutorialError: they are not of the same shape.
-    """
-    if logits.shape != reference.shape:
-        raise TutorialError(
-            f"Logits of shape {tuple(logits.shape)} cannot be compared with some of shape "
-            f"{tuple(reference.shape)}; they are not of the same network and images."
-        )
-    logits, reference = logits.double(), reference.double()
-    return float((logits - reference).abs().max() / reference.abs().max())
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Return the top-1 accuracy of logits (N, classes) against labels (N)."""
-    return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two networks did on the same images: only those that one of them gets right count."""
-
-    only_first: int  # images that the first classifies correctly and the second does not
-    only_second: int
-    total: int
-
-    @property
-    def difference(self) -> float:
-        """Top-1 of the second minus that of the first, in points."""
-        return 100 * (self.only_second - self.only_first) / self.total
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `difference`, in points; what both share of chance drops out.
-
-        Source: McNemar, "Note on the sampling error of the difference between correlated
-        proportions or percentages", 1947.
-        """
-        differ = (self.only_first + self.only_second) / self.total
-        return 100 * math.sqrt((differ - (self.difference / 100) ** 2) / self.total)
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.difference:+.2f} ± {self.standard_error:.2f} points: {self.only_second} images "
-            f"only the second network has right, {self.only_first} only the first"
-        )
+from helpers.training.data import Splits
+from helpers.training.recipe import Recipe, schedule
 
 
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
@@ -180,7 +109,7 @@ def train(
         One `Epoch` for each epoch.
 
     Raises:
-        TutorialError: the loss is no longer a number.
+        InputError: the loss is no longer a number.
 
     Source: the procedure is that of Mishra et al., arXiv 2104.08378: repeat the
     original training with the zeros fixed.
@@ -226,21 +155,6 @@ def train(
     return [Epoch(**epoch) for epoch in progress.history]
 
 
-def schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return the factor on the learning rate for each step of a training."""
-    total = recipe.epochs * steps_per_epoch
-    warmup = round(recipe.warmup * total)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if recipe.step_epochs is not None:
-            return 0.1 ** (step // steps_per_epoch // recipe.step_epochs)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
-
-    return factor
-
-
 def _train_epoch(
     model: nn.Module,
     loader: DataLoader,
@@ -262,9 +176,9 @@ def _train_epoch(
         total += loss.detach()
     mean = float(total) / len(loader)
     if not math.isfinite(mean):
-        raise TutorialError(
+        raise InputError(
             f"The loss became {mean} in {title}: the training diverged. Lower "
-            "recipe.learning_rate in helpers/settings.py and run this step again."
+            "recipe's learning rate and train again."
         )
     return mean
 
@@ -288,7 +202,7 @@ def _resume(
     try:
         stored = _Progress(**torch.load(path, map_location=device(), weights_only=True))
     except Exception as error:  # torch.load fails in many ways on a damaged file
-        raise TutorialError(
+        raise InputError(
             f"{path.name} is damaged ({type(error).__name__}). Delete it and run this step "
             "again: the training then starts from its first epoch."
         ) from error

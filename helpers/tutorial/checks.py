@@ -4,22 +4,13 @@ Every step of the tutorial ends in an executed check; every exercise is compared
 with its answer. Introduced in `00_check_your_setup.ipynb`.
 """
 
-from types import TracebackType
 from typing import Any
 
+from helpers.errors import HelpersError
 
-class TutorialError(Exception):
-    """Something that the reader can mend; its message says what and how."""
 
-    def _render_traceback_(
-        self,
-        etype: type | None = None,
-        value: BaseException | None = None,
-        traceback: TracebackType | None = None,
-        tb_offset: int | None = None,
-    ) -> list[str]:
-        """Show the sentence alone in a notebook: a traceback would bury it."""
-        return [f"{type(self).__name__}: {self}"]
+class TutorialError(HelpersError, RuntimeError):
+    """A step of the tutorial cannot go on; the message says what to do."""
 
 
 class CheckError(TutorialError):

@@ -12,7 +12,7 @@ import numpy as np
 import pynvml
 import torch
 
-from helpers.checks import TutorialError
+from helpers.errors import UnavailableError
 
 WINDOW = 5.0  # seconds; the counter is refreshed about every 100 ms, which is 2 % of it
 
@@ -29,7 +29,7 @@ THROTTLES = {
 }
 
 
-class EnergyError(TutorialError):
+class EnergyError(UnavailableError):
     """The energy counter of the GPU cannot be read."""
 
 

@@ -6,9 +6,6 @@ builds without a GPU, for a compute capability that is named.
 """
 
 import importlib
-import json
-import math
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +16,21 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from helpers.artifacts import atomic_write
-from helpers.checks import TutorialError
-from helpers.onnx_export import INPUT
-from helpers.settings import relative
-from helpers.sparsity.verify import verify_onnx
+from helpers.errors import UnavailableError
+from helpers.files import atomic_write, shown
+from helpers.inference.engine_log import (
+    CHOSEN,
+    ELIGIBLE,
+    _is_sparse,
+    _nodes,
+    kernel_times,
+    last_report,
+    read_tactics,
+    sparse_count,
+    sparse_layers,
+    why_dense,
+)
+from helpers.inference.export import INPUT
 
 # What TensorRT-RTX 1.7 can compile for; a GPU outside the list needs TensorRT.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -31,7 +38,7 @@ OLDEST = 10  # of TensorRT: the first with the interface that 11 has too
 DEFAULT_TARGET = "8.6"  # GeForce RTX 30 and A10: the oldest with Sparse Tensor Cores
 
 
-class EngineError(TutorialError):
+class EngineError(UnavailableError):
     """No builder is installed, or it could not build."""
 
 
@@ -168,163 +175,6 @@ class EngineReport:
         return next((tactics[name] for name in tactics if nodes & _nodes(name)), "")
 
 
-# --- what the log says ---
-
-# TensorRT 10 and 11, then TensorRT 8.
-ELIGIBLE = re.compile(
-    r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"
-    r"|Layers eligible for sparse math)(?:: (?P<names>.*))?"
-)
-CHOSEN = re.compile(
-    r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics"
-    r"|TRT inference plan picked sparse implementation for layers)(?:: (?P<names>.*))?"
-)
-# NVIDIA's sparse kernels by their names. (HasSparseWeights, which the engine also tells,
-# is true of a 2:4 layer with a dense kernel too: NVIDIA/TensorRT#4694.)
-SPARSE_TACTIC = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
-TIMED_LAYER = re.compile(r"Timing Runner: (?P<layer>.+) \(\w+(?:\[\w+\])?\)$")
-TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d[\d.e+-]*)")
-WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#3849
-
-
-def sparse_layers(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> tuple[str, ...] | None:
-    """Return the layers that a builder's log lists for a pattern; None if it lists none.
-
-    Of several lists the last one counts. One that gives a number but not as many names is none.
-    """
-    match = _last(log, pattern)
-    if match is None:
-        return None
-    names = _split(match["names"] or "")
-    return names if match["count"] in (None, str(len(names))) else None
-
-
-def sparse_count(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> int | None:
-    """Return how many layers a builder's log counts for a pattern; None if it says nothing."""
-    match = _last(log, pattern)
-    if match is None:
-        return None
-    return int(match["count"] or len(_split(match["names"] or "")))
-
-
-def last_report(log: list[str] | tuple[str, ...]) -> list[str]:
-    """Return a log from its last list of eligible layers on.
-
-    The builder reports once for each pass of its search. A list of chosen layers that stands
-    before the last list of eligible ones belongs to an earlier pass.
-    """
-    starts = [index for index, line in enumerate(log) if ELIGIBLE.search(line)]
-    return list(log[starts[-1] :]) if starts else []
-
-
-def kernel_times(log: list[str] | tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Return how long each kernel took that was tried for a layer, in ms.
-
-    Of several trials of a kernel, in other layouts say, the fastest counts. Layers whose
-    times came from a timing cache were not tried.
-    """
-    times: dict[str, dict[str, float]] = {}
-    layer = ""
-    for line in log:
-        if match := TIMED_LAYER.search(line):
-            layer = match["layer"]
-        elif match := TIMED_TACTIC.search(line):
-            kernels = times.setdefault(layer, {})
-            kernel, time_ms = match["tactic"], float(match["time"])
-            kernels[kernel] = min(time_ms, kernels.get(kernel, math.inf))
-    return times
-
-
-def read_tactics(information: str) -> dict[str, str]:
-    """Return the kernel of each layer in what an EngineInspector tells as JSON.
-
-    A layer without a tactic of its own, such as a copy, has an empty name.
-    """
-    layers = json.loads(information)["Layers"]
-    return {layer["Name"]: layer.get("TacticName") or "" for layer in layers}
-
-
-def _last(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> re.Match | None:
-    return next((match for line in reversed(log) if (match := pattern.search(line))), None)
-
-
-def _split(names: str) -> tuple[str, ...]:
-    """Split a list at its commas, but not at those inside a name such as `PWN(a, b)`."""
-    parts, depth = [""], 0
-    for character in names:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _nodes(layer: str) -> set[str]:
-    """Return the nodes of the ONNX file that a layer is fused from."""
-    return set(layer.split(" + "))
-
-
-def _is_sparse(tactic: str) -> bool:
-    return SPARSE_TACTIC.search(tactic) is not None
-
-
-# --- why not sparse ---
-
-
-def why_dense(
-    layers: tuple[str, ...], times: dict[str, dict[str, float]], onnx_path: Path
-) -> dict[str, str]:
-    """Return why the builder chose a dense kernel for eligible layers, as far as it can be known.
-
-    Args:
-        layers: names as the builder logs them.
-        times: as `kernel_times` returns them.
-        onnx_path: the network; its shapes must do where no times were logged.
-    """
-    reasons = {layer: _by_times(times.get(layer, {})) for layer in layers}
-    if not all(reasons.values()):
-        sizes = _sizes(onnx_path)
-        for layer, reason in reasons.items():
-            reasons[layer] = reason or _by_size([sizes[n] for n in _nodes(layer) if n in sizes])
-    return reasons
-
-
-def _by_times(kernels: dict[str, float]) -> str:
-    """Return what the trials of a layer's kernels tell; nothing if too few were logged."""
-    sparse = [time_ms for name, time_ms in kernels.items() if _is_sparse(name)]
-    dense = [time_ms for name, time_ms in kernels.items() if not _is_sparse(name)]
-    if not dense:
-        return ""
-    if not sparse:
-        return "no sparse kernel was tried"
-    times = f"{min(sparse):.4g} ms sparse, {min(dense):.4g} ms dense"
-    if min(sparse) >= min(dense):
-        return f"slower: {times}"
-    return f"faster alone ({times}), so something around it decided, such as layouts"
-
-
-def _by_size(sizes: list[tuple[int, int]]) -> str:
-    """Return what a layer's outputs and terms of each sum let expect."""
-    for outputs, terms in sizes:
-        if min(outputs, terms) < WIDE:
-            return (
-                f"small: {outputs} outputs, each a sum of {terms}; sparse kernels tend to win "
-                f"from {WIDE} on"
-            )
-    return "the builder chose a dense kernel and logged no times"
-
-
-def _sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
-    """Return outputs and terms of each sum of a file's products, by the names of their nodes."""
-    table = verify_onnx(onnx_path)
-    rows = table[table.eligible]
-    return {
-        node: (shape[0], math.prod(shape[1:]))
-        for node, shape in zip(rows.node, rows["shape"], strict=True)
-    }
-
-
 # --- building ---
 
 
@@ -395,7 +245,7 @@ def build_engine(
     seconds = time.perf_counter() - start
     if plan is None:
         raise EngineError(
-            f"{builder.name} could not build {relative(onnx_path)}: " + logger.last_error()
+            f"{builder.name} could not build {shown(onnx_path)}: " + logger.last_error()
         )
     tactics = _inspect(builder, plan, logger)
     if timing_cache is not None:
@@ -482,7 +332,7 @@ def _create_network(builder: Builder, build: Any) -> Any:
 def _parse(builder: Builder, parser: Any, network: Any, onnx_path: Path) -> None:
     """Read an ONNX file into a network."""
     if not Path(onnx_path).exists():
-        raise EngineError(f"{relative(onnx_path)} is missing. Run 04_export_onnx.ipynb first.")
+        raise EngineError(f"{shown(onnx_path)} is missing. Run 04_export_onnx.ipynb first.")
     # An empty file parses, as a network of nothing.
     if not parser.parse_from_file(str(onnx_path)) or network.num_outputs == 0:
         reason = "no reason given"
@@ -490,7 +340,7 @@ def _parse(builder: Builder, parser: Any, network: Any, onnx_path: Path) -> None
             problem = parser.get_error(0)
             reason = problem.desc()
         raise EngineError(
-            f"{relative(onnx_path)} is not an ONNX file that {builder.name} can read: {reason}"
+            f"{shown(onnx_path)} is not an ONNX file that {builder.name} can read: {reason}"
         )
 
 
@@ -502,7 +352,7 @@ def _load_timing_cache(builder: Builder, config: Any, path: Path) -> None:
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise EngineError(
-            f"{relative(path)} is no timing cache of {builder.name} {builder.version} on this "
+            f"{shown(path)} is no timing cache of {builder.name} {builder.version} on this "
             "GPU. Delete the file, or give another name."
         )
 

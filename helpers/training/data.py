@@ -18,14 +18,14 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.models import ResNeXt101_32X8D_Weights
 from torchvision.transforms import v2
 
-from helpers.checks import TutorialError
-from helpers.settings import Settings, relative
+from helpers.errors import InputError
+from helpers.files import shown
 
 FASHION_MEAN, FASHION_STD = 0.286, 0.353  # of the 60,000 training images
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class DataError(TutorialError):
+class DataError(InputError):
     """A data set is missing or damaged."""
 
 
@@ -43,41 +43,58 @@ class Splits:
         return f"{', '.join(sizes)} images in {len(self.classes)} classes"
 
 
-def load_splits(settings: Settings) -> Splits:
-    """Return the images of a preset, split into training, validation and test.
+def make_splits(
+    dataset: str,
+    folder: Path,
+    validation_images: int,
+    train_batch_size: int,
+    batch_size: int,
+    workers: int = 0,
+    seed: int = 0,
+) -> Splits:
+    """Return the images of a data set, split into training, validation and test.
+
+    Args:
+        dataset: `FashionMNIST`, `Imagenette` or `ImageNet`.
+        folder: where it lies, or is downloaded to if it may be.
+        validation_images: how many to hold out of the training images.
+        train_batch_size: images in a training batch; the last incomplete one is left out.
+        batch_size: images in a validation or test batch.
+        workers: processes of each loader; 0 loads in this one.
+        seed: of the choice of the validation images.
 
     Raises:
-        DataError: the data set is missing, truncated or too small for the split.
+        DataError: the data set is unknown, missing, truncated or too small for the split.
     """
-    load = {"FashionMNIST": _fashion_mnist, "Imagenette": _imagenette, "ImageNet": _imagenet}
-    augmented, plain, test, classes = load[settings.dataset](settings.data_dir)
-    held_out = settings.validation_images
-    if len(plain) <= held_out:
+    if dataset not in _LOADERS:
+        raise DataError(f"There is no data set {dataset!r}; there are {', '.join(_LOADERS)}.")
+    augmented, plain, test, classes = _LOADERS[dataset](folder)
+    if len(plain) <= validation_images:
         raise DataError(
-            f"{settings.dataset} has {len(plain)} training images in "
-            f"{relative(settings.data_dir)}, and {held_out} of them are to be held out for "
-            "validation. Is the data set complete?"
+            f"{dataset} has {len(plain)} training images in {shown(folder)}, and "
+            f"{validation_images} of them are to be held out for validation. Is the data set "
+            "complete?"
         )
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(plain), generator=generator).tolist()
+    held_out, rest = order[:validation_images], order[validation_images:]
     return Splits(
-        train=_loader(Subset(augmented, order[held_out:]), settings, shuffle=True),
-        validation=_loader(Subset(plain, order[:held_out]), settings),
-        test=_loader(test, settings),
+        train=_loader(Subset(augmented, rest), train_batch_size, workers, shuffle=True),
+        validation=_loader(Subset(plain, held_out), batch_size, workers),
+        test=_loader(test, batch_size, workers),
         classes=classes,
     )
 
 
-def _loader(dataset: Dataset, settings: Settings, shuffle: bool = False) -> DataLoader:
+def _loader(dataset: Dataset, batch_size: int, workers: int, shuffle: bool = False) -> DataLoader:
     return DataLoader(
         dataset,
-        # An engine takes no batch above the largest of its profile, so neither do we.
-        batch_size=settings.recipe.batch_size if shuffle else max(settings.batches),
+        batch_size=batch_size,
         shuffle=shuffle,
         drop_last=shuffle,  # a last batch of one image would upset batch norm
-        num_workers=settings.workers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=settings.workers > 0,
+        persistent_workers=workers > 0,
         collate_fn=_collate,
     )
 
@@ -121,8 +138,8 @@ def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
     for name, md5 in datasets.FashionMNIST.resources:
         if (raw / name).exists() and not check_integrity(raw / name, md5):
             raise DataError(
-                f"{relative(raw / name)} is damaged: its checksum is not the published one. "
-                f"Restore it with `git checkout -- {relative(raw / name)}`."
+                f"{shown(raw / name)} is damaged: its checksum is not the published one. "
+                f"Restore it with `git checkout -- {shown(raw / name)}`."
             )
     try:
         train = datasets.FashionMNIST(folder, train=True, download=True)
@@ -130,7 +147,7 @@ def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
     except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, OSError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"Fashion-MNIST could not be read from {relative(raw)} ({reason}). The four .gz files "
+            f"Fashion-MNIST could not be read from {shown(raw)} ({reason}). The four .gz files "
             "belong there: `git checkout -- data/FashionMNIST` restores them. Delete any file "
             "there that does not end in .gz, see that the disk has 60 MB free, and run this again."
         ) from error
@@ -171,13 +188,13 @@ def _imagenette(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         train, held, test = part("train", augment), part("train", plain), part("val", plain)
     except (RuntimeError, OSError, KeyError) as error:
         raise DataError(
-            f"Imagenette could not be read from {relative(folder)} or downloaded ({error}). "
+            f"Imagenette could not be read from {shown(folder)} or downloaded ({error}). "
             "Unpack imagenette2-320.tgz there, or set TUTORIAL_DATA to the folder that holds "
             "imagenette2-320/."
         ) from error
     if not len(train.classes) == len(test.classes) == 10:
         raise DataError(
-            f"Imagenette in {relative(folder)} has {len(train.classes)} classes to train and "
+            f"Imagenette in {shown(folder)} has {len(train.classes)} classes to train and "
             f"{len(test.classes)} to test; there should be ten. Unpack imagenette2-320.tgz again."
         )
     return train, held, test, [names[0] for names in train.classes]
@@ -192,13 +209,16 @@ def _imagenet(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         test = datasets.ImageFolder(root / "val", plain)
     except OSError as error:
         raise DataError(
-            f"ImageNet was not found in {relative(root)} ({error}). It is not free to "
+            f"ImageNet was not found in {shown(root)} ({error}). It is not free to "
             "redistribute: get ILSVRC 2012 from image-net.org and lay it out as "
             "imagenet/train/<class>/*.JPEG and imagenet/val/<class>/*.JPEG, or set TUTORIAL_DATA."
         ) from error
     if len(test.classes) != 1000 or train.classes != test.classes:
         raise DataError(
-            f"{relative(root)} has {len(train.classes)} training and {len(test.classes)} "
+            f"{shown(root)} has {len(train.classes)} training and {len(test.classes)} "
             "validation classes; the pretrained network knows ImageNet's 1000 in both."
         )
     return train, held, test, list(ResNeXt101_32X8D_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+_LOADERS = {"FashionMNIST": _fashion_mnist, "Imagenette": _imagenette, "ImageNet": _imagenet}

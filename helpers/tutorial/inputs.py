@@ -1,0 +1,100 @@
+"""What a preset starts from: its pretrained model and its images.
+
+Explained in `01_load_pretrained.ipynb`.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import ResNeXt101_32X8D_Weights
+
+from helpers.files import sha256
+from helpers.training.data import Splits, make_splits
+from helpers.training.networks import (
+    CheckpointError,
+    create_model,
+    imagenette_indices,
+    load_checkpoint,
+    restrict_head_,
+)
+from helpers.tutorial.settings import Settings, relative
+
+
+def pretrained_path(settings: Settings) -> Path:
+    """Return where the quick preset's pretrained checkpoint lies in the repository."""
+    name = f"{settings.model}_{settings.dataset.lower()}.safetensors"
+    return settings.data_dir / "pretrained" / name
+
+
+def load_pretrained(settings: Settings) -> nn.Module:
+    """Return the trained dense network that the case study starts from.
+
+    quick: the checkpoint in `data/pretrained/`. full: torchvision's `IMAGENET1K_V1`
+    weights. workshop: the same with the last layer restricted to Imagenette's ten
+    classes, which needs no training.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged or cannot be downloaded.
+    """
+    if settings.model == "resnext14_8x4d":
+        path = pretrained_path(settings)
+        _require_shipped(path)
+        return load_checkpoint(path)
+    weights = ResNeXt101_32X8D_Weights.IMAGENET1K_V1
+    model = create_model(settings.model, num_classes=1000)
+    try:
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:  # torch.load fails in many ways on a damaged file
+        name = weights.url.rpartition("/")[2]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"torchvision's weights {name} could not be downloaded or read ({reason}). Put the "
+            f"whole file into hub/checkpoints/ below TORCH_HOME, which is now "
+            f"{relative(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
+            "no network."
+        ) from error
+    if settings.dataset == "Imagenette":
+        restrict_head_(model, imagenette_indices())
+    return model
+
+
+def _require_shipped(path: Path) -> None:
+    """Compare the checkpoint in the repository with its card."""
+    card = path.with_suffix(".json")
+    restore = "Restore it with `git checkout -- data/pretrained`."
+    if not path.exists() or not card.exists():
+        missing = card if path.exists() else path
+        raise CheckpointError(
+            f"{relative(missing)} is missing. {restore} "
+            "Or train the network again with `python -m helpers pretrain`."
+        )
+    try:
+        recorded = json.loads(card.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{relative(card)} is damaged. {restore}") from error
+    if sha256(path) != recorded:
+        raise CheckpointError(
+            f"{relative(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
+        )
+
+
+def load_splits(settings: Settings) -> Splits:
+    """Return the images of a preset, split into training, validation and test.
+
+    Raises:
+        DataError: the data set is missing, truncated or too small for the split.
+    """
+    return make_splits(
+        settings.dataset,
+        settings.data_dir,
+        settings.validation_images,
+        train_batch_size=settings.recipe.batch_size,
+        # An engine takes no batch above the largest of its profile, so test batches
+        # stay within it.
+        batch_size=max(settings.batches),
+        workers=settings.workers,
+        seed=settings.seed,
+    )

@@ -1,0 +1,90 @@
+"""Run the notebooks in order, and sum up what they left behind.
+
+What `make tutorial` and `make notebooks` call.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from hashlib import sha256 as digest
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from helpers.files import atomic_write
+from helpers.tutorial.artifacts import NOTEBOOKS
+from helpers.tutorial.checks import TutorialError
+from helpers.tutorial.settings import Settings, project_root
+
+
+def source_digest(cells: Sequence[Any]) -> str:
+    """Return a checksum over the code of a notebook, to tell outputs of another source."""
+    code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
+    return digest(code.encode()).hexdigest()
+
+
+def run_notebooks(settings: Settings, save: bool = False) -> None:
+    """Run every notebook from top to bottom, one after the other.
+
+    Args:
+        settings: the preset; its artifacts folder receives executed copies.
+        save: write the outputs into `notebooks/` as well, without progress bars.
+
+    Raises:
+        TutorialError: Jupyter is not installed, or a cell failed.
+    """
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, DeadKernelError
+        from traitlets.config import Config
+    except ImportError as error:
+        raise TutorialError(
+            f"Notebooks cannot be run here ({error}). Install the project with its notebooks: "
+            "pip install -e '.[notebooks]'. `python -m helpers` runs the same steps without them."
+        ) from error
+    folder = project_root() / "notebooks"
+    os.environ["TUTORIAL_PRESET"] = settings.preset
+    for name in tqdm(NOTEBOOKS.values(), desc="notebooks"):
+        notebook = nbformat.read(folder / name, as_version=4)
+        with tempfile.TemporaryDirectory() as sockets:
+            # Sockets in a private folder: over TCP anybody on the machine could listen.
+            ipc = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")})
+            client = NotebookClient(
+                notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
+            )
+            try:
+                client.execute()
+            except CellExecutionError as error:
+                raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
+            except DeadKernelError as error:
+                raise TutorialError(
+                    f"{name} stopped: its kernel died, as it does when the memory runs out."
+                ) from error
+        tidy(notebook)
+        targets = [settings.artifacts_dir / "notebooks" / name]
+        for target in targets + [folder / name] * save:
+            with atomic_write(target) as part:
+                nbformat.write(notebook, part)
+
+
+def tidy(notebook: Any) -> None:
+    """Drop from an executed notebook what only made sense while it ran, in place.
+
+    That is: progress bars, timings of the cells, the kernel's version. The checksum of
+    the code is recorded, so that a test can tell outputs of an older source.
+    """
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            ]
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "tutorial": {"source_sha256": source_digest(notebook.cells)},
+    }

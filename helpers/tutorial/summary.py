@@ -1,0 +1,114 @@
+"""The key figures of the last run, from what the notebooks left behind."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import machine
+from helpers.files import write_json
+from helpers.inference.runners import Runner
+from helpers.measurement.benchmark import Ratio, perf_per_watt, speedup
+from helpers.metrics import Accuracy
+from helpers.tutorial import backends
+from helpers.tutorial.artifacts import NETWORKS, Artifacts
+from helpers.tutorial.settings import Settings
+
+
+def save_benchmark(
+    artifacts: Artifacts, runners: dict[str, Runner], table: pd.DataFrame, kind: str | None = None
+) -> Path:
+    """Write the measured table as JSON, with date, machine and versions.
+
+    Args:
+        artifacts: where it goes.
+        runners: what was measured.
+        table: as `helpers.benchmark.sweep` returns it.
+        kind: of the runners, as `helpers.contenders.find_runners` took it.
+    """
+    content = {
+        "runner": runners["sparse"].name,
+        **machine.provenance(),
+        "rows": table.to_dict("records"),
+    }
+    parents = list(backends.network_files(kind).values())
+    with artifacts.writing("06_benchmark.json", parents) as path:
+        write_json(path, content)
+    return artifacts.path("06_benchmark.json")
+
+
+def summary(settings: Settings) -> dict[str, str]:
+    """Return the key figures of the last run, from the sidecars of its artifacts.
+
+    Raises:
+        ArtifactError: a step has not been run; names its notebook.
+    """
+    artifacts = Artifacts(settings)
+    tests = {
+        name: Accuracy(**artifacts.facts(file)["test"])
+        for name, file in (
+            ("dense", "01_dense.safetensors"),
+            ("pruned", "02_pruned.safetensors"),
+            ("retrained", "03_retrained.safetensors"),
+        )
+    }
+    rows = {f"{name}, test top-1": str(result) for name, result in tests.items()}
+    pruning = artifacts.facts("02_pruned.safetensors")
+    rows["sparse layers"] = (
+        f"{pruning['sparse_layers']} of {pruning['layers']}, with "
+        f"{pruning['parameters_share']:.2f} % of the parameters and "
+        f"{pruning['macs_share']:.2f} % of the MACs"
+    )
+    for precision in ("fp32", "fp16"):
+        gaps = [artifacts.facts(f"04_{name}_{precision}.onnx")["gap"] for name in NETWORKS]
+        rows[f"ONNX gap to PyTorch, {precision.upper()}"] = f"{max(gaps):.1e} of the largest logit"
+    for name in NETWORKS:
+        built = artifacts.facts(f"05_{name}.engine")
+        rows[f"engine, {name}"] = (
+            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, {built['target']}"
+        )
+    benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
+    rows["measured with"] = benchmark["runner"]
+    return rows | _gains(pd.DataFrame(benchmark["rows"]))
+
+
+def _gains(table: pd.DataFrame) -> dict[str, str]:
+    """Return, for each batch size, what sparse gains, beside what chance alone gives."""
+    measures = {"latency p50": ("p50", " ms", speedup)}
+    if "images_per_joule" in table:
+        measures["images per joule"] = ("images_per_joule", "", perf_per_watt)
+    rows = {}
+    for label, (column, unit, compare) in measures.items():
+        values = table.pivot(index="batch", columns="network", values=column)
+        gains, chances = compare(table), compare(table, other="dense again")
+        for batch, own in values.dropna().iterrows():  # energy may be missing at a batch
+            gain, chance = (Ratio(*ratios.loc[batch]) for ratios in (gains, chances))
+            rows[f"{label}, batch {batch}"] = (
+                f"dense {own['dense']:.2f}{unit}, sparse {own['sparse']:.2f}{unit}: "
+                f"{gain} (dense against itself {chance})"
+            )
+    return rows
+
+
+def record(settings: Settings) -> Path:
+    """Write the figures of the last run to `data/reference/`, with their provenance.
+
+    Notebook 06 shows them beside the reader's own, and the README's table is made of them.
+    """
+    benchmark = json.loads(Artifacts(settings).require("06_benchmark.json").read_text())
+    where = "gpu" if machine.gpu() else "cpu"
+    return write_json(
+        settings.data_dir / "reference" / f"{settings.preset}_{where}.json",
+        {"summary": summary(settings), "benchmark": benchmark, **machine.provenance()},
+    )
+
+
+def print_summary(settings: Settings) -> None:
+    """Print the key figures of the last run and where its files are."""
+    artifacts = Artifacts(settings)
+    for name, value in summary(settings).items():
+        print(f"{name:26} {value}")
+    print(f"\nresults  {os.path.relpath(artifacts.folder)}")
+    for figure in sorted(artifacts.figures.glob("*.png")):
+        print(f"figure   {os.path.relpath(figure)}")
