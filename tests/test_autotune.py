@@ -15,7 +15,7 @@ from helpers.inference.kernels import DenseGemm, DenseLayer, Kernel
 
 
 class FakeTimer:
-    """A timer that tells what it was told, and counts."""
+    """A timer that returns given times, and counts its calls."""
 
     def __init__(self, *milliseconds: float) -> None:
         self.milliseconds, self.used = list(milliseconds), 0

@@ -36,8 +36,8 @@ def operators(path: Path) -> Counter:
 
 def test_a_pruned_network_is_the_same_as_products_and_still_2to4(resnext_file, tmp_path):
     products = rewrite_1x1_as_matmul(resnext_file, tmp_path / "products.onnx", SHAPE)
-    gap = onnx_max_relative_error(tmp_path / "products.onnx", resnext_file, images(3))
-    assert gap < GAPS[resnext_file.stem]
+    error = onnx_max_relative_error(tmp_path / "products.onnx", resnext_file, images(3))
+    assert error < GAPS[resnext_file.stem]
 
     before = sparsity.verify_onnx(resnext_file).set_index("node")
     after = sparsity.verify_onnx(tmp_path / "products.onnx").set_index("node")

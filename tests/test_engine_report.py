@@ -36,7 +36,7 @@ def test_log_and_engine_are_held_against_each_other():
     tactics = {"a": "sm80_sparse_gemm", "b": "sm80_fprop", "c": "sm80_fprop"}
     assert report(tactics=tactics).disagreements() == ("a", "c")
     assert report(tactics={"b": "sm80_fprop", "c": "spmma"}).disagreements() == ()
-    # A copy has no kernel of its own, whatever it stands beside.
+    # A copy has no kernel of its own, whatever it is fused with.
     copied = {"a + relu": "", "a + add": "sm80_sparse_gemm"}
     assert report(tactics=copied).disagreements() == ("a",)
     assert report(tactics=None).disagreements() == ()

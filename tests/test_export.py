@@ -80,12 +80,12 @@ def test_exporting_leaves_the_network_as_it_was(tiny_net, tmp_path):
         assert before[key].dtype == value.dtype
 
 
-def test_logits_of_another_shape_have_no_gap():
+def test_logits_of_another_shape_cannot_be_compared():
     with pytest.raises(HelpersError, match=r"shape \(2, 1\) cannot be compared .* \(2, 10\)"):
         max_relative_error(torch.ones(2, 1), torch.ones(2, 10))
 
 
-def test_the_gap_is_relative_to_the_largest_logit():
+def test_the_error_is_relative_to_the_largest_logit():
     reference = torch.tensor([[1.0, -4.0], [2.0, 0.0]])
     assert max_relative_error(reference, reference) == 0
     assert max_relative_error(reference + torch.tensor([0.0, 1.0]), reference) == 0.25

@@ -7,7 +7,7 @@ from helpers.errors import InputError
 from helpers.inference.onnx_session import OnnxSession, onnx_max_relative_error
 
 
-def test_images_that_a_file_does_not_take_are_told_by_shape(exported):
+def test_images_that_a_file_does_not_take_are_refused_by_shape(exported):
     path = exported[1]["fp32"]
     with pytest.raises(InputError, match=r"fp32\.onnx does not run .* \(2, 3, 8, 8\)"):
         onnx_max_relative_error(path, path, torch.randn(2, 3, 8, 8))

@@ -1,11 +1,14 @@
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from helpers.errors import InputError
 from helpers.inference import cuda_graphs, runners
@@ -63,6 +66,27 @@ def test_the_onnx_runner_gives_the_logits_of_the_network(exported, reference, pr
         assert max_relative_error(logits, reference(images(batch))) < GAPS[precision]
 
 
+def test_the_runners_load_no_library_that_is_not_used_yet():
+    libraries = ("onnx", "onnxruntime", "pycuda", "tensorrt", "tensorrt_rtx")
+    code = f"""
+import sys
+import helpers.inference.runners
+print([name for name in {libraries} if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_a_file_without_logits_is_refused(tmp_path):
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "x.onnx")
+    with pytest.raises(InputError, match=r"x\.onnx has no output `logits`, only y\. Export"):
+        OnnxRunner(tmp_path / "x.onnx")
+
+
 @pytest.mark.parametrize("kind", ["torch", "fp32", "fp16"])
 def test_every_runner_is_right_on_fresh_images_with_its_results_invalidated(no_gpu, exported, kind):
     model, files = exported
@@ -71,8 +95,8 @@ def test_every_runner_is_right_on_fresh_images_with_its_results_invalidated(no_g
         "fp32": lambda: OnnxRunner(files["fp32"]),
         "fp16": lambda: OnnxRunner(files["fp16"]),
     }
-    gap = check_outputs(makers[kind](), model, SHAPE, batch=5)
-    assert gap < GAPS["fp16" if kind == "fp16" else "fp32"]
+    error = check_outputs(makers[kind](), model, SHAPE, batch=5)
+    assert error < GAPS["fp16" if kind == "fp16" else "fp32"]
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
@@ -145,9 +169,6 @@ def test_a_file_that_onnx_runtime_cannot_load_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"04_net\.onnx cannot be loaded .*export_onnx"):
         OnnxRunner(path)
-
-
-# --- TensorRT ------------------------------------------------------------------------------
 
 
 def test_without_a_gpu_an_engine_is_not_run_and_the_reason_is_one_sentence(no_gpu, tmp_path):

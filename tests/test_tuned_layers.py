@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from helpers.inference.autotune import Autotuner
 from helpers.inference.fold import fold_batch_norm
 from helpers.inference.sparse_torch import use_gemms_
-from helpers.inference.tuned_layers import TunedLayer
+from helpers.inference.kernels import DenseGemm, Kernel, ProductLayer
+from helpers.inference.tuned_layers import TunedLayer, tune_layers_
 from helpers.metrics import max_relative_error
 from helpers.sparsity import is_2to4, prune_2to4_
 
@@ -197,3 +198,38 @@ def test_a_network_runs_the_kernel_that_was_chosen_for_each_shape():
         folded(rows)  # chooses
     tuned.kernels = {name: lambda input, name=name: name for name in tuned.kernels}
     assert (folded(few), folded(many)) == ("dense layer", "dense GEMM")
+
+
+class Convolution3x3(Kernel):
+    """A kernel for layers that are not matrix products."""
+
+    name = "3x3"
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)
+
+    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
+        return self.epilogue.apply_(self.layer(input))
+
+
+def test_any_kernels_can_be_tuned_for_the_layers_that_they_take():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 5)
+    )
+    folded = fold_batch_norm(network)
+    layers = tune_layers_(folded, [DenseGemm, Convolution3x3])
+    assert [(layer.name, list(layer.kernels)) for layer in layers] == [
+        ("0", ["dense layer", "3x3"]),
+        ("2", ["dense layer", "dense GEMM"]),
+    ]
+    x = random(2, 3, 9, 9)
+    with torch.inference_mode():
+        assert max_relative_error(folded(x), network(x)) < GAP
+
+
+def test_layers_that_may_not_be_replaced_stay_as_they_are():
+    folded = fold_batch_norm(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32)))
+    (layer,) = tune_layers_(folded, [DenseGemm], lambda weight: len(weight.tensor) == 32)
+    assert layer.name == "1"

@@ -66,14 +66,14 @@ class Autotuner:
         """
         key = measurement_key(kernels, input)
         if key not in self.choices:
-            self.choices |= self._read()  # another runner may have measured it meanwhile
+            self.choices |= self._read_cache()  # another runner may have measured it meanwhile
         if key not in self.choices:
-            self.choices[key] = self._measure(layer, kernels, input)
+            self.choices[key] = self._time(layer, kernels, input)
             if self.cache is not None:
                 write_json(self.cache, self.choices)
         return self.choices[key]
 
-    def _measure(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
+    def _time(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
         first, *others = kernels
         algorithms: dict[str, dict[str, int]] = {first.name: {}}
         calls: list[Callable[[], Tensor]] = [partial(first, input)]
@@ -108,7 +108,7 @@ class Autotuner:
             best = first.name
         return Choice(best, algorithms[best], times, refused)
 
-    def _read(self) -> dict[str, Choice]:
+    def _read_cache(self) -> dict[str, Choice]:
         if self.cache is None or not self.cache.exists():
             return {}
         try:

@@ -78,7 +78,7 @@ def rewrite_1x1_as_matmul(
 # The maximum relative error that another order of the same sums may cause.
 _LIMITS = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 1e-2}
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-# Operators that work on each element by itself, whatever the layout.
+# Operators that work on each element by itself, in any layout.
 _POINTWISE = (
     "Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Max Min Mish "
     "Mul Neg Pow Relu Selu Sigmoid Softplus Sqrt Sub Tanh"

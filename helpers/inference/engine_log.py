@@ -167,22 +167,20 @@ def product_sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
 
     graph = onnx.load(onnx_path, load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    sizes = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for node in graph.node:
         shape = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
-        if len(shape) < 2:
-            continue
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and len(shape) > 2:
             sizes[node.name] = (shape[0], math.prod(shape[1:]))
-        elif node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
-            sizes[node.name] = (shape[0], shape[1])
-        elif node.op_type in ("Gemm", "MatMul"):
-            sizes[node.name] = (shape[-1], shape[-2])
+        elif node.op_type in ("Gemm", "MatMul") and len(shape) == 2:
+            transposed = any(item.name == "transB" and item.i for item in node.attribute)
+            first, second = shape
+            sizes[node.name] = (first, second) if transposed else (second, first)
     return sizes
 
 
 def _why_by_times(kernels: dict[str, float]) -> str:
-    """Return what the trials of a layer's kernels tell; nothing if too few were logged."""
+    """Return what the trials of a layer's kernels show; nothing if too few were logged."""
     sparse = [time_ms for name, time_ms in kernels.items() if is_sparse_tactic(name)]
     dense = [time_ms for name, time_ms in kernels.items() if not is_sparse_tactic(name)]
     if not dense:

@@ -58,7 +58,7 @@ def tune_layers_(
     Args:
         model: as `fold_batch_norm` returns it, already on its device and in its type.
         kernels: those to choose among, beside the dense layer itself.
-        may_replace: tells from a layer's weight whether the layer may be replaced.
+        may_replace: decides from a layer's weight whether the layer may be replaced.
         autotuner: chooses for each layer; without one the last kernel that takes a layer runs.
 
     Returns:
