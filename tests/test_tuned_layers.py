@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from helpers.inference.autotune import Autotuner
 from helpers.inference.fold import fold_batch_norm
-from helpers.inference.sparse_torch import use_gemms_
 from helpers.inference.kernels import DenseGemm, Kernel, ProductLayer
+from helpers.inference.sparse_torch import use_gemms_
 from helpers.inference.tuned_layers import TunedLayer, tune_layers_
 from helpers.metrics import max_relative_error
 from helpers.sparsity import is_2to4, prune_2to4_
