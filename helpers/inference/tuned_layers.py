@@ -67,8 +67,6 @@ def tune_layers_(
     tuned = []
     split_self_attention_(model)
     for name, layer, calls in _product_layers(model):
-        if not is_plain(layer, nn.Linear, nn.Conv2d):
-            continue
         fitting = [kernel for kernel in kernels if kernel.takes(layer)]
         if fitting and may_replace(LayerWeight(f"{name}.weight", layer, "weight")):
             epilogue = Epilogue(relu=_absorb_relus_(model, calls))
@@ -89,7 +87,11 @@ def _product_layers(
             # Called inside of the attention, where no node of the graph sees their results.
             yield f"{name}.qkv", layer.qkv, []
             yield f"{name}.out", layer.out, []
-        elif isinstance(layer, ProductLayer) and not is_read(model, name):
+        elif (
+            isinstance(layer, ProductLayer)
+            and is_plain(layer, nn.Linear, nn.Conv2d)
+            and not is_read(model, name)
+        ):
             yield name, layer, calls
 
 
