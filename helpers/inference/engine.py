@@ -121,14 +121,7 @@ def build_engine(
 
     Source: TensorRT's Python documentation, "Building an Engine".
     """
-    smallest, best, largest = profile_batch_sizes
-    if not 1 <= smallest <= best <= largest:
-        raise InputError(
-            "profile_batch_sizes must be the smallest, best and largest batch size, in this "
-            f"order, not {profile_batch_sizes}."
-        )
-    if optimization_level not in range(6):
-        raise InputError(f"optimization_level must be 0 to 5, not {optimization_level}.")
+    _check_arguments(profile_batch_sizes, optimization_level)
     builder = builder or find_builder()
     trt = builder.module
     logger = _make_logger(trt)
@@ -139,9 +132,7 @@ def build_engine(
 
     config = _configure(builder, build, sparse, optimization_level)
     built_for = _choose_gpu(builder, config, compute_capability)
-    profile = build.create_optimization_profile()
-    profile.set_shape(INPUT, *((size, *image_shape) for size in profile_batch_sizes))
-    config.add_optimization_profile(profile)
+    _add_profile(build, config, image_shape, profile_batch_sizes)
     if timing_cache is not None:
         _load_timing_cache(builder, config, Path(timing_cache))
 
@@ -220,6 +211,17 @@ def build_with_controls(
     }
 
 
+def _check_arguments(profile_batch_sizes: tuple[int, int, int], optimization_level: int) -> None:
+    smallest, best, largest = profile_batch_sizes
+    if not 1 <= smallest <= best <= largest:
+        raise InputError(
+            "profile_batch_sizes must be the smallest, best and largest batch size, in this "
+            f"order, not {profile_batch_sizes}."
+        )
+    if optimization_level not in range(6):
+        raise InputError(f"optimization_level must be 0 to 5, not {optimization_level}.")
+
+
 def _create_network(builder: Builder, build: Any) -> Any:
     """Return an empty network that is strongly typed, which is optional before TensorRT 11."""
     trt = builder.module
@@ -238,6 +240,15 @@ def _configure(builder: Builder, build: Any, sparse: bool, optimization_level: i
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     return config
+
+
+def _add_profile(
+    build: Any, config: Any, image_shape: tuple[int, int, int], batch_sizes: tuple[int, int, int]
+) -> None:
+    """Let the engine take images in batches from the smallest size to the largest."""
+    profile = build.create_optimization_profile()
+    profile.set_shape(INPUT, *((size, *image_shape) for size in batch_sizes))
+    config.add_optimization_profile(profile)
 
 
 def _parse(builder: Builder, parser: Any, network: Any, onnx_path: Path) -> None:
