@@ -47,7 +47,7 @@ def main() -> None:
         timed("verify", start)
 
         start = time.perf_counter()
-        built = engine.build_engine(onnx_file, plan, IMAGE, batches=(1, 32, 256))
+        built = engine.build_engine(onnx_file, plan, IMAGE, (1, 32, 256))
         timed("build", start)
         megabytes = {"onnx": onnx_file.stat().st_size / 1e6, "engine": built.megabytes}
 
@@ -59,7 +59,7 @@ def main() -> None:
         "all_eligible_2to4": bool(table[table.eligible].is_2to4.all()),
         "seconds": seconds,
         "megabytes": {name: round(size, 1) for name, size in megabytes.items()},
-        "builder": f"{built.builder} {built.version}, {built.target}",
+        "builder": f"{built.builder} {built.version}, {built.built_for}",
         **machine.provenance(),
     }
     write_json(RESULT, result)

@@ -3,6 +3,7 @@
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 
 import hypothesis
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from helpers import sparsity
 from helpers.inference import cuda_graphs, export
+from helpers.training import networks
 from helpers.training.data import InMemoryImages, Splits
 from helpers.tutorial.settings import PRESETS, Settings
 
@@ -100,6 +102,45 @@ def exported(tmp_path_factory):
         for name in ("fp32", "fp16")
     }
     return model, files
+
+
+@pytest.fixture(scope="session")
+def pruned_resnext() -> nn.Module:
+    """The quick preset's model pruned 2:4, in evaluation mode."""
+    torch.manual_seed(0)
+    model = networks.create_model("resnext14_8x4d", 10)
+    model(torch.randn(16, *SHAPE))  # gives the batch norms statistics other than 0 and 1
+    sparsity.prune_2to4_(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def resnext_files(pruned_resnext, tmp_path_factory) -> dict[str, Path]:
+    """The ONNX files of the pruned ResNeXt, by precision."""
+    folder = tmp_path_factory.mktemp("resnext")
+    return {
+        name: export.export_onnx(pruned_resnext, folder / f"{name}.onnx", SHAPE, name == "fp16")
+        for name in ("fp32", "fp16")
+    }
+
+
+@pytest.fixture(scope="session", params=["quick", "bottlenecks", "linear", "transformer"])
+def pruned(request) -> tuple[nn.Module, Tensor]:
+    """A model of `inference_cases` pruned 2:4, and images for it."""
+    from inference_cases import NETWORKS, prepared, random
+
+    make, shape = NETWORKS[request.param]
+    torch.manual_seed(0)
+    return prepared(make(), random(8, *shape, seed=1)), random(3, *shape, seed=2)
+
+
+@pytest.fixture
+def cusparselt():
+    """A fake cuSPARSELt on the CPU."""
+    from inference_cases import fake_cusparselt
+
+    with fake_cusparselt() as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.errors import UnavailableError
 from helpers.inference import cuda_graphs
 
 
@@ -49,7 +50,7 @@ def test_a_graph_holds_the_fewer_calls_the_longer_they_take(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
-def test_a_replay_computes_anew_from_the_same_tensor():
+def test_a_replay_computes_again_from_the_same_tensor():
     own = torch.ones(8, device="cuda")
     graph, doubled = cuda_graphs.capture(lambda: 2 * own)
     own.fill_(3)
@@ -62,8 +63,9 @@ def test_a_replay_computes_anew_from_the_same_tensor():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
 def test_after_a_capture_that_fails_work_goes_on_where_it_was():
     before = torch.cuda.current_stream()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as raised:
         cuda_graphs.capture(lambda: torch.ones((), device="cuda").cpu())  # waits for the GPU
+    cuda_graphs.raise_if_context_is_broken(raised.value)
     assert torch.cuda.current_stream() == before
     own = torch.ones(8, device="cuda")
     graph, doubled = cuda_graphs.capture(lambda: 2 * own)
@@ -77,3 +79,33 @@ def test_more_work_takes_more_time():
     small, large = (torch.randn(size, size, device="cuda") for size in (256, 4096))
     times = cuda_graphs.time_calls([lambda: small @ small, lambda: large @ large], rounds=3)
     assert np.median(np.concatenate(times[0])) < np.median(np.concatenate(times[1]))
+
+
+@pytest.mark.parametrize(("started", "calls"), [(True, ["synchronize"]), (False, [])])
+def test_a_gpu_that_still_works_or_was_never_used_raises_nothing(monkeypatch, started, calls):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
+    cuda_graphs.raise_if_context_is_broken(RuntimeError("shape not supported"))
+    assert seen == calls
+
+
+def test_a_broken_gpu_is_reported_with_its_cause(monkeypatch):
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel ...")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    cause = RuntimeError("the kernel failed\nfor many reasons")
+    with pytest.raises(UnavailableError, match=r"illegal .*the kernel failed\. Start") as raised:
+        cuda_graphs.raise_if_context_is_broken(cause)
+    assert raised.value.__cause__ is cause
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
+def test_a_gpu_works_on_after_an_argument_that_is_refused():
+    with pytest.raises(RuntimeError) as raised:
+        torch.ones(2, 3, device="cuda") @ torch.ones(2, 3, device="cuda")
+    cuda_graphs.raise_if_context_is_broken(raised.value)

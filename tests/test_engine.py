@@ -8,33 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import tqdm.auto
 from torch import nn
 
 from helpers import sparsity
+from helpers.errors import InputError
 from helpers.inference import engine, runners
 from helpers.inference.channels_last import rewrite_1x1_as_matmul
-from helpers.inference.engine import (
-    Builder,
-    EngineError,
-    EngineReport,
-    build_engine,
-    build_with_controls,
-    find_builder,
-)
-from helpers.inference.engine_log import (
-    CHOSEN,
-    ELIGIBLE,
-    kernel_times,
-    last_report,
-    read_tactics,
-    sparse_count,
-    sparse_layers,
-    why_dense,
-)
+from helpers.inference.engine import Builder, build_engine, build_with_controls, find_builder
+from helpers.inference.errors import EngineError
 from helpers.inference.export import export_onnx
-from helpers.sparsity.verify import verify_onnx
 
 SHAPE, BATCHES = (1, 28, 28), (1, 2, 8)
 
@@ -61,9 +44,6 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
-
-
-# --- which builder ----------------------------------------------------------------------
 
 
 def test_without_a_gpu_tensorrt_rtx_builds(no_gpu, monkeypatch):
@@ -103,7 +83,7 @@ def test_a_tensorrt_that_is_too_old_gives_way_and_the_reason_is_kept(fake_gpu, m
 
 
 @pytest.mark.parametrize("gpu", ["no_gpu", "fake_gpu"])
-def test_no_builder_at_all_says_what_it_costs_and_how_to_get_one(gpu, request, monkeypatch):
+def test_no_builder_at_all_says_what_it_means_and_how_to_get_one(gpu, request, monkeypatch):
     request.getfixturevalue(gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
@@ -111,18 +91,17 @@ def test_no_builder_at_all_says_what_it_costs_and_how_to_get_one(gpu, request, m
         find_builder()
     message = str(raised.value)
     assert "pip install tensorrt-rtx-cu13" in message
-    assert "notebook 05 cannot run" in message
+    assert "no engine can be built" in message
     assert "\n" not in message
-
-
-# --- building ---------------------------------------------------------------------------
 
 
 def test_an_engine_is_built_without_a_gpu_and_reported(rtx, exported, tmp_path):
     plan = tmp_path / "net.engine"
-    report = build_engine(exported[1]["fp16"], plan, SHAPE, BATCHES, target="8.9", builder=rtx)
+    report = build_engine(
+        exported[1]["fp16"], plan, SHAPE, BATCHES, compute_capability="8.9", builder=rtx
+    )
     assert plan.stat().st_size == round(report.megabytes * 1e6) > 1000
-    assert report.target == "compute capability 8.9"
+    assert report.built_for == "compute capability 8.9"
     assert (report.builder, report.version) == (rtx.name, rtx.version)
     assert report.sparse_flag
     assert report.seconds > 0
@@ -137,10 +116,14 @@ def test_an_engine_is_built_without_a_gpu_and_reported(rtx, exported, tmp_path):
     assert set(report.facts()) == set(vars(report)) - {"log"}
 
 
-@pytest.mark.parametrize("target", engine.RTX_TARGETS)
-def test_every_target_that_is_offered_can_be_built_for(rtx, exported, tmp_path, target):
+@pytest.mark.parametrize("capability", engine.RTX_COMPUTE_CAPABILITIES)
+def test_every_compute_capability_that_is_offered_can_be_built_for(
+    rtx, exported, tmp_path, capability
+):
     plan = tmp_path / "net.engine"
-    build_engine(exported[1]["fp16"], plan, SHAPE, BATCHES, target=target, builder=rtx)
+    build_engine(
+        exported[1]["fp16"], plan, SHAPE, BATCHES, compute_capability=capability, builder=rtx
+    )
     assert plan.stat().st_size > 1000
 
 
@@ -150,13 +133,15 @@ def test_a_network_of_products_builds_too(rtx, exported, tmp_path):
     assert (tmp_path / "e").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("here", "target"), [((8, 9), "8.9"), ((9, 0), engine.DEFAULT_TARGET)])
-def test_the_target_is_this_machines_gpu_where_tensorrt_rtx_knows_it(
-    rtx, fake_gpu, monkeypatch, exported, tmp_path, here, target
+@pytest.mark.parametrize(
+    ("here", "capability"), [((8, 9), "8.9"), ((9, 0), engine.DEFAULT_COMPUTE_CAPABILITY)]
+)
+def test_the_default_is_this_machines_gpu_where_tensorrt_rtx_knows_it(
+    rtx, fake_gpu, monkeypatch, exported, tmp_path, here, capability
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
     report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=rtx)
-    assert report.target == f"compute capability {target}"
+    assert report.built_for == f"compute capability {capability}"
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -190,7 +175,7 @@ def test_one_progress_bar_is_filled_and_closed(rtx, exported, tmp_path, monkeypa
         def close(self) -> None:
             self.closed = True
 
-    monkeypatch.setattr(engine, "tqdm", Bar)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=rtx)
     (bar,) = bars
     assert bar.desc == "Building engine"
@@ -198,16 +183,28 @@ def test_one_progress_bar_is_filled_and_closed(rtx, exported, tmp_path, monkeypa
     assert bar.closed
 
 
-def test_an_unknown_target_is_refused_with_the_known_ones(rtx, exported, tmp_path):
-    with pytest.raises(EngineError, match=r"capability 9\.0\. Choose one of 7\.5, 8\.0, 8\.6"):
-        build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, target="9.0", builder=rtx)
-
-
-def test_tensorrt_takes_no_target(trt, exported, tmp_path):
-    full = Builder("TensorRT", trt, "11.4", "a fake one: the interfaces agree up to here")
-    with pytest.raises(EngineError, match="leave `target` out"):
+def test_an_unknown_compute_capability_is_refused_with_the_known_ones(rtx, exported, tmp_path):
+    with pytest.raises(InputError, match=r"capability 9\.0\. Choose one of 7\.5, 8\.0, 8\.6"):
         build_engine(
-            exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, target="8.6", builder=full
+            exported[1]["fp16"],
+            tmp_path / "e",
+            SHAPE,
+            BATCHES,
+            compute_capability="9.0",
+            builder=rtx,
+        )
+
+
+def test_tensorrt_takes_no_compute_capability(trt, exported, tmp_path):
+    full = Builder("TensorRT", trt, "11.4", "a fake one: the interfaces agree up to here")
+    with pytest.raises(InputError, match="leave `compute_capability` out"):
+        build_engine(
+            exported[1]["fp16"],
+            tmp_path / "e",
+            SHAPE,
+            BATCHES,
+            compute_capability="8.6",
+            builder=full,
         )
 
 
@@ -233,15 +230,15 @@ def test_the_optimisation_level_reaches_the_builder(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batches": (4, 2, 8)}, "smallest, best and largest"),
-        ({"batches": (0, 2, 8)}, "smallest, best and largest"),
+        ({"profile_batch_sizes": (4, 2, 8)}, "smallest, best and largest batch size"),
+        ({"profile_batch_sizes": (0, 2, 8)}, "smallest, best and largest batch size"),
         ({"optimization_level": 6}, "0 to 5, not 6"),
         ({"timing_cache": Path("times")}, "Only TensorRT has a timing cache"),
     ],
 )
 def test_arguments_out_of_range_are_refused(rtx, exported, tmp_path, changes, message):
-    arguments = {"image_shape": SHAPE, "batches": BATCHES, "builder": rtx} | changes
-    with pytest.raises(EngineError, match=message):
+    arguments = {"image_shape": SHAPE, "profile_batch_sizes": BATCHES, "builder": rtx} | changes
+    with pytest.raises(InputError, match=message):
         build_engine(exported[1]["fp16"], tmp_path / "e", **arguments)
     assert not (tmp_path / "e").exists()
 
@@ -249,13 +246,13 @@ def test_arguments_out_of_range_are_refused(rtx, exported, tmp_path, changes, me
 @pytest.mark.parametrize("content", [b"no", b"", b"this is no model"])
 def test_a_file_that_is_not_onnx_is_refused_by_its_name(rtx, tmp_path, content):
     (tmp_path / "x.onnx").write_bytes(content)
-    with pytest.raises(EngineError, match=r"x\.onnx is not an ONNX file that TensorRT-RTX can"):
+    with pytest.raises(InputError, match=r"x\.onnx is not an ONNX file that TensorRT-RTX can"):
         build_engine(tmp_path / "x.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
     assert not (tmp_path / "e").exists()
 
 
-def test_a_missing_onnx_file_names_its_notebook(rtx, tmp_path):
-    with pytest.raises(EngineError, match=r"x\.onnx is missing\. Run 04_export_onnx\.ipynb"):
+def test_a_missing_onnx_file_says_how_to_make_it(rtx, tmp_path):
+    with pytest.raises(InputError, match=r"x\.onnx is missing\. .* with export_onnx"):
         build_engine(tmp_path / "x.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
 
 
@@ -264,18 +261,17 @@ def test_a_failed_build_gives_the_builders_reason_and_leaves_the_old_engine(
 ):
     plan = tmp_path / "net.engine"
     plan.write_bytes(b"the engine of yesterday")
-    with pytest.raises(EngineError, match=r"could not build fp16\.onnx: .*[Dd]imension mismatch"):
+    with pytest.raises(EngineError, match=r"could not build .*fp16\.onnx: .*[Dd]imension mismatch"):
         build_engine(exported[1]["fp16"], plan, (3, 28, 28), BATCHES, builder=rtx)
     assert plan.read_bytes() == b"the engine of yesterday"
     assert [path.name for path in tmp_path.iterdir()] == ["net.engine"]
 
 
-# --- building with TensorRT: RTX's classes, with a GPU's answers in the places that need one ---
-
 REPORT = [
     "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: conv_a, conv_b + relu",
     "(Sparsity) Chose 1 layer(s) using sparse tactics: conv_b + relu",
 ]
+
 INFORMATION = json.dumps(
     {
         "Layers": [
@@ -352,7 +348,7 @@ def tensorrt(trt, gpu) -> Builder:
 
 def test_tensorrt_is_asked_what_it_chose_and_the_engine_what_it_holds(tensorrt, exported, tmp_path):
     report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
-    assert report.target == "a fake GPU"
+    assert report.built_for == "a fake GPU"
     assert (report.eligible_count, report.chosen_count) == (2, 1)
     assert report.eligible == ("conv_a", "conv_b + relu")
     assert report.chosen == ("conv_b + relu",)
@@ -411,7 +407,7 @@ def test_a_timing_cache_that_does_not_fit_is_refused_by_its_name(
     gpu.cache_fits = answer
     cache = tmp_path / "timing.cache"
     cache.write_bytes(b"another GPU's")
-    with pytest.raises(EngineError, match=r"timing\.cache is no timing cache of TensorRT 11\.4"):
+    with pytest.raises(InputError, match=r"timing\.cache is not a timing cache of TensorRT 11\.4"):
         build_engine(
             exported[1]["fp16"],
             tmp_path / "e",
@@ -469,199 +465,6 @@ def test_on_a_gpu_only_the_flag_and_2to4_weights_make_layers_eligible(tmp_path):
     assert not reports["sparse_without_flag"].sparse_tactics
 
 
-# --- what the log says about sparsity ------------------------------------------------------
-
-TENSORRT_8 = [
-    "[V] something else",
-    "(Sparsity) Layers eligible for sparse math: conv_a, conv_b + relu",
-    "(Sparsity) TRT inference plan picked sparse implementation for layers: conv_b + relu",
-]
-TENSORRT_10 = [f"[V] {line}" for line in REPORT]
-
-
-@pytest.mark.parametrize("log", [TENSORRT_8, TENSORRT_10, tuple(TENSORRT_10)])
-def test_the_lists_of_tensorrt_8_and_of_10_and_11_are_read(log):
-    assert sparse_layers(log, ELIGIBLE) == ("conv_a", "conv_b + relu")
-    assert sparse_layers(log, CHOSEN) == ("conv_b + relu",)
-    assert (sparse_count(log, ELIGIBLE), sparse_count(log, CHOSEN)) == (2, 1)
-
-
-@pytest.mark.parametrize("first", [TENSORRT_8, TENSORRT_10])
-def test_of_several_reports_the_last_pair_counts(first):
-    last = [
-        "(Sparsity) Found 3 layer(s) eligible to use sparse tactics: x, y, z",
-        "(Sparsity) Chose 2 layer(s) using sparse tactics: x, z",
-    ]
-    log = [*first, "between", *last, "after"]
-    assert last_report(log) == [*last, "after"]
-    assert sparse_layers(log, ELIGIBLE) == ("x", "y", "z")
-    assert sparse_layers(log, CHOSEN) == ("x", "z")
-
-
-def test_what_an_earlier_pass_chose_is_not_taken_for_the_last_ones():
-    unfinished = [*TENSORRT_10, "(Sparsity) Found 1 layer(s) eligible to use sparse tactics: x"]
-    assert sparse_layers(last_report(unfinished), ELIGIBLE) == ("x",)
-    assert sparse_layers(last_report(unfinished), CHOSEN) is None
-    assert last_report(["no", "word"]) == []
-
-
-def test_layers_that_are_counted_and_not_named_are_not_taken_for_none():
-    log = [
-        "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
-        "(Sparsity) Chose 0 layer(s) using sparse tactics",
-    ]
-    assert sparse_layers(log, ELIGIBLE) is None
-    assert sparse_count(log, ELIGIBLE) == 39
-    assert sparse_layers(log, CHOSEN) == ()
-    assert sparse_count(log, CHOSEN) == 0
-
-
-def test_no_report_is_not_a_report_of_none():
-    silent = ["Building engine", "conv_a uses sparse weights"]
-    assert sparse_layers(silent, ELIGIBLE) is None
-    assert sparse_count(silent, ELIGIBLE) is None
-    assert sparse_layers([], CHOSEN) is None
-    log = [
-        "(Sparsity) Found 0 layer(s) eligible to use sparse tactics",
-        "(Sparsity) Chose 0 layer(s) using sparse tactics: ",
-    ]
-    assert sparse_layers(log, ELIGIBLE) == ()
-    assert sparse_layers(log, CHOSEN) == ()
-    old = ["(Sparsity) TRT inference plan picked sparse implementation for layers:"]
-    assert sparse_layers(old, CHOSEN) == ()
-
-
-NAMES = st.sampled_from(
-    ["conv", "/layer1/conv + /Relu", "conv + PWN(PWN(a, b), c)", "{f[a...b], g}"]
-)
-
-
-@given(st.lists(NAMES))
-def test_names_with_commas_of_their_own_stay_whole(names):
-    log = [f"(Sparsity) Chose {len(names)} layer(s) using sparse tactics: {', '.join(names)}"]
-    assert sparse_layers(log, CHOSEN) == tuple(names)
-
-
-# --- why not sparse ---------------------------------------------------------------------
-
-TRIALS = [
-    "--------------- Timing Runner: conv_a (CaskConvolution[0x80000009])",
-    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 0.02",
-    "Tactic Name: sm80_xmma_sparse_conv Tactic: 0x0000000000000002 Time: 0.03",
-    "Tactic Name: sm80_xmma_other Tactic: 0x0000000000000003 Time: inf",
-    "Fastest Tactic: 0x0000000000000001 Time: 0.02",
-    "--------------- Timing Runner: conv_b + relu (CaskConvolution)",
-    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 1e-05",
-    "--------------- Timing Runner: conv_c (CaskGemmConvolution[0x80000009])",
-    "Tactic Name: sm90_xmma_sparse_gemm Tactic: 0x0000000000000004 Time: 0.5",
-    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 1.25",
-    "--------------- Timing Runner: conv_a (CaskConvolution[0x80000009])",
-    "Tactic Name: sm80_xmma_fprop Tactic: 0x0000000000000001 Time: 0.01",
-    "Tactic Name: sm80_xmma_sparse_conv Tactic: 0x0000000000000002 Time: 0.04",
-    "--------------- Timing Runner: {ForeignNode[a...b]} (Myelin[0x80000023])",
-    "Tactic: 0x0000000000000000 Time: 18.7728",
-]
-
-
-def test_the_fastest_trial_of_each_kernel_is_kept_for_each_layer():
-    assert kernel_times(TRIALS) == {
-        "conv_a": {"sm80_xmma_fprop": 0.01, "sm80_xmma_sparse_conv": 0.03},
-        "conv_b + relu": {"sm80_xmma_fprop": 1e-05},
-        "conv_c": {"sm90_xmma_sparse_gemm": 0.5, "sm80_xmma_fprop": 1.25},
-    }
-
-
-def test_logged_times_tell_why_a_layer_runs_dense(tmp_path):
-    layers = ("conv_a", "conv_b + relu", "conv_c")
-    assert why_dense(layers, kernel_times(TRIALS), tmp_path / "not_needed.onnx") == {
-        "conv_a": "slower: 0.03 ms sparse, 0.01 ms dense",
-        "conv_b + relu": "no sparse kernel was tried",
-        "conv_c": (
-            "faster alone (0.5 ms sparse, 1.25 ms dense), "
-            "so something around it decided, such as layouts"
-        ),
-    }
-
-
-def test_without_times_the_size_of_a_layer_is_named(exported):
-    path = exported[1]["fp16"]
-    table = verify_onnx(path)
-    conv = table.node[table.op == "Conv"].iloc[-1]
-    reasons = why_dense((f"{conv} + relu",), {}, path)
-    assert reasons == {
-        f"{conv} + relu": "small: 16 outputs, each a sum of 8; sparse kernels tend to win from "
-        "256 on"
-    }
-
-
-def test_where_nothing_is_known_no_reason_is_made_up(exported):
-    reasons = why_dense(("{ForeignNode[a...b]}",), {}, exported[1]["fp16"])
-    assert list(reasons.values()) == ["the builder chose a dense kernel and logged no times"]
-
-
-# --- the report -------------------------------------------------------------------------
-
-
-def report(**changes: object) -> EngineReport:
-    values = {
-        "builder": "TensorRT", "version": "11.4", "target": "A100", "sparse_flag": True,
-        "optimization_level": 3, "megabytes": 1.5, "seconds": 2.0, "eligible_count": 3,
-        "chosen_count": 1, "eligible": ("a", "b", "c"), "chosen": ("c",),
-        "reasons": {"a": "slower", "b": "small"}, "tactics": None, "log": (),
-    }  # fmt: skip
-    return EngineReport(**(values | changes))
-
-
-def test_the_report_lists_each_eligible_layer_and_why_it_does_not_run_sparse():
-    table = report(tactics={"a": "sm80_fprop", "c + relu": "sm80_SpGemm"}).layers()
-    assert table.to_dict("list") == {
-        "layer": ["a", "b", "c"],
-        "sparse kernel": [False, False, True],
-        "tactic": ["sm80_fprop", "", "sm80_SpGemm"],
-        "reason": ["slower", "small", ""],
-    }
-
-
-def test_the_report_in_one_line():
-    line = "TensorRT 11.4 for A100: 1.50 MB in 2.0 s, 1 of 3 eligible layers sparse"
-    assert repr(report()) == line
-    tactics = {"a": "sm80_fprop", "c": "sm80_sparse_gemm"}
-    assert repr(report(tactics=tactics)) == f"{line}, 1 sparse by the engine's tactic names"
-    assert "0 of 3 eligible layers sparse" in repr(report(chosen=None, chosen_count=None))
-
-
-def test_log_and_engine_are_held_against_each_other():
-    tactics = {"a": "sm80_sparse_gemm", "b": "sm80_fprop", "c": "sm80_fprop"}
-    assert report(tactics=tactics).disagreements() == ("a", "c")
-    assert report(tactics={"b": "sm80_fprop", "c": "spmma"}).disagreements() == ()
-    # A copy has no kernel of its own, whatever it stands beside.
-    copied = {"a + relu": "", "a + add": "sm80_sparse_gemm"}
-    assert report(tactics=copied).disagreements() == ("a",)
-    assert report(tactics=None).disagreements() == ()
-
-
-def test_a_builder_without_a_sparsity_report_has_no_table():
-    silent = report(eligible_count=None, chosen_count=None, eligible=None, chosen=None)
-    with pytest.raises(EngineError, match=r"TensorRT 11\.4 prints no sparsity report"):
-        silent.layers()
-
-
-def test_a_builder_that_only_counts_has_no_table_but_its_tactics():
-    counted = report(eligible_count=39, eligible=None, tactics={"a": "x_sparse_y", "b": "x"})
-    with pytest.raises(EngineError, match=r"\(39\) .* does not name each"):
-        counted.layers()
-    assert counted.sparse_tactics == {"a": "x_sparse_y"}
-    assert "1 of 39 eligible layers sparse" in repr(counted)
-
-
-def test_a_layer_without_a_tactic_of_its_own_has_an_empty_name():
-    assert read_tactics(INFORMATION) == {
-        "reformat": "", "conv_a": "sm80_xmma_fprop", "conv_b + relu": "sm80_xmma_sparse_conv"
-    }  # fmt: skip
-
-
-# --- the interface that the helpers rely on -----------------------------------------------
-
 # What the helpers call their TensorRT objects, and the class of each.
 CLASSES = {
     "build": "Builder",
@@ -681,7 +484,9 @@ CLASSES = {
     "self.engine": "ICudaEngine",
     "self.context": "IExecutionContext",
 }
+
 MODULES = {"trt", "self.trt", "builder.module"}
+
 # Names for what TensorRT returns that is not of its own making: text, numbers, NumPy's types.
 PLAIN = {"reason", "dtype"}
 

@@ -11,33 +11,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers.errors import UnavailableError
+
+GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take that long
+MOST_REPEATS = 20
+
+
+def raise_if_context_is_broken(error: BaseException) -> None:
+    """Raise if CUDA no longer works in this process after an error.
+
+    After some errors, such as an illegal memory access, every later call fails or returns
+    nothing that can be trusted. After others, such as a shape that a kernel does not take, the
+    GPU works as before. Call this wherever a `RuntimeError` is caught and work goes on.
+
+    Args:
+        error: what was caught; it becomes the cause of the error that is raised.
+
+    Raises:
+        UnavailableError: CUDA no longer works.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as lasting:
+        raise UnavailableError(
+            f"CUDA no longer works in this process ({first_line(lasting)}), since an "
+            f"earlier step failed: {first_line(error)}. Start Python again, and leave out what "
+            "failed."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class; CUDA's messages have many."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
 
 def capture(
     work: Callable[[], Tensor | None], stream: torch.cuda.Stream | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-    """Return a CUDA graph of some work, and the tensor that every replay fills anew.
+    """Return a CUDA graph of some work, and the tensor that every replay writes.
 
     Args:
         work: is called twice, first outside of the graph; must always use the same tensors.
-        stream: where the work is launched; one of PyTorch's unless it is given.
+        stream: where the work is launched; a new stream of PyTorch's unless given.
 
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    # The outer context gives the caller's stream back; after a capture that failed the inner
-    # one does not.
+    # The outer context restores the caller's stream; the inner one does not do so after a
+    # capture that failed.
     with torch.cuda.stream(stream):
-        work()  # libraries set themselves up here, which no graph can hold
+        work()  # libraries set themselves up here, which cannot be captured
         with torch.cuda.graph(graph, stream=stream):
             result = work()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
-
-
-GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take as long
-MOST_REPEATS = 20
 
 
 def time_calls(
@@ -47,8 +79,8 @@ def time_calls(
 
     Args:
         calls: what to time; none may synchronise.
-        repeats: calls in one graph, over which a time is the mean; unless it is given as many
-            as take some 5 ms, and not more than 20.
+        repeats: calls in one graph, over which a time is the mean; unless given, as many as
+            take about 5 ms, and at most 20.
         rounds: as `time_graphs` takes it.
 
     Returns:
@@ -69,18 +101,18 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
 
     Args:
         graphs: as `capture` returns them.
-        rounds: rounds over all graphs, each there and back (ABBA).
+        rounds: how often all graphs are timed, each time in order and in reverse (ABBA).
 
     Returns:
-        For each graph one array for each round, as `helpers.benchmark.bootstrap_ratio`
-        takes them.
+        For each graph, one array for each round, as
+        `helpers.measurement.benchmark.bootstrap_ratio` takes them.
     """
     times: list[list[np.ndarray]] = [[] for _ in graphs]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    there = list(range(len(graphs)))
+    order = list(range(len(graphs)))
     for _ in range(rounds):
         own: list[list[float]] = [[] for _ in graphs]
-        for turn in there + there[::-1]:
+        for turn in order + order[::-1]:
             # Not timed: it fills the GPU's caches, and keeps it busy until the host has sent
             # all that is timed.
             graphs[turn].replay()
@@ -95,11 +127,17 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
 
 
 def medians(times: Sequence[Sequence[np.ndarray]]) -> list[float]:
-    """Return the median of each graph or call, as `time_graphs` or `time_calls` timed them."""
+    """Return the median time of each graph or call, from `time_graphs` or `time_calls`."""
     return [float(np.median(np.concatenate(rounds))) for rounds in times]
 
 
+def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Return the median GPU time of each call in milliseconds, measured in turns."""
+    return medians(time_calls(calls))
+
+
 def _repeats(call: Callable[[], Tensor]) -> int:
+    """Return how many calls to put into one graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start.record()

@@ -2,66 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from helpers.inference.kernels import Gemm
-
-
-def search_algorithm(
-    compressed: Tensor,
-    columns: Tensor,
-    bias: Tensor | None = None,
-    output: torch.dtype | None = None,
-) -> dict[str, int]:
-    """Return the arguments with which `torch._cslt_sparse_mm` is the fastest for a product.
-
-    Args:
-        compressed: the sparse matrix, as `torch._cslt_compress` returns it.
-        columns: what it is multiplied by.
-        bias: one number for each row of the sparse matrix.
-        output: type of the product, where it is not that of the matrices.
-    """
-    found = torch._C._cusparselt.mm_search(compressed, columns, bias, None, output, True)
-    # A fourth number comes last: how many kernels there were to choose from.
-    return dict(zip(("alg_id", "split_k", "split_k_mode"), found, strict=False))
-
-
-class SparseGemm(Gemm):
-    """The product with the compressed 2:4 weight, by cuSPARSELt, in FP16 or BF16.
-
-    Source: `torch.sparse.semi_structured`, for layouts and limits of the shapes.
-    """
-
-    name = "sparse GEMM"
-    STEP = 8  # cuSPARSELt takes rows in multiples of eight
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        super().__init__(layer, relu)
-        self.compressed = torch._cslt_compress(self.weight.contiguous())
-
-    def _rows(self, pixels: Tensor) -> Tensor:
-        # PyTorch's binding tells row-major from column-major, and ignores any other strides.
-        return super()._rows(pixels).contiguous()
-
-    def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        # cuSPARSELt has the sparse matrix on the left: y^T = W x^T, written transposed.
-        product = torch._cslt_sparse_mm(
-            self.compressed,
-            self._padded(rows).t(),
-            bias=self.bias,
-            transpose_result=True,
-            **algorithm,
-        )[: len(rows)]
-        # It could fuse the ReLU as well, but PyTorch's binding has no argument for it.
-        return product.relu_() if self.relu else product
-
-    def search(self, input: Tensor) -> dict[str, int]:
-        rows = self._padded(self._rows(self._channels_last(input)))
-        return search_algorithm(self.compressed, rows.t(), self.bias)
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        missing = -len(rows) % self.STEP
-        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+from helpers.inference.kernels import NO_EPILOGUE, Epilogue, Gemm, ProductLayer
+from helpers.sparsity import is_2to4
 
 
 def why_no_sparse_gemms() -> str:
@@ -79,3 +23,65 @@ def why_no_sparse_gemms() -> str:
             "from pytorch.org."
         )
     return ""
+
+
+def search_algorithm(
+    compressed: Tensor,
+    columns: Tensor,
+    bias: Tensor | None = None,
+    output: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Return the arguments with which `torch._cslt_sparse_mm` is fastest for a product.
+
+    Args:
+        compressed: the sparse matrix, as `torch._cslt_compress` returns it.
+        columns: what it is multiplied by.
+        bias: one number for each row of the sparse matrix.
+        output: type of the product, if it is not that of the matrices.
+    """
+    search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # not in the stubs
+    # A fourth number comes last: how many kernels there were to choose from.
+    algorithm, split_k, split_k_mode, *_ = search(compressed, columns, bias, None, output, True)
+    return {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
+
+
+class SparseGemm(Gemm):
+    """The product with the compressed 2:4 weight, by cuSPARSELt, in FP16 or BF16.
+
+    Source: `torch.sparse.semi_structured`, for layouts and limits of the shapes.
+    """
+
+    name = "sparse GEMM"
+    STEP = 8  # cuSPARSELt takes rows in multiples of eight
+
+    def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:
+        super().__init__(layer, epilogue)
+        self.compressed = torch._cslt_compress(self.weight.contiguous())
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return super().takes(layer) and is_2to4(layer.weight)
+
+    def as_rows(self, pixels: Tensor) -> Tensor:
+        # PyTorch's binding tells row-major from column-major, and ignores any other strides.
+        return super().as_rows(pixels).contiguous()
+
+    def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
+        # cuSPARSELt has the sparse matrix on the left: y^T = W x^T, written transposed.
+        product = torch._cslt_sparse_mm(
+            self.compressed,
+            self._padded(rows).t(),
+            bias=self.bias,
+            transpose_result=True,
+            **algorithm,  # type: ignore[arg-type]  # mypy tries it for bias and alpha too
+        )[: len(rows)]
+        # It could fuse the ReLU as well, but PyTorch's binding has no argument for it.
+        return self.epilogue.apply_(product)
+
+    def search(self, input: Tensor) -> dict[str, int]:
+        rows = self._padded(self.as_rows(self.channels_last(input)))
+        return search_algorithm(self.compressed, rows.t(), self.bias)
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        missing = -len(rows) % self.STEP
+        return F.pad(rows, (0, 0, 0, missing)) if missing else rows

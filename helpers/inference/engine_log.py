@@ -1,11 +1,11 @@
-"""What a build's log tells about sparsity. Explained in `05_build_engine.ipynb`."""
+"""What a build's log says about sparsity. Explained in `05_build_engine.ipynb`."""
 
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from helpers.sparsity.verify import verify_onnx
 
 # TensorRT 10 and 11, then TensorRT 8.
 ELIGIBLE = re.compile(
@@ -16,49 +16,96 @@ CHOSEN = re.compile(
     r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics"
     r"|TRT inference plan picked sparse implementation for layers)(?:: (?P<names>.*))?"
 )
-# NVIDIA's sparse kernels by their names. (HasSparseWeights, which the engine also tells,
-# is true of a 2:4 layer with a dense kernel too: NVIDIA/TensorRT#4694.)
+# NVIDIA's sparse kernels by their names. (HasSparseWeights, which the engine also reports,
+# is also true of a 2:4 layer with a dense kernel: NVIDIA/TensorRT#4694.)
 SPARSE_TACTIC = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
 TIMED_LAYER = re.compile(r"Timing Runner: (?P<layer>.+) \(\w+(?:\[\w+\])?\)$")
 TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d[\d.e+-]*)")
 WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#3849
 
 
-def sparse_layers(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> tuple[str, ...] | None:
-    """Return the layers that a builder's log lists for a pattern; None if it lists none.
+@dataclass(frozen=True)
+class SparsityReport:
+    """What the last pass of a build reported; None where it did not say."""
 
-    Of several lists the last one counts. One that gives a number but not as many names is none.
+    eligible_count: int | None
+    chosen_count: int | None
+    eligible: tuple[str, ...] | None
+    chosen: tuple[str, ...] | None
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """The eligible layers that were not chosen; empty where layers are not named."""
+        if self.eligible is None or self.chosen is None:
+            return ()
+        return tuple(name for name in self.eligible if name not in self.chosen)
+
+
+def read_sparsity(log: Sequence[str]) -> SparsityReport:
+    """Return what a build's log says about sparsity."""
+    report = last_report(log)
+    return SparsityReport(
+        eligible_count=sparse_count(report, ELIGIBLE),
+        chosen_count=sparse_count(report, CHOSEN),
+        eligible=sparse_layers(report, ELIGIBLE),
+        chosen=sparse_layers(report, CHOSEN),
+    )
+
+
+def sparse_layers(log: Sequence[str], pattern: re.Pattern) -> tuple[str, ...] | None:
+    """Return the layers that a builder's log lists for a pattern; None if it has no such list.
+
+    Of several lists the last one counts. A line with a number and not as many names is no list.
     """
-    match = _last(log, pattern)
+    match = _last_match(log, pattern)
     if match is None:
         return None
-    names = _split(match["names"] or "")
+    names = _split_names(match["names"] or "")
     return names if match["count"] in (None, str(len(names))) else None
 
 
-def sparse_count(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> int | None:
+def sparse_count(log: Sequence[str], pattern: re.Pattern) -> int | None:
     """Return how many layers a builder's log counts for a pattern; None if it says nothing."""
-    match = _last(log, pattern)
+    match = _last_match(log, pattern)
     if match is None:
         return None
-    return int(match["count"] or len(_split(match["names"] or "")))
+    return int(match["count"] or len(_split_names(match["names"] or "")))
 
 
-def last_report(log: list[str] | tuple[str, ...]) -> list[str]:
-    """Return a log from its last list of eligible layers on.
+def _last_match(log: Sequence[str], pattern: re.Pattern) -> re.Match | None:
+    return next((match for line in reversed(log) if (match := pattern.search(line))), None)
 
-    The builder reports once for each pass of its search. A list of chosen layers that stands
-    before the last list of eligible ones belongs to an earlier pass.
+
+def _split_names(names: str) -> tuple[str, ...]:
+    """Split a list at its commas, but not at those inside a name such as `PWN(a, b)`."""
+    parts, depth = [""], 0
+    for character in names:
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def last_report(log: Sequence[str]) -> list[str]:
+    """Return the part of a log that starts at its last list of eligible layers.
+
+    The builder reports once for each pass of its search. A list of chosen layers before the
+    last list of eligible ones belongs to an earlier pass.
     """
     starts = [index for index, line in enumerate(log) if ELIGIBLE.search(line)]
     return list(log[starts[-1] :]) if starts else []
 
 
-def kernel_times(log: list[str] | tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Return how long each kernel took that was tried for a layer, in ms.
+def kernel_times(log: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return by layer how long each kernel took that was tried for it, in ms.
 
-    Of several trials of a kernel, in other layouts say, the fastest counts. Layers whose
-    times came from a timing cache were not tried.
+    Of several trials of a kernel, for example in different layouts, the fastest counts. Layers
+    whose times came from a timing cache were not tried.
     """
     times: dict[str, dict[str, float]] = {}
     layer = ""
@@ -73,7 +120,7 @@ def kernel_times(log: list[str] | tuple[str, ...]) -> dict[str, dict[str, float]
 
 
 def read_tactics(information: str) -> dict[str, str]:
-    """Return the kernel of each layer in what an EngineInspector tells as JSON.
+    """Return the kernel of each layer from the JSON of an EngineInspector.
 
     A layer without a tactic of its own, such as a copy, has an empty name.
     """
@@ -81,53 +128,61 @@ def read_tactics(information: str) -> dict[str, str]:
     return {layer["Name"]: layer.get("TacticName") or "" for layer in layers}
 
 
-def _last(log: list[str] | tuple[str, ...], pattern: re.Pattern) -> re.Match | None:
-    return next((match for line in reversed(log) if (match := pattern.search(line))), None)
-
-
-def _split(names: str) -> tuple[str, ...]:
-    """Split a list at its commas, but not at those inside a name such as `PWN(a, b)`."""
-    parts, depth = [""], 0
-    for character in names:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _nodes(layer: str) -> set[str]:
-    """Return the nodes of the ONNX file that a layer is fused from."""
+def onnx_nodes(layer: str) -> set[str]:
+    """Return the names of the ONNX file's nodes that a layer is fused from."""
     return set(layer.split(" + "))
 
 
-def _is_sparse(tactic: str) -> bool:
+def is_sparse_tactic(tactic: str) -> bool:
+    """Return whether a kernel is sparse by its name."""
     return SPARSE_TACTIC.search(tactic) is not None
 
 
 def why_dense(
-    layers: tuple[str, ...], times: dict[str, dict[str, float]], onnx_path: Path
+    layers: Sequence[str], times: dict[str, dict[str, float]], onnx_path: Path
 ) -> dict[str, str]:
     """Return why the builder chose a dense kernel for eligible layers, as far as it can be known.
 
     Args:
         layers: names as the builder logs them.
         times: as `kernel_times` returns them.
-        onnx_path: the network; its shapes must do where no times were logged.
+        onnx_path: the model; its shapes are the only clue where no times were logged.
     """
-    reasons = {layer: _by_times(times.get(layer, {})) for layer in layers}
+    reasons = {layer: _why_by_times(times.get(layer, {})) for layer in layers}
     if not all(reasons.values()):
-        sizes = _sizes(onnx_path)
+        sizes = product_sizes(onnx_path)
         for layer, reason in reasons.items():
-            reasons[layer] = reason or _by_size([sizes[n] for n in _nodes(layer) if n in sizes])
+            own = [sizes[node] for node in onnx_nodes(layer) if node in sizes]
+            reasons[layer] = reason or _why_by_size(own)
     return reasons
 
 
-def _by_times(kernels: dict[str, float]) -> str:
-    """Return what the trials of a layer's kernels tell; nothing if too few were logged."""
-    sparse = [time_ms for name, time_ms in kernels.items() if _is_sparse(name)]
-    dense = [time_ms for name, time_ms in kernels.items() if not _is_sparse(name)]
+def product_sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
+    """Return outputs and terms of each sum of a file's products, by the names of their nodes.
+
+    Only shapes are read, and only of weights that are stored as the node takes them, as
+    `export_onnx` and `rewrite_1x1_as_matmul` write them.
+    """
+    import onnx
+
+    graph = onnx.load(onnx_path, load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    sizes: dict[str, tuple[int, int]] = {}
+    for node in graph.node:
+        shape = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
+        if node.op_type == "Conv" and len(shape) > 2:
+            sizes[node.name] = (shape[0], math.prod(shape[1:]))
+        elif node.op_type in ("Gemm", "MatMul") and len(shape) == 2:
+            transposed = any(item.name == "transB" and item.i for item in node.attribute)
+            first, second = shape
+            sizes[node.name] = (first, second) if transposed else (second, first)
+    return sizes
+
+
+def _why_by_times(kernels: dict[str, float]) -> str:
+    """Return what the trials of a layer's kernels show; nothing if too few were logged."""
+    sparse = [time_ms for name, time_ms in kernels.items() if is_sparse_tactic(name)]
+    dense = [time_ms for name, time_ms in kernels.items() if not is_sparse_tactic(name)]
     if not dense:
         return ""
     if not sparse:
@@ -138,8 +193,8 @@ def _by_times(kernels: dict[str, float]) -> str:
     return f"faster alone ({times}), so something around it decided, such as layouts"
 
 
-def _by_size(sizes: list[tuple[int, int]]) -> str:
-    """Return what a layer's outputs and terms of each sum let expect."""
+def _why_by_size(sizes: Sequence[tuple[int, int]]) -> str:
+    """Return what is likely for a layer with these outputs and terms of each sum."""
     for outputs, terms in sizes:
         if min(outputs, terms) < WIDE:
             return (
@@ -147,13 +202,3 @@ def _by_size(sizes: list[tuple[int, int]]) -> str:
                 f"from {WIDE} on"
             )
     return "the builder chose a dense kernel and logged no times"
-
-
-def _sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
-    """Return outputs and terms of each sum of a file's products, by the names of their nodes."""
-    table = verify_onnx(onnx_path)
-    rows = table[table.eligible]
-    return {
-        node: (shape[0], math.prod(shape[1:]))
-        for node, shape in zip(rows.node, rows["shape"], strict=True)
-    }

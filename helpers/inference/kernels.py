@@ -1,75 +1,128 @@
-"""The ways to compute one layer of a network. Explained in `06_infer_and_benchmark.ipynb`."""
+"""The ways to compute one layer of a model. Explained in `06_infer_and_benchmark.ipynb`.
+
+A `Kernel` computes a layer, and with it what its `Epilogue` says was fused into the layer.
+The kernels here run on any device. To add one, subclass `Kernel`, or `Gemm` for a layer that
+is a matrix product; say in `takes` which layers it can compute; and name it in the runner.
+"""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.layers import is_plain
+
+ProductLayer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a kernel does to a layer's output before it returns it."""
+
+    relu: bool = False
+
+    def apply_(self, output: Tensor) -> Tensor:
+        """Do it to a tensor in place, for a kernel that cannot do it while it writes."""
+        return output.relu_() if self.relu else output
+
+    def __str__(self) -> str:
+        return "ReLU" if self.relu else ""
+
+
+NO_EPILOGUE = Epilogue()
+
 
 class Kernel(ABC):
-    """One way to compute a layer, and the ReLU that follows it where `relu` says so."""
+    """One way to compute a layer together with what is fused into it.
+
+    Args:
+        layer: holds the weight and the bias, already on its device and in its type.
+        epilogue: what follows the layer and is computed with it.
+    """
 
     name: str
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        self.layer, self.relu = layer, relu
+    def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:
+        self.layer, self.epilogue = layer, epilogue
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        """Return whether this kernel can compute a layer of this kind and with this weight."""
+        return True
 
     @abstractmethod
     def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        """Return what the layer returns for an input."""
+        """Return what the layer returns for an input.
+
+        Args:
+            input: what the layer would be called with.
+            **algorithm: as `search` returns it, or nothing.
+        """
 
     def search(self, input: Tensor) -> dict[str, int]:
-        """Return the arguments with which this kernel is the fastest for an input's shape."""
+        """Return the arguments with which this kernel is fastest for an input's shape."""
         return {}
 
 
 class DenseLayer(Kernel):
-    """The layer as PyTorch runs it: a convolution stays one."""
+    """The layer as PyTorch runs it: a convolution remains a convolution."""
 
     name = "dense layer"
 
     def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        output = self.layer(input)
-        return output.relu_() if self.relu else output
+        return self.epilogue.apply_(self.layer(input))
 
 
 class Gemm(Kernel):
-    """The layer as a product of matrices, (pixels, in) by (in, out), in channels-last."""
+    """The layer as a product of matrices, (pixels, in) by (in, out), in channels-last.
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, relu: bool) -> None:
-        super().__init__(layer, relu)
+    Linear layers and 1x1 convolutions without groups or padding can be computed so.
+    """
+
+    def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:
+        super().__init__(layer, epilogue)
         self.weight = layer.weight.detach().flatten(1)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        if not is_plain(layer, nn.Linear, nn.Conv2d):
+            return False
+        if isinstance(layer, nn.Linear):
+            return True
+        padded = layer.padding not in ((0, 0), "valid", "same")
+        return layer.kernel_size == (1, 1) and layer.groups == 1 and not padded
+
     @abstractmethod
     def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        """Return the product (rows, out) for rows (rows, in), with bias and ReLU."""
+        """Return the product (rows, out) for rows (rows, in), with bias and epilogue."""
 
     def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        pixels = self._channels_last(input)
-        product = self.multiply(self._rows(pixels), **algorithm)
+        pixels = self.channels_last(input)
+        product = self.multiply(self.as_rows(pixels), **algorithm)
         output = product.view(*pixels.shape[:-1], len(self.weight))
         return output.movedim(-1, -3) if isinstance(self.layer, nn.Conv2d) else output
 
-    def _channels_last(self, input: Tensor) -> Tensor:
-        """Return the pixels that the layer looks at, with the channels as the last dimension."""
+    def channels_last(self, input: Tensor) -> Tensor:
+        """Return the pixels that the layer reads, with the channels as the last dimension."""
         if isinstance(self.layer, nn.Linear):
             return input
         down, right = self.layer.stride
         return input[..., ::down, ::right].movedim(-3, -1)
 
-    def _rows(self, pixels: Tensor) -> Tensor:
+    def as_rows(self, pixels: Tensor) -> Tensor:
+        """Return pixels (..., in) as a matrix (rows, in)."""
         return pixels.reshape(-1, pixels.shape[-1])
 
 
 class DenseGemm(Gemm):
-    """The product with the dense weight; it runs on a CPU too."""
+    """The product with the dense weight."""
 
     name = "dense GEMM"
 
     def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        if self.relu and self.bias is not None:
+        if self.epilogue.relu and self.bias is not None:
             return torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=False)
-        product = F.linear(rows, self.weight, self.bias)
-        return product.relu_() if self.relu else product
+        return self.epilogue.apply_(F.linear(rows, self.weight, self.bias))

@@ -1,4 +1,4 @@
-"""Run a network through PyTorch, ONNX Runtime or TensorRT, behind one interface.
+"""Run a model through PyTorch, ONNX Runtime or TensorRT, behind one interface.
 
 Explained in `06_infer_and_benchmark.ipynb`.
 """
@@ -6,33 +6,30 @@ Explained in `06_infer_and_benchmark.ipynb`.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from helpers.errors import UnavailableError
+from helpers.errors import InputError
 from helpers.files import shown
 from helpers.inference import cuda_graphs
 from helpers.inference.engine import find_builder
+from helpers.inference.errors import RunnerError
 from helpers.inference.export import INPUT, OUTPUT
 from helpers.inference.fold import fold_batch_norm
+from helpers.inference.onnx_session import OnnxSession
 from helpers.machine import device
 from helpers.metrics import Accuracy, accuracy
 
 
-class RunnerError(UnavailableError):
-    """A runner is not available here, or its file cannot be used."""
-
-
 class Runner(ABC):
-    """One network, ready to infer.
+    """One model, ready to infer.
 
     Calling a runner does all three parts of its work; the benchmark times the middle
     one alone, as TensorRT's own tool does.
@@ -42,7 +39,7 @@ class Runner(ABC):
 
     @abstractmethod
     def load(self, images: Tensor) -> None:
-        """Bring images (N, C, H, W) to where the network computes, in its type."""
+        """Bring images (N, C, H, W) to where the model computes, in its type."""
 
     @abstractmethod
     def run(self) -> None:
@@ -54,7 +51,7 @@ class Runner(ABC):
 
     @abstractmethod
     def invalidate_output(self) -> None:
-        """Overwrite the logits of the last run with NaN: a run that writes none is found out."""
+        """Overwrite the logits of the last run with NaN, to detect a run that writes none."""
 
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU computed in the last run, by CUDA events; None on a CPU."""
@@ -68,11 +65,22 @@ class Runner(ABC):
 
     def evaluate(self, loader: DataLoader) -> Accuracy:
         """Return the top-1 accuracy over a loader."""
+        from tqdm.auto import tqdm
+
         correct = total = 0
         for images, labels in tqdm(loader, desc=self.name, leave=False):
             part = accuracy(self(images), labels)
             correct, total = correct + part.correct, total + part.total
         return Accuracy(correct, total)
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model captured in a CUDA graph for images of one shape."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor  # what the graph reads
+    logits: Tensor  # what the graph writes
 
 
 class TorchRunner(Runner):
@@ -82,14 +90,14 @@ class TorchRunner(Runner):
     fastest convolutions that cuDNN finds.
 
     Args:
-        model: a network that torch.fx can trace; it is not changed.
-        dtype: FP16 on a GPU and FP32 on a CPU unless it is given.
-        compile: let `torch.compile` fuse the network's operators and try its kernels, which
-            takes minutes for each batch size of a large network.
+        model: a model that torch.fx can trace; it is not changed.
+        dtype: FP16 on a GPU and FP32 on a CPU unless given.
+        compile: let `torch.compile` fuse the model's operators and try its kernels, which
+            takes minutes for each batch size of a large model.
 
     Raises:
-        InputError: the network cannot be traced.
-        RunnerError: later on, it cannot be captured, or gives no single tensor.
+        InputError: the model cannot be traced; later on, it returns no single tensor.
+        RunnerError: later on, it cannot be captured.
     """
 
     def __init__(
@@ -100,64 +108,73 @@ class TorchRunner(Runner):
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
         self.compile = compile
         version = torch.__version__.partition("+")[0]
-        self.name = f"PyTorch {version}, {self.device.type}" + ", compiled" * compile
-        self.model = fold_batch_norm(model).to(
-            self.device, self.dtype, memory_format=torch.channels_last
-        )
-        self.prepared: dict[torch.Size, Prepared] = {}
+        self.name = f"PyTorch {version}, {self.device.type}"
+        if compile:
+            self.name += ", compiled"
+        folded = fold_batch_norm(model).to(self.device, self.dtype)
+        self.model = folded.to(memory_format=torch.channels_last)
+        # By the shape of the images: captured on a GPU, a plain call on a CPU.
+        self.ready: dict[torch.Size, CapturedModel | Callable[[Tensor], Tensor]] = {}
         if self.on_gpu:
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     @torch.inference_mode()
     def load(self, images: Tensor) -> None:
         layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
-        # A copy: a network may write into its input, which is the caller's.
+        # A copy: a model may write into its input, which is the caller's.
         self.images = images.to(self.device, self.dtype, memory_format=layout, copy=True)
-        if images.shape not in self.prepared:
+        if images.shape not in self.ready:
             own = self.images.clone()  # a graph will always read from here
-            # From the first call on: cuDNN keeps the kernel that it once took for a shape.
+            # From the first call on, since cuDNN keeps the kernel that it once chose for a shape.
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                self.prepared[images.shape] = self.prepare(own)
-        if self.on_gpu:
-            self.prepared[images.shape].images.copy_(self.images)
+                self.ready[images.shape] = self.prepare_for_shape(own)
+        ready = self.ready[images.shape]
+        if isinstance(ready, CapturedModel):
+            ready.images.copy_(self.images)
             torch.cuda.synchronize()
 
-    def prepare(self, images: Tensor) -> "Prepared":
+    def prepare_for_shape(self, images: Tensor) -> CapturedModel | Callable[[Tensor], Tensor]:
         """Return what runs images of one shape."""
-        return self.made_ready(self.model, images)
+        if self.on_gpu:
+            return self.capture_for_shape(self.model, images)
+        return self.compile_for_shape(self.model)
 
-    def made_ready(self, model: fx.GraphModule, images: Tensor) -> "Prepared":
-        """Return a network compiled and captured for images of one shape, as this runner is to."""
-        if self.compile:
-            # A module of its own for each shape: torch.compile gives up on one that it has
-            # compiled for eight shapes, and then runs it as it is.
-            model = fx.GraphModule(model, copy.deepcopy(model.graph))
-            mode = "max-autotune-no-cudagraphs" if self.on_gpu else "default"
-            model = torch.compile(model, mode=mode, dynamic=False)
-        if not self.on_gpu:
-            return Prepared(model, images)
+    def compile_for_shape(self, model: fx.GraphModule) -> Callable[[Tensor], Tensor]:
+        """Return the model as this runner calls it: compiled, or as it is."""
+        if not self.compile:
+            return model
+        # A module of its own for each shape: torch.compile gives up on a module that it has
+        # compiled for eight shapes, and then runs it as it is.
+        own = fx.GraphModule(model, copy.deepcopy(model.graph))
+        mode = "max-autotune-no-cudagraphs" if self.on_gpu else "default"
+        return torch.compile(own, mode=mode, dynamic=False)
+
+    def capture_for_shape(self, model: fx.GraphModule, images: Tensor) -> CapturedModel:
+        """Return the model captured in a CUDA graph that reads these images."""
         try:
-            graph, logits = cuda_graphs.capture(partial(model, images))
+            compiled = self.compile_for_shape(model)
+            graph, logits = cuda_graphs.capture(partial(compiled, images))
         except RuntimeError as error:
+            cuda_graphs.raise_if_context_is_broken(error)
             raise RunnerError(
-                f"{self.name}: the network cannot be prepared for {len(images)} images of shape "
+                f"{self.name}: the model cannot be prepared for {len(images)} images of shape "
                 f"{tuple(images.shape[1:])} ({error}). Use a smaller batch if memory is short."
             ) from error
-        return Prepared(model, images, graph, self._one_tensor(logits))
+        return CapturedModel(graph, images, self._one_tensor(logits))
 
     def _one_tensor(self, logits: Any) -> Tensor:
         if not isinstance(logits, Tensor):
-            raise RunnerError(
-                f"{self.name}: the network gives a {type(logits).__name__}, where a runner takes "
-                "one tensor of logits. Wrap it in a module that returns one of its outputs."
+            raise InputError(
+                f"{self.name}: the model returns a {type(logits).__name__}, but a runner takes "
+                "one tensor of logits. Wrap the model in a module that returns one of its outputs."
             )
         return logits
 
     @torch.inference_mode()
     def run(self) -> None:
-        ready = self.prepared[self.images.shape]
-        if not self.on_gpu:
-            self.logits = self._one_tensor(ready.network(self.images))
+        ready = self.ready[self.images.shape]
+        if not isinstance(ready, CapturedModel):
+            self.logits = self._one_tensor(ready(self.images))
             return
         self.logits = ready.logits
         self.start.record()
@@ -176,49 +193,32 @@ class TorchRunner(Runner):
         return self.start.elapsed_time(self.end) / 1000 if self.on_gpu else None
 
 
-class Prepared(NamedTuple):
-    """A network that is ready for images of one shape; on a GPU with its CUDA graph."""
-
-    network: Callable[[Tensor], Tensor]
-    images: Tensor  # what the graph reads
-    graph: torch.cuda.CUDAGraph | None = None
-    logits: Tensor | None = None  # what the graph writes
-
-
 class OnnxRunner(Runner):
     """ONNX Runtime on the CPU.
 
     Args:
-        path: an ONNX file with input `images` and output `logits`.
+        path: an ONNX file with one input and the output `logits`.
 
     Raises:
-        RunnerError: the file is missing or ONNX Runtime cannot load it.
+        InputError: the file is missing, has no such output, or ONNX Runtime cannot load it.
     """
 
     def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors only
-        # Idle threads must not spin: they would slow whichever runner has its turn next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+        self.session = OnnxSession(path)
+        if OUTPUT not in self.session.outputs:
+            raise InputError(
+                f"{shown(path)} has no output `{OUTPUT}`, only {', '.join(self.session.outputs)}. "
+                "Export the model again with export_onnx."
             )
-        except Exception as error:  # ONNX Runtime has a dozen classes without a common base
-            raise RunnerError(
-                f"{shown(path)} cannot be loaded by ONNX Runtime: {error}. "
-                "Run 04_export_onnx.ipynb again."
-            ) from error
-        half = self.session.get_inputs()[0].type == "tensor(float16)"
-        self.dtype = np.float16 if half else np.float32
-        self.name = f"ONNX Runtime {ort.__version__}, CPU, {'FP16' if half else 'FP32'}"
+        self.dtype = self.session.dtype
+        precision = "FP16" if self.dtype == np.float16 else "FP32"
+        self.name = f"ONNX Runtime {self.session.version}, CPU, {precision}"
 
     def load(self, images: Tensor) -> None:
         self.images = np.ascontiguousarray(images.numpy(), dtype=self.dtype)
 
     def run(self) -> None:
-        (self.logits,) = self.session.run([OUTPUT], {INPUT: self.images})
+        (self.logits,) = self.session.run(self.images, [OUTPUT])
 
     def fetch(self) -> Tensor:
         return torch.from_numpy(self.logits.astype(np.float32))
@@ -239,14 +239,15 @@ class TensorRTRunner(Runner):
         graph: use a CUDA graph; without one the host launches every kernel.
 
     Raises:
-        RunnerError: no GPU, no PyCUDA, or the engine is for another GPU or version; later
-            on, it cannot be captured or does not take such images.
+        RunnerError: there is no GPU or no PyCUDA, or the engine is for another GPU or version;
+            later on, it cannot be captured.
+        InputError: later on, the engine does not take such images.
     """
 
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
             raise RunnerError(reason)
-        import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses as well)
+        import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses too)
         import pycuda.driver as cuda
 
         self.cuda = cuda
@@ -259,7 +260,7 @@ class TensorRTRunner(Runner):
             raise RunnerError(
                 f"{shown(path)} cannot be loaded by {builder.name} {builder.version} on this "
                 "GPU: an engine runs only on the kind of GPU and the version it was built with. "
-                "Run 05_build_engine.ipynb on this machine."
+                "Build it on this machine with build_engine."
             )
         self.context = self._create_context(builder.name, graph)
         self.captures = graph and builder.name == "TensorRT"
@@ -278,19 +279,19 @@ class TensorRTRunner(Runner):
 
     def load(self, images: Tensor) -> None:
         if tuple(images.shape) != self.shape:
-            self._prepare(tuple(images.shape))
+            self._bind_shape(tuple(images.shape))
         self.images[...] = images.numpy()
         self.cuda.memcpy_htod_async(self.buffers[INPUT], self.images, self.stream)
         self.stream.synchronize()
 
-    def _prepare(self, shape: tuple[int, ...]) -> None:
+    def _bind_shape(self, shape: tuple[int, ...]) -> None:
         """Make buffers for images of a shape, and capture the engine with them."""
         self.shape, self.graph = None, None
         if not self.context.set_input_shape(INPUT, shape):
-            raise RunnerError(
+            raise InputError(
                 f"{self.name}: the engine does not take images of shape {shape}; it was built "
-                "for other sizes or a smaller largest batch. Build it with `batches` that cover "
-                "this one."
+                "for other image sizes or batch sizes. Build it with `profile_batch_sizes` that "
+                "cover this one."
             )
         self.images = self._bind(INPUT)
         self.logits = self._bind(OUTPUT)
@@ -298,6 +299,7 @@ class TensorRTRunner(Runner):
             try:
                 self.graph, _ = cuda_graphs.capture(self._enqueue, self.torch_stream)
             except RuntimeError as error:
+                cuda_graphs.raise_if_context_is_broken(error)
                 raise RunnerError(
                     f"{self.name}: the engine cannot be captured in a CUDA graph ({error}). "
                     "Run it with TensorRTRunner(path, graph=False)."
@@ -315,7 +317,9 @@ class TensorRTRunner(Runner):
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.handle):
-            raise RunnerError(f"{self.name}: the engine refused to run; see the lines above.")
+            raise RunnerError(
+                f"{self.name}: the engine refused to run; see what TensorRT printed above."
+            )
 
     def run(self) -> None:
         self.start.record(self.stream)
@@ -346,7 +350,7 @@ def why_no_engine() -> str:
     if not torch.cuda.is_available():
         return (
             "No NVIDIA GPU was found, so engines can be built here but not run; "
-            "ONNX Runtime and PyTorch run the same networks on the CPU instead."
+            "ONNX Runtime and PyTorch run the same models on the CPU instead."
         )
     try:
         import pycuda.driver  # noqa: F401

@@ -189,7 +189,11 @@ def build(
         parent = f"04_{name}_fp16.onnx"
         with artifacts.writing(f"05_{name}.engine", [parent], facts) as path:
             report = engine.build_engine(
-                artifacts.path(parent), path, settings.image_shape, batches, target=target
+                artifacts.path(parent),
+                path,
+                settings.image_shape,
+                batches,
+                compute_capability=target,
             )
             facts.update(report.facts())
         print(f"{name}: {report}")

@@ -66,7 +66,8 @@ def summary(settings: Settings) -> dict[str, str]:
     for name in NETWORKS:
         built = artifacts.facts(f"05_{name}.engine")
         rows[f"engine, {name}"] = (
-            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, {built['target']}"
+            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, "
+            f"{built['built_for']}"
         )
     benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
     rows["measured with"] = benchmark["runner"]

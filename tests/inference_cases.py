@@ -1,0 +1,140 @@
+"""Models and a fake cuSPARSELt for the tests of PyTorch's sparse runner and its parts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from helpers.sparsity import is_2to4, prune_2to4_
+from helpers.training import networks
+
+GAP = 1e-5  # FP32: the order of the sums differs
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quick_network() -> nn.Module:
+    return networks.create_model("resnext14_8x4d", 10)
+
+
+def bottlenecks() -> nn.Module:
+    """ResNet-50's blocks; from the second stage on, downsamples have stride 2."""
+    network = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=16)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def linear_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32, bias=False), nn.ReLU(), nn.Linear(32, 16)
+    )
+
+
+def transformer() -> nn.Module:
+    """Two blocks of a vision transformer; torchvision starts its head with zeros."""
+    network = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128,
+        num_classes=16,
+    )  # fmt: skip
+    nn.init.normal_(network.heads.head.weight)
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "quick": (quick_network, (1, 28, 28)),
+    "bottlenecks": (bottlenecks, (3, 32, 32)),
+    "linear": (linear_network, (48,)),
+    "transformer": (transformer, (3, 32, 32)),
+}
+
+
+def prepared(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return the model pruned 2:4, whose batch norms have statistics other than 0 and 1."""
+    model(images)
+    prune_2to4_(model)
+    return model.eval()
+
+
+class FakeCusparselt:
+    """PyTorch's binding of cuSPARSELt, on the CPU and with its contract.
+
+    It knows the dense matrix by its memory and by whether it is contiguous, and no strides.
+    """
+
+    algorithm = (5, 2, 1)
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, int]] = []
+
+    def compress(self, weight: Tensor) -> Tensor:
+        assert weight.is_contiguous()
+        assert is_2to4(weight)
+        assert all(size % 16 == 0 for size in weight.shape)
+        return weight.clone()
+
+    def sparse_mm(
+        self,
+        compressed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None = None,
+        transpose_result: bool = False,
+        **algorithm: int,
+    ) -> Tensor:
+        self.calls.append(algorithm)
+        k, n = dense.shape
+        assert k % 8 == n % 8 == 0
+        if dense.is_contiguous():
+            seen = dense.as_strided((k, n), (n, 1))
+        else:
+            seen = dense.as_strided((n, k), (k, 1)).t()
+        product = compressed @ seen
+        if bias is not None:
+            product += bias[:, None]
+        return product.t().contiguous() if transpose_result else product
+
+    def mm_search(
+        self,
+        compressed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None,
+        alpha: None,
+        out_dtype: None,
+        transpose_result: bool,
+    ) -> tuple[int, int, int, int]:
+        self.sparse_mm(compressed, dense, bias, transpose_result)
+        return (*self.algorithm, 40)
+
+
+@contextmanager
+def fake_cusparselt() -> Iterator[FakeCusparselt]:
+    fake = FakeCusparselt()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_cslt_compress", fake.compress)
+        patch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
+        patch.setattr(torch._C, "_cusparselt", fake, raising=False)
+        yield fake
+
+
+def the_fastest_is(name: str) -> Callable[[Sequence], list[float]]:
+    """Return a timer that finds one kernel twice as fast as all others."""
+
+    def timer(calls: Sequence) -> list[float]:
+        return [0.5 if call.func.name == name else 1.0 for call in calls]
+
+    return timer
+
+
+def fill_free_memory_with_nan() -> None:
+    """Fill the memory that PyTorch will hand out next with NaN."""
+    blocks = [torch.full((2**size,), float("nan"), device="cuda") for size in range(8, 27)]
+    torch.cuda.synchronize()
+    del blocks
