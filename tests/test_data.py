@@ -284,7 +284,10 @@ def test_too_few_photographs_for_the_validation_split_are_refused(imagenette):
 def test_a_missing_imagenette_without_a_network_is_told(tmp_path, no_network):
     message = refusal(photo_settings("workshop", tmp_path))
     assert message.startswith(f"Imagenette could not be read from {tmp_path} or downloaded (")
-    assert "Unpack imagenette2-320.tgz there, or give the folder that holds imagenette2-320/" in message
+    assert (
+        "Unpack imagenette2-320.tgz there, or give the folder that holds imagenette2-320/"
+        in message
+    )
     assert "\n" not in message
 
 
