@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from safetensors import SafetensorError
 
-from helpers import files
+from helpers.errors import WriteError
 from helpers.files import atomic_write, sha256
 from helpers.machine import versions
 from helpers.training.networks import resnext14_8x4d, save_checkpoint
@@ -191,11 +191,11 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors", "other"])
 def test_a_full_disk_is_told_in_one_sentence(chain, error):
     listing = names(chain.folder)
-    with pytest.raises(ArtifactError) as caught, chain.writing(PRUNED, [DENSE]) as path:
+    with pytest.raises(WriteError) as caught, chain.writing(PRUNED, [DENSE]) as path:
         path.write_text("half")
         raise error
     message = str(caught.value)
-    assert message.startswith("02_pruned.safetensors could not be written to")
+    assert message.startswith(f"{chain.path(PRUNED)} could not be written: ")
     assert "the disk is full; free some space" in message
     assert "\n" not in message
     assert chain.require(PRUNED).read_text() == "pruned"
@@ -208,7 +208,7 @@ def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, mon
             raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", full)
-        with pytest.raises(ArtifactError, match="disk is full"):
+        patch.setattr("helpers.tutorial.artifacts.write_json", full)
+        with pytest.raises(WriteError, match="disk is full"):
             write(chain, PRUNED, "pruned anew", [DENSE])
     assert "Run 02_prune_2_4.ipynb" in refusal(chain, PRUNED)

@@ -74,8 +74,8 @@ def create_model(name: str, num_classes: int) -> nn.Module:
 def create_on_meta(name: str, num_classes: int) -> nn.Module:
     """Return a model on the device `meta`: its layers and shapes, without numbers.
 
-    Arguments and errors are those of `create_model`. Of any size it takes no memory and
-    little time.
+    Arguments and errors are those of `create_model`. A model of any size takes almost no memory
+    and little time.
     """
 
     def parameter_to_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -106,7 +106,7 @@ def imagenette_indices() -> list[int]:
 
 
 def restrict_head_(model: ResNet, classes: list[int]) -> None:
-    """Keep only these rows of the last layer, in place: a classifier of fewer classes."""
+    """Keep only these rows of the last layer, in place, to classify fewer classes."""
     head = nn.Linear(model.fc.in_features, len(classes))
     with torch.no_grad():
         head.weight.copy_(model.fc.weight[classes])
@@ -189,9 +189,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _number_of_classes(path: Path, name: str, state: Mapping[str, Tensor]) -> int:
-    """Return how many classes the weights in a checkpoint tell apart.
+    """Return for how many classes a checkpoint's last layer has weights.
 
-    The last layer is the one whose weight has another shape with another number of classes.
+    That layer is the one whose shape changes with the number of classes, whatever its name.
     """
     two, three = (dict(create_on_meta(name, classes).named_parameters()) for classes in (2, 3))
     changed = [key for key in two if two[key].dim() > 1 and two[key].shape != three[key].shape]
