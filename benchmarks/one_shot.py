@@ -1,8 +1,8 @@
-"""Compare ways to prune the quick preset's network, right after pruning and retrained.
+"""Compare ways to prune the quick preset's model, right after pruning and retrained.
 
 By magnitude and with SparseGPT, each with and without permuted channels and with and
 without new statistics for the batch norms; SparseGPT with fewer and more calibration
-images and other dampenings. The calibration images are training images; accuracy is on
+images and other values of dampening. The calibration images are training images; accuracy is on
 the whole test set. Writes `benchmarks/results/one_shot_quick.json`.
 """
 
@@ -29,38 +29,40 @@ RESULT = Path(__file__).parent / "results" / "one_shot_quick.json"
 Method = Callable[[nn.Module, list[Tensor]], object]
 
 
-def by_magnitude(model: nn.Module, batches: list[Tensor]) -> None:
-    """Prune by magnitude; the images are not looked at."""
+def by_magnitude(model: nn.Module, calibration_data: list[Tensor]) -> None:
+    """Prune by magnitude; it needs no images."""
     prune_2to4_(model)
 
 
 def with_sparsegpt(dampening: float = DAMPENING) -> Method:
-    """Return the pruning with SparseGPT at this dampening."""
-    return lambda model, batches: prune_sparsegpt_(model, batches, dampening=dampening)
+    """Return a function that prunes with SparseGPT at this dampening."""
+    return lambda model, calibration_data: prune_sparsegpt_(
+        model, calibration_data, dampening=dampening
+    )
 
 
 def permuted(prune: Method) -> Method:
-    """Return a pruning of the network with its channels permuted."""
+    """Return a function that permutes the channels and then prunes."""
 
-    def permute_and_prune(model: nn.Module, batches: list[Tensor]) -> None:
-        permute_channels_(model, batches[0][:1])
-        prune(model, batches)
+    def permute_and_prune(model: nn.Module, calibration_data: list[Tensor]) -> None:
+        permute_channels_(model, calibration_data[0][:1])
+        prune(model, calibration_data)
 
     return permute_and_prune
 
 
 def and_batch_norm(prune: Method) -> Method:
-    """Return a pruning followed by new statistics for the batch norms, from the same images."""
+    """Return a function that prunes and recomputes the batch norms' statistics."""
 
-    def prune_and_update(model: nn.Module, batches: list[Tensor]) -> None:
-        prune(model, batches)
-        update_bn(batches, model)
+    def prune_and_update(model: nn.Module, calibration_data: list[Tensor]) -> None:
+        prune(model, calibration_data)
+        update_bn(calibration_data, model)
 
     return prune_and_update
 
 
 def main() -> None:
-    """Measure every way with several draws of the calibration images, and write the result."""
+    """Measure each way with several draws of the calibration images, and write the result."""
     settings = Settings.load("quick")
     splits = load_splits(settings)
     rows = []
@@ -69,9 +71,9 @@ def main() -> None:
         accuracies = []
         for seed in SEEDS:
             torch.manual_seed(seed)
-            batches = first_images(splits.train, images)[0].to(machine.device()).split(128)
+            calibration_data = first_images(splits.train, images)[0].to(machine.device()).split(128)
             model = load_pretrained(settings).to(machine.device())
-            prune(model, list(batches))
+            prune(model, list(calibration_data))
             accuracies.append(evaluate(model, splits.test).top1)
         row = {"method": method, "images": images, **facts, "top1": round(mean(accuracies), 2)}
         rows.append(row | {"top1_by_seed": accuracies})

@@ -1,7 +1,7 @@
 """Take ResNeXt-101 32x8d through prune, export, verify and build, and time each step.
 
-The weights are random (the steps take the same time with any), the machine needs no
-GPU. Writes `benchmarks/results/real_network_cpu.json`.
+The weights are random (the steps take as long with any), and no GPU is needed. Writes
+`benchmarks/results/real_network_cpu.json`.
 """
 
 import tempfile

@@ -2,8 +2,8 @@
 
 The file is ResNeXt-101 32x8d in FP16, random weights pruned 2:4. The peer of the
 verifier is `polygraphy inspect sparsity` (PyPI: polygraphy), stopped after `LIMIT`
-seconds; that of the compressed form is PyTorch's own conversion for CUTLASS, on the
-weights that it takes. Writes `benchmarks/results/verify_cpu.json`.
+seconds; that of the compressed form is PyTorch's conversion for CUTLASS, on the
+weights that it accepts. Writes `benchmarks/results/verify_cpu.json`.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from polygraphy.tools.sparse import SparsityPruner
+from polygraphy.tools.sparse import SparsityPruner  # type: ignore[import-not-found]  # optional
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -44,13 +44,13 @@ RESULT = Path(__file__).parent / "results" / "verify_cpu.json"
 
 
 def medians(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each, taken in turns."""
+    """Return the median seconds of each function, called in turns."""
     times = in_turns(works, ROUNDS)
     return {name: round(statistics.median(each), 3) for name, each in times.items()}
 
 
 def time_polygraphy(path: Path) -> dict[str, float | bool]:
-    """Return polygraphy's seconds, by the clock and of the CPU, and whether it came to its end."""
+    """Return polygraphy's wall-clock and CPU seconds, and whether it finished."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
@@ -69,7 +69,7 @@ def time_polygraphy(path: Path) -> dict[str, float | bool]:
 
 
 def time_verifier(path: Path) -> dict[str, float]:
-    """Return `verify_onnx`'s seconds: the median by the clock, the mean of the CPU."""
+    """Return `verify_onnx`'s seconds: the median by wall clock, the mean of the CPU."""
     cpu = time.process_time()
     clock = medians({"verify": lambda: verify_onnx(path)})["verify"]
     return {
@@ -79,11 +79,11 @@ def time_verifier(path: Path) -> dict[str, float]:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """Return a convolution as (out, kernel positions * in), which PyTorch's conversion takes."""
+    """Return a convolution as (out, kernel positions * in), which PyTorch's conversion accepts."""
     return weight.movedim(1, -1).reshape(len(weight), -1).contiguous()
 
 
-def torch_takes(weight: Tensor) -> bool:
+def torch_accepts(weight: Tensor) -> bool:
     """Return whether PyTorch's conversion works for a weight."""
     try:
         sparse_semi_structured_from_dense_cutlass(as_matrix(weight))
@@ -93,8 +93,8 @@ def torch_takes(weight: Tensor) -> bool:
 
 
 def measure_compressed_form(weights: list[Tensor]) -> dict:
-    """Return the seconds of compressing and decompressing all weights that both sides take."""
-    common = [weight for weight in weights if torch_takes(weight)]
+    """Return the seconds to compress and decompress all weights that both sides accept."""
+    common = [weight for weight in weights if torch_accepts(weight)]
     matrices = [as_matrix(weight) for weight in common]
     ours = [compress_2to4(weight) for weight in common]
     theirs = [sparse_semi_structured_from_dense_cutlass(matrix) for matrix in matrices]

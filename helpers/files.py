@@ -3,20 +3,19 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import WriteError
+from helpers.errors import InputError, WriteError
 
 
 def shown(path: Path) -> str:
-    """Return `path` as a reader types it: relative to the working folder where it lies below it."""
+    """Return a path as messages show it: relative if it is below the working folder, else full."""
     path = Path(path).resolve()
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
@@ -30,9 +29,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of `path` only if all went well.
+    """Yield a temporary path that replaces `path` if the block ends without an error.
 
-    Whatever stood at `path` before stays untouched on any error.
+    On any error the old file, if there is one, is left unchanged.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written to.
@@ -41,58 +40,71 @@ def atomic_write(path: Path) -> Iterator[Path]:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, and so on the same file system: only there is a replacement atomic.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         part = Path(name)
         os.close(handle)
         yield part
-        part.chmod(0o644)  # a temporary file is its owner's alone
+        part.chmod(0o644)  # only its owner can read a temporary file
         part.replace(path)
-    except OSError as error:
-        raise _explained(error, path) from error
     except Exception as error:
-        # safetensors and onnx report a full disk in exceptions of their own.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise _explained(OSError(errno.ENOSPC, ""), path) from error
-        raise
+        cause = _cause(error)
+        if cause is None:
+            raise
+        raise WriteError(
+            f"{shown(path)} could not be written: {cause}, then try again. "
+            "What was there before is unchanged."
+        ) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
 
 
-def _explained(error: OSError, path: Path) -> Exception:
-    """Turn the operating system's refusal to write into a sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cause = "the disk is full; free some space"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        cause = "the folder cannot be written to; change its permissions or choose another folder"
-    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-        cause = "a file stands where the folder should be; move it or choose another folder"
-    else:
-        return error
-    return WriteError(
-        f"{path.name} could not be written to {path.parent}: {cause}, then run this "
-        "again. Nothing that was there before has been changed."
-    )
+def _cause(error: Exception) -> str | None:
+    """Return why a file could not be written and what to do; None for any other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    # safetensors and ONNX report a full disk in exceptions of their own.
+    if "os error 28" in str(error) or "No space left" in str(error):
+        code = errno.ENOSPC
+    match code:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "the disk is full; free some space"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "its folder is not writable; change its permissions or choose another folder"
+        case errno.EEXIST | errno.ENOTDIR:
+            return "part of its path is a file, not a folder; move it or choose another folder"
+        case errno.EISDIR:
+            return "there is a folder of that name; move it or choose another name"
+    return None
 
 
 def write_json(path: Path, content: Any) -> Path:
     """Write `content` as JSON, in one piece or not at all.
 
-    It may hold dataclasses. NaN becomes null, since JSON has no NaN.
+    It may contain dataclasses, paths, and NumPy or PyTorch numbers and arrays. NaN and the
+    infinities become null: JSON has none of them.
+
+    Raises:
+        InputError: `content` has something else that JSON cannot hold; nothing is written.
+        WriteError: the disk is full or the folder cannot be written to.
     """
-    plain = _without_nan(json.loads(json.dumps(content, default=asdict)))
+    try:
+        # `parse_constant` is called for NaN, Infinity and -Infinity only.
+        plain = json.loads(json.dumps(content, default=_plain), parse_constant=lambda _: None)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{shown(path)} was not written as JSON: {error}.") from error
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as part:
-        part.write_text(text + "\n")
+        part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 
-def _without_nan(content: Any) -> Any:
-    match content:
-        case dict():
-            return {key: _without_nan(value) for key, value in content.items()}
-        case list():
-            return [_without_nan(value) for value in content]
-        case float() if math.isnan(content):
-            return None
-    return content
+def _plain(value: Any) -> Any:
+    """Return what JSON holds for a value that it has no form of its own for."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # a number or an array of NumPy or PyTorch
+        return value.tolist()
+    raise TypeError(f"it has no form for a value of type {type(value).__name__}")

@@ -1,7 +1,7 @@
-"""What this computer is: versions, processor, GPU.
+"""Versions, processor and GPU of this computer.
 
-Every result that the project records carries `versions()` and `describe()`, so that
-a number can be traced to what made it. Shown in `00_check_your_setup.ipynb`.
+Every recorded result carries `versions()` and `describe()`, so that a number can be traced to
+what produced it. Shown in `00_check_your_setup.ipynb`.
 """
 
 import os
@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import torch
 
 REQUIRED = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
@@ -45,13 +44,13 @@ def describe() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what every recorded result carries: date, machine and versions."""
+    """Return the date, the machine and the versions, to be recorded with a result."""
     date = datetime.now(UTC).date().isoformat()
     return {"date": date, "machine": describe(), "versions": versions()}
 
 
 def cpu_name() -> str:
-    """Return the processor's model name, or its architecture where none is told."""
+    """Return the processor's model name, or its architecture where that is unknown."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -61,9 +60,11 @@ def cpu_name() -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Return name, compute capability and driver of the first GPU; empty without one."""
+    """Return name, compute capability and driver of the GPU in use; empty without one."""
     if not torch.cuda.is_available():
         return {}
+    import pynvml  # here: it is of no use without a driver
+
     major, minor = torch.cuda.get_device_capability()
     found = {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
     try:
@@ -75,5 +76,5 @@ def gpu() -> dict[str, str]:
 
 
 def device() -> torch.device:
-    """Return the device that PyTorch computes on here: the GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""How good predictions are, and how far two models are apart.
+"""How good predictions are, and how far the outputs of two models are apart.
 
 Explained in `03_retrain.ipynb`.
 """
@@ -13,7 +13,7 @@ from helpers.errors import InputError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy over a set of images, with the uncertainty of its size."""
+    """Top-1 accuracy over a set of images, with its sampling error; NaN over none."""
 
     correct: int
     total: int
@@ -21,63 +21,98 @@ class Accuracy:
     @property
     def top1(self) -> float:
         """Per cent of the images classified correctly."""
-        return 100 * self.correct / self.total
+        return 100 * _share(self.correct, self.total)
 
     @property
     def standard_error(self) -> float:
         """Binomial standard error of `top1`, in points."""
-        share = self.correct / self.total
-        return 100 * math.sqrt(share * (1 - share) / self.total)
+        share = _share(self.correct, self.total)
+        return 100 * math.sqrt(_share(share * (1 - share), self.total))
 
     def __repr__(self) -> str:
         return f"{self.top1:.2f} % ± {self.standard_error:.2f} top-1 on {self.total:,} images"
 
 
-def max_relative_error(logits: Tensor, reference: Tensor) -> float:
-    """Return the largest difference of two sets of logits, relative to the largest logit.
-
-    Raises:
-        InputError: they are not of the same shape.
-    """
-    if logits.shape != reference.shape:
-        raise InputError(
-            f"Logits of shape {tuple(logits.shape)} cannot be compared with some of shape "
-            f"{tuple(reference.shape)}; they are not of the same network and images."
-        )
-    logits, reference = logits.double(), reference.double()
-    return float((logits - reference).abs().max() / reference.abs().max())
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Return the top-1 accuracy of logits (N, classes) against labels (N)."""
-    return Accuracy(int((logits.argmax(1) == labels).sum()), len(labels))
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """How two networks did on the same images: only those that one of them gets right count."""
+    """Two models on the same images: only the images that one of them gets right count."""
 
-    only_first: int  # images that the first classifies correctly and the second does not
+    only_first: int  # images that the first model classifies correctly and the second does not
     only_second: int
     total: int
 
     @property
     def difference(self) -> float:
-        """Top-1 of the second minus that of the first, in points."""
-        return 100 * (self.only_second - self.only_first) / self.total
+        """Top-1 of the second model minus that of the first, in points; NaN without images."""
+        return 100 * _share(self.only_second - self.only_first, self.total)
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `difference`, in points; what both share of chance drops out.
+        """Standard error of `difference`, in points; the chance that both share cancels out.
 
         Source: McNemar, "Note on the sampling error of the difference between correlated
         proportions or percentages", 1947.
         """
-        differ = (self.only_first + self.only_second) / self.total
-        return 100 * math.sqrt((differ - (self.difference / 100) ** 2) / self.total)
+        differ = _share(self.only_first + self.only_second, self.total)
+        variance = differ - (self.difference / 100) ** 2
+        return 100 * math.sqrt(_share(variance, self.total))
 
     def __repr__(self) -> str:
         return (
             f"{self.difference:+.2f} ± {self.standard_error:.2f} points: {self.only_second} images "
             f"only the second network has right, {self.only_first} only the first"
         )
+
+
+def _share(part: float, total: int) -> float:
+    return part / total if total else math.nan
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Return the class of the largest logit (N) for logits (N, classes); -1 where one is NaN.
+
+    PyTorch takes NaN for the largest, so a diverged model would predict some class by chance.
+    """
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Return the top-1 accuracy of logits (N, classes) against labels (N).
+
+    An image with a NaN among its logits counts as classified wrongly.
+
+    Raises:
+        InputError: the shapes are others.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise InputError(
+            f"Logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} do "
+            "not belong together: they should be (images, classes) and (images)."
+        )
+    if not len(labels):
+        return Accuracy(0, 0)
+    return Accuracy(int((predictions(logits) == labels).sum()), len(labels))
+
+
+def max_relative_error(logits: Tensor, reference: Tensor) -> float:
+    """Return the largest difference from the reference, relative to its largest logit.
+
+    The result is NaN if a logit is NaN or the reference is infinite, and infinite if only the
+    reference is all zeros; neither is below any tolerance.
+
+    Raises:
+        InputError: the shapes differ, or there are no logits.
+    """
+    if logits.shape != reference.shape:
+        raise InputError(
+            f"Logits of shape {tuple(logits.shape)} cannot be compared with a reference of shape "
+            f"{tuple(reference.shape)}: they are not of the same model and images."
+        )
+    if not logits.numel():
+        raise InputError(f"There are no logits to compare in shape {tuple(logits.shape)}.")
+    logits, reference = logits.double(), reference.double()
+    largest = float((logits - reference).abs().max())
+    scale = float(reference.abs().max())
+    if scale == 0 and largest > 0:
+        return math.inf
+    return largest / scale if scale else largest  # 0 from zeros to zeros; NaN stays NaN

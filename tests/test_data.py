@@ -158,7 +158,7 @@ def test_worker_processes_give_the_same_batches(small):
 
 def test_too_few_images_for_the_validation_split_are_refused(small):
     message = refusal(replace(small, validation_images=30))
-    assert message.startswith("FashionMNIST has 30 training images in data, and 30 of them")
+    assert message.startswith(f"FashionMNIST has 30 training images in {small.data_dir}, too few")
     assert "\n" not in message
 
 
@@ -168,7 +168,7 @@ def test_a_truncated_archive_is_named(small, name):
     content = (RAW / name).read_bytes()
     (raw / name).write_bytes(content[: len(content) // 2])
     message = refusal(small)
-    assert message.startswith(f"{name} is damaged")
+    assert message.startswith(f"{raw / name} is damaged")
     assert "git checkout" in message
     assert "\n" not in message
 
@@ -179,7 +179,7 @@ def test_a_corrupted_unpacked_file_is_refused(small, part, keep):
     path = small.data_dir / "FashionMNIST" / "raw" / f"{part}-ubyte"
     path.write_bytes(path.read_bytes()[:keep])
     message = refusal(small)
-    assert message.startswith("Fashion-MNIST could not be read from raw")
+    assert message.startswith(f"Fashion-MNIST could not be read from {path.parent} (")
     assert "Delete any file there that does not end in .gz" in message
 
 
@@ -194,7 +194,8 @@ def test_an_interrupted_unpacking_is_repaired(settings, tmp_path):
 
 def test_missing_images_without_a_network_are_told(settings, tmp_path, no_network):
     message = refusal(replace(settings, data_dir=tmp_path))
-    assert message.startswith("Fashion-MNIST could not be read from raw")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    assert message.startswith(f"Fashion-MNIST could not be read from {raw} (")
     assert "git checkout -- data/FashionMNIST" in message
 
 
@@ -282,8 +283,11 @@ def test_too_few_photographs_for_the_validation_split_are_refused(imagenette):
 
 def test_a_missing_imagenette_without_a_network_is_told(tmp_path, no_network):
     message = refusal(photo_settings("workshop", tmp_path))
-    assert message.startswith("Imagenette could not be read from")
-    assert "Unpack imagenette2-320.tgz there, or set TUTORIAL_DATA" in message
+    assert message.startswith(f"Imagenette could not be read from {tmp_path} or downloaded (")
+    assert (
+        "Unpack imagenette2-320.tgz there, or give the folder that holds imagenette2-320/"
+        in message
+    )
     assert "\n" not in message
 
 
@@ -330,7 +334,7 @@ def test_imagenet_gives_224_pixel_float_batches(imagenet_folder):
 
 def test_a_missing_imagenet_tells_where_to_get_it(tmp_path):
     message = refusal(photo_settings("full", tmp_path))
-    assert message.startswith("ImageNet was not found in imagenet")
+    assert message.startswith(f"ImageNet was not found in {tmp_path / 'imagenet'} (")
     assert "image-net.org" in message
     assert "\n" not in message
 

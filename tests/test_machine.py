@@ -118,13 +118,13 @@ def test_the_setup_report_flags_a_full_disk(monkeypatch, tiny_settings):
         asked.append(path)
         return usage(10e9, 9.5e9, 0.5e9)
 
-    monkeypatch.setattr(machine.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(setup.shutil, "disk_usage", disk_usage)
     (line,) = failures(tiny_settings)
     assert "GB free" in line
     assert asked[0].exists(), "asked for a folder that is there"
 
 
 def test_the_setup_report_flags_a_python_that_is_too_new(monkeypatch, tiny_settings):
-    monkeypatch.setattr(machine.sys, "version_info", (3, 14, 0))
+    monkeypatch.setattr(setup.sys, "version_info", (3, 14, 0))
     (line,) = failures(tiny_settings)
     assert line.startswith("Python 3")

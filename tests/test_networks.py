@@ -7,14 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError
 from helpers.files import sha256
 from helpers.layers import layer_weights
-from helpers.sparsity import save_compressed
+from helpers.sparsity import prune_2to4_, save_compressed
 from helpers.training import networks
 from helpers.training.networks import (
     CheckpointError,
+    checkpoint_model,
     create_model,
+    create_on_meta,
     imagenette_indices,
     load_checkpoint,
     restrict_head_,
@@ -74,6 +76,21 @@ def test_a_network_of_torchvision_is_made_by_name():
 def test_an_unknown_network_is_refused_by_name():
     with pytest.raises(HelpersError, match=r"^There is no classification network 'resnext15'"):
         create_model("resnext15", 10)
+
+
+@pytest.mark.parametrize("name", [NAME, "resnet18", "regnet_x_400mf", "swin_t", "inception_v3"])
+def test_a_model_on_meta_has_all_shapes_and_no_numbers(name):
+    found, real = create_on_meta(name, 7), create_model(name, 7)
+    assert all(value.is_meta for value in found.state_dict().values())
+    shapes = [{k: v.shape for k, v in each.state_dict().items()} for each in (found, real)]
+    assert shapes[0] == shapes[1]
+    assert not next(create_model(name, 7).parameters()).is_meta, "the hooks are removed"
+
+
+def test_the_hooks_are_removed_after_an_error_too():
+    with pytest.raises(InputError):
+        create_on_meta("resnext15", 10)
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 # The checkpoint in the repository.
@@ -154,7 +171,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(model, path, "resnet18")
     message = refusal(load_checkpoint, path)
-    assert message.startswith("model.safetensors does not hold the weights of resnet18: ")
+    assert message.startswith(f"{path} does not hold the weights of resnet18: ")
 
 
 def test_a_checkpoint_of_an_unknown_network_is_refused(model, tmp_path):
@@ -175,7 +192,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     message = refusal(load_checkpoint, path)
-    assert message.startswith("model.safetensors is not a readable safetensors file")
+    assert message.startswith(f"{path} is not a readable safetensors file")
 
 
 def test_a_truncated_checkpoint_is_refused(checkpoint):
@@ -187,26 +204,74 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
     assert "is not a readable" in refusal(load_checkpoint, tmp_path / "model.safetensors")
 
 
-def test_a_compressed_checkpoint_names_what_reads_it(checkpoint, tmp_path):
+def test_a_compressed_checkpoint_is_loaded_too(model, tmp_path):
     path = tmp_path / "compressed.safetensors"
-    save_compressed(load_checkpoint(checkpoint), path, model="resnext14_8x4d")
-    assert "is compressed; read it with helpers.sparsity.load_compressed" in refusal(
-        load_checkpoint, path
-    )
+    prune_2to4_(model)
+    save_compressed(model, path, model=NAME)
+    loaded = load_checkpoint(path).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def test_a_compressed_checkpoint_that_names_no_network_is_refused(model, tmp_path):
+    path = tmp_path / "compressed.safetensors"
+    save_compressed(model, path)
+    assert "does not name its network" in refusal(load_checkpoint, path)
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_v3_small", "vit_b_32", "squeezenet1_1", "densenet121", "vgg11", "swin_t",
+     "efficientnet_b0", "convnext_tiny", "googlenet", "regnet_y_400mf", "maxvit_t"],
+)  # fmt: skip
+def test_the_classes_are_found_whatever_the_last_layer_is_called(monkeypatch, name, classes):
+    state = create_on_meta(name, classes).state_dict()
+    monkeypatch.setattr(networks, "read_checkpoint", lambda _: (state, name))
+    found = checkpoint_model("net.safetensors").state_dict()
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_a_network_without_a_layer_called_fc_is_loaded_unchanged(name, tmp_path):
+    torch.manual_seed(0)
+    saved = create_model(name, 3).eval()
+    save_checkpoint(saved, tmp_path / "net", name)
+    loaded = load_checkpoint(tmp_path / "net")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(images), saved(images))
+
+
+def test_the_same_weights_give_the_same_bytes(model, checkpoint, tmp_path):
+    for _ in range(3):
+        save_checkpoint(model, tmp_path / "again", NAME)
+        assert (tmp_path / "again").read_bytes() == checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("header", [None, {"format": "pt"}])
 def test_a_checkpoint_that_does_not_name_its_network_is_refused(checkpoint, header):
     save_file(load_file(checkpoint), checkpoint, metadata=header)
     message = refusal(load_checkpoint, checkpoint)
-    assert "cannot be loaded: it lacks `model` in its header or the weights `fc.weight`" in message
+    assert message.startswith(f"{checkpoint} does not name its network in the header")
 
 
 def test_a_checkpoint_that_does_not_tell_its_classes_is_refused(checkpoint):
     state = load_file(checkpoint)
     del state["fc.weight"]
     save_file(state, checkpoint, metadata={"model": NAME})
-    assert "the weights `fc.weight`" in refusal(load_checkpoint, checkpoint)
+    assert "fc.weight is missing or of another shape" in refusal(load_checkpoint, checkpoint)
+
+
+def test_the_model_of_a_checkpoint_is_told_by_its_header_or_by_name(model, checkpoint, tmp_path):
+    for path, name in ((checkpoint, None), (checkpoint, NAME)):
+        found = checkpoint_model(path, name)
+        assert type(found) is type(model)
+        assert found.fc.weight.is_meta
+    save_file(model.state_dict(), tmp_path / "unnamed")
+    assert checkpoint_model(tmp_path / "unnamed") is None
+    assert type(checkpoint_model(tmp_path / "unnamed", NAME)) is type(model)
+    assert "weights of vgg11: classifier.6.weight" in refusal(checkpoint_model, checkpoint, "vgg11")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -214,7 +279,7 @@ def test_a_diverged_network_is_not_saved(model, tmp_path, value):
     with torch.no_grad():
         model.layer1[0].conv1.weight[0, 0] = value
     message = refusal(save_checkpoint, model, tmp_path / "model.safetensors", NAME)
-    assert message.startswith("layer1.0.conv1.weight of the network has NaN or infinite values")
+    assert message.startswith("layer1.0.conv1.weight of the model has NaN or infinite values")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,7 +288,7 @@ def test_a_checkpoint_with_nan_is_not_loaded(checkpoint):
     state["bn1.running_var"][0] = torch.nan
     save_file(state, checkpoint, metadata={"model": NAME})
     message = refusal(load_checkpoint, checkpoint)
-    assert message.startswith("bn1.running_var of model.safetensors has NaN or infinite values")
+    assert message.startswith(f"bn1.running_var of {checkpoint} has NaN or infinite values")
 
 
 # The real network.

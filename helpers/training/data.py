@@ -1,14 +1,14 @@
-"""Training, validation and test images of each preset.
+"""Training, validation and test images of Fashion-MNIST, Imagenette and ImageNet.
 
 The validation images are held out of the training images with a fixed seed: the
-best checkpoint is chosen on them, and the test set is used for nothing but the
-final figures. Explained in `01_load_pretrained.ipynb`.
+best weights are chosen on them, and the test images serve for the final figures
+alone. Explained in `01_load_pretrained.ipynb`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,24 +56,24 @@ def make_splits(
 
     Args:
         dataset: `FashionMNIST`, `Imagenette` or `ImageNet`.
-        folder: where it lies, or is downloaded to if it may be.
+        folder: where it is, or is downloaded to (Fashion-MNIST and Imagenette).
         validation_images: how many to hold out of the training images.
-        train_batch_size: images in a training batch; the last incomplete one is left out.
+        train_batch_size: images in a training batch; an incomplete last one is left out.
         batch_size: images in a validation or test batch.
         workers: processes of each loader; 0 loads in this one.
-        seed: of the choice of the validation images.
+        seed: for the choice of the validation images.
 
     Raises:
         DataError: the data set is unknown, missing, truncated or too small for the split.
     """
     if dataset not in _LOADERS:
-        raise DataError(f"There is no data set {dataset!r}; there are {', '.join(_LOADERS)}.")
+        raise DataError(f"There is no data set {dataset!r}. There are {', '.join(_LOADERS)}.")
     augmented, plain, test, classes = _LOADERS[dataset](folder)
     if len(plain) <= validation_images:
         raise DataError(
-            f"{dataset} has {len(plain)} training images in {shown(folder)}, and "
-            f"{validation_images} of them are to be held out for validation. Is the data set "
-            "complete?"
+            f"{dataset} has {len(plain)} training images in {shown(folder)}, too few to hold "
+            f"{validation_images} of them out for validation. See that the data set is complete, "
+            "or hold out fewer."
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(plain), generator=generator).tolist()
@@ -91,7 +91,7 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, shuffle: bool = Fal
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
-        drop_last=shuffle,  # a last batch of one image would upset batch norm
+        drop_last=shuffle,  # in a last batch of one image, batch norm would find no variance
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
@@ -111,7 +111,7 @@ def first_images(loader: DataLoader, count: int) -> tuple[Tensor, Tensor]:
 
 
 class InMemoryImages(Dataset):
-    """Small images kept as one tensor, so that a batch costs one indexing."""
+    """Small images kept as one tensor, so that a batch takes one indexing operation."""
 
     def __init__(self, images: Tensor, labels: Tensor, flip: bool) -> None:
         self.images, self.labels, self.flip = images, labels, flip
@@ -120,7 +120,7 @@ class InMemoryImages(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Return a whole batch; the data loader prefers this over single items."""
+        """Return a whole batch; the data loader prefers this to single items."""
         images = self.images[indices]
         if self.flip:
             mirrored = torch.rand(len(images)) < 0.5
@@ -133,13 +133,20 @@ def _collate(batch: Any) -> tuple[Tensor, Tensor]:
     return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
-def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
+Images: TypeAlias = InMemoryImages | datasets.VisionDataset
+
+# Of one data set: training images as trained on, the same ones as evaluated, test images, classes.
+_Parts = tuple[Images, Images, Images, list[str]]
+
+
+def _fashion_mnist(folder: Path) -> _Parts:
     raw = folder / "FashionMNIST" / "raw"
     for name, md5 in datasets.FashionMNIST.resources:
         if (raw / name).exists() and not check_integrity(raw / name, md5):
             raise DataError(
                 f"{shown(raw / name)} is damaged: its checksum is not the published one. "
-                f"Restore it with `git checkout -- {shown(raw / name)}`."
+                "Delete it and run this again to download it, or restore the file of this project "
+                f"with `git checkout -- {shown(raw / name)}`."
             )
     try:
         train = datasets.FashionMNIST(folder, train=True, download=True)
@@ -148,8 +155,9 @@ def _fashion_mnist(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"Fashion-MNIST could not be read from {shown(raw)} ({reason}). The four .gz files "
-            "belong there: `git checkout -- data/FashionMNIST` restores them. Delete any file "
-            "there that does not end in .gz, see that the disk has 60 MB free, and run this again."
+            "belong there: in this project, `git checkout -- data/FashionMNIST` restores them. "
+            "Delete any file there that does not end in .gz, see that the disk has 60 MB free, "
+            "and run this again."
         ) from error
 
     def images(part: datasets.FashionMNIST) -> Tensor:
@@ -178,10 +186,10 @@ def _photo_transforms() -> tuple[Callable, Callable]:
     return augment, ResNeXt101_32X8D_Weights.IMAGENET1K_V1.transforms()
 
 
-def _imagenette(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
+def _imagenette(folder: Path) -> _Parts:
     augment, plain = _photo_transforms()
 
-    def part(split: str, transform: Callable) -> Dataset:
+    def part(split: str, transform: Callable) -> datasets.Imagenette:
         return datasets.Imagenette(folder, split, "320px", download=True, transform=transform)
 
     try:
@@ -189,18 +197,17 @@ def _imagenette(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
     except (RuntimeError, OSError, KeyError) as error:
         raise DataError(
             f"Imagenette could not be read from {shown(folder)} or downloaded ({error}). "
-            "Unpack imagenette2-320.tgz there, or set TUTORIAL_DATA to the folder that holds "
-            "imagenette2-320/."
+            "Unpack imagenette2-320.tgz there, or give the folder that holds imagenette2-320/."
         ) from error
     if not len(train.classes) == len(test.classes) == 10:
         raise DataError(
-            f"Imagenette in {shown(folder)} has {len(train.classes)} classes to train and "
-            f"{len(test.classes)} to test; there should be ten. Unpack imagenette2-320.tgz again."
+            f"Imagenette in {shown(folder)} has {len(train.classes)} training and "
+            f"{len(test.classes)} test classes instead of ten. Unpack imagenette2-320.tgz again."
         )
     return train, held, test, [names[0] for names in train.classes]
 
 
-def _imagenet(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
+def _imagenet(folder: Path) -> _Parts:
     augment, plain = _photo_transforms()
     root = folder / "imagenet"
     try:
@@ -209,14 +216,15 @@ def _imagenet(folder: Path) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         test = datasets.ImageFolder(root / "val", plain)
     except OSError as error:
         raise DataError(
-            f"ImageNet was not found in {shown(root)} ({error}). It is not free to "
-            "redistribute: get ILSVRC 2012 from image-net.org and lay it out as "
-            "imagenet/train/<class>/*.JPEG and imagenet/val/<class>/*.JPEG, or set TUTORIAL_DATA."
+            f"ImageNet was not found in {shown(root)} ({error}). Its license forbids "
+            "redistribution: get ILSVRC 2012 from image-net.org, arrange it as "
+            "imagenet/train/<class>/*.JPEG and imagenet/val/<class>/*.JPEG, and give the folder "
+            "that holds imagenet/."
         ) from error
     if len(test.classes) != 1000 or train.classes != test.classes:
         raise DataError(
-            f"{shown(root)} has {len(train.classes)} training and {len(test.classes)} "
-            "validation classes; the pretrained network knows ImageNet's 1000 in both."
+            f"{shown(root)} has {len(train.classes)} training and {len(test.classes)} validation "
+            "classes, and they are not the same 1000. Unpack ILSVRC 2012 again."
         )
     return train, held, test, list(ResNeXt101_32X8D_Weights.IMAGENET1K_V1.meta["categories"])
 

@@ -1,7 +1,8 @@
-"""Train, retrain and evaluate. Explained in `03_retrain.ipynb`."""
+"""Train, retrain (fine-tune) and evaluate a model. Explained in `03_retrain.ipynb`."""
 
 import copy
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -12,56 +13,77 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from helpers.errors import InputError
-from helpers.files import atomic_write
+from helpers.errors import HelpersError, InputError
+from helpers.files import atomic_write, shown
 from helpers.layers import in_mode
 from helpers.machine import device
-from helpers.metrics import Accuracy, Comparison
-from helpers.sparsity.prune import hold_masks
+from helpers.metrics import Accuracy, Comparison, predictions
+from helpers.sparsity.prune import Masks, hold_masks
 from helpers.training.data import Splits
 from helpers.training.recipe import Recipe, schedule
 
+_logger = logging.getLogger(__name__)
+
+
+class TrainingError(HelpersError, RuntimeError):
+    """A training diverged."""
+
 
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
-    """Return the top-1 accuracy of a network over a loader, in evaluation mode.
+    """Return the top-1 accuracy of a model over a loader, in evaluation mode.
 
-    The network is moved to the GPU, if there is one, and to channels-last, and stays so.
+    The model is moved to the GPU, if there is one, and to channels-last, and stays there.
+
+    Raises:
+        InputError: the loader gives no images.
     """
     (right,) = _right([model], loader)
     return Accuracy(int(right.sum()), len(right))
 
 
 def compare(first: nn.Module, second: nn.Module, loader: DataLoader) -> Comparison:
-    """Return how much better the second network is on the images of a loader.
+    """Return how much better the second model is on the images of a loader.
 
-    Both are moved as `evaluate` does. Explained in `03_retrain.ipynb`.
+    Both are moved as `evaluate` does it.
+
+    Raises:
+        InputError: the loader gives no images.
     """
     one, other = _right([first, second], loader)
     return Comparison(int((one & ~other).sum()), int((other & ~one).sum()), len(one))
 
 
-def _right(networks: Sequence[nn.Module], loader: DataLoader) -> Tensor:
-    """Return for each network (rows) and image (columns) whether it is classified correctly."""
+def _right(models: Sequence[nn.Module], loader: DataLoader) -> Tensor:
+    """Return for each model (rows) and image (columns) whether it is classified correctly."""
+    if not len(loader):
+        raise InputError("There are no images to evaluate on: the loader is empty.")
     where, right = device(), []
     with ExitStack() as modes:
-        for network in networks:
+        for model in models:
             # Not in inference mode: weights made inside it could not be trained any more.
-            network.to(where, memory_format=torch.channels_last)
-            modes.enter_context(in_mode(network, training=False))
+            _move(model, where)
+            modes.enter_context(in_mode(model, training=False))
         modes.enter_context(torch.inference_mode())
         for images, labels in tqdm(loader, desc="evaluate", leave=False):
             images = images.to(where, memory_format=torch.channels_last)
-            answers = [network(images).argmax(1) for network in networks]
+            answers = [predictions(model(images)) for model in models]
             right.append(torch.stack(answers).cpu() == labels)
     return torch.cat(right, dim=1)
 
 
+def _move(model: nn.Module, where: torch.device) -> nn.Module:
+    """Move a model to a device and to channels-last, in place."""
+    return model.to(where).to(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training images gave."""
+    """The result of one pass over the training images."""
 
     number: int  # from 1
     loss: float  # mean over the epoch
@@ -71,7 +93,7 @@ class Epoch:
 
 @dataclass
 class _Progress:
-    """Everything that a resumed training needs to go on as if never stopped."""
+    """All that a training needs in order to continue as if it had never stopped."""
 
     procedure: str
     start: str  # checksum of the weights it began with
@@ -81,48 +103,67 @@ class _Progress:
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
 
+    def add(self, epoch: Epoch, model: nn.Module, optimizer: SGD, scheduler: LambdaLR) -> None:
+        """Take over what a finished epoch has left."""
+        if epoch.validation > max((past["validation"] for past in self.history), default=-1.0):
+            self.best = copy.deepcopy(model.state_dict())
+        self.history.append(asdict(epoch))
+        self.model = model.state_dict()
+        self.optimizer = optimizer.state_dict()
+        self.scheduler = scheduler.state_dict()
+
 
 def train(
     model: nn.Module,
     splits: Splits,
     recipe: Recipe,
     seed: int,
-    masks: dict[str, Tensor] | None = None,
+    masks: Masks | None = None,
     progress_file: Path | None = None,
 ) -> list[Epoch]:
-    """Train a network and leave it with its best weights.
+    """Train a model and leave it with its best weights, in evaluation mode.
 
     The best weights are those of the epoch with the highest accuracy on the
     validation images; of equal epochs the earlier one. A copy is trained: until the
-    end the network stays as it was, so that an interrupted call can be repeated.
+    end the model stays as it was, so that an interrupted call can be repeated.
+
+    A layer in evaluation mode inside a model in training mode is frozen, as batch norms often
+    are, and stays in evaluation mode. A model that is in evaluation mode is trained as a whole.
 
     Args:
-        model: the network to start from; it receives the best weights at the end.
+        model: the model to start from; it receives the best weights at the end.
         splits: training and validation images.
         recipe: the procedure, the same for training and retraining.
         seed: sets the order and the augmentation of the images.
         masks: weights to hold at zero, as `prune_2to4_` returned them.
-        progress_file: written after every epoch. A training that was interrupted goes
-            on from it; one that is finished is loaded from it.
+        progress_file: written after every epoch. An interrupted training continues from it; a
+            finished one is loaded from it.
 
     Returns:
         One `Epoch` for each epoch.
 
     Raises:
-        InputError: the loss is no longer a number.
+        TrainingError: the loss is not a finite number any more.
+        InputError: there is no whole batch of training images, or the progress file is damaged.
 
     Source: the procedure is that of Mishra et al., arXiv 2104.08378: repeat the
     original training with the zeros fixed.
     """
+    if not len(splits.train):
+        raise InputError(
+            "There is no whole batch of training images. Give more images or a smaller batch."
+        )
     where = device()
-    trained = copy.deepcopy(model).to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
+    trained = _move(copy.deepcopy(model), where)
+    if not trained.training:
+        trained.train()
+    optimizer = SGD(
         trained.parameters(),
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(recipe, len(splits.train)))
+    scheduler = LambdaLR(optimizer, schedule(recipe, len(splits.train)))
     masks = {name: mask.to(where) for name, mask in (masks or {}).items()}
     progress = _Progress(f"{recipe} {seed} {sorted(masks)}", _checksum(model.state_dict()))
     if progress_file is not None and progress_file.exists():
@@ -137,33 +178,28 @@ def train(
         loss = _train_epoch(trained, splits.train, optimizer, scheduler, f"epoch {number}")
         validation = evaluate(trained, splits.validation).top1
         epoch = Epoch(number, loss, validation, time.perf_counter() - start)
-        print(
-            f"epoch {number}/{recipe.epochs}: loss {loss:.4f}, "
-            f"validation {validation:.2f} %, {epoch.seconds:.0f} s"
+        _logger.info(
+            "epoch %d/%d: loss %.4f, validation %.2f %%, %.0f s",
+            number,
+            recipe.epochs,
+            loss,
+            validation,
+            epoch.seconds,
         )
-        if validation > max((past["validation"] for past in progress.history), default=-1.0):
-            progress.best = copy.deepcopy(trained.state_dict())
-        progress.history.append(asdict(epoch))
-        progress.model = trained.state_dict()
-        progress.optimizer = optimizer.state_dict()
-        progress.scheduler = scheduler.state_dict()
+        progress.add(epoch, trained, optimizer, scheduler)
         if progress_file is not None:
             with atomic_write(progress_file) as part:
                 torch.save(vars(progress), part)
-    model.load_state_dict(progress.best)
+    if progress.history:
+        model.load_state_dict(progress.best)
     model.eval()
     return [Epoch(**epoch) for epoch in progress.history]
 
 
 def _train_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    title: str,
+    model: nn.Module, loader: DataLoader, optimizer: SGD, scheduler: LambdaLR, title: str
 ) -> float:
     """Train for one pass over the loader and return the mean loss."""
-    model.train()
     where = device()
     total = torch.zeros((), device=where)
     for images, labels in tqdm(loader, desc=title, leave=False):
@@ -176,44 +212,46 @@ def _train_epoch(
         total += loss.detach()
     mean = float(total) / len(loader)
     if not math.isfinite(mean):
-        raise InputError(
-            f"The loss became {mean} in {title}: the training diverged. Lower "
-            "recipe's learning rate and train again."
+        raise TrainingError(
+            f"The loss became {mean} in {title}: the training diverged. Lower the learning_rate of "
+            "the recipe and train again."
         )
     return mean
 
 
 def _checksum(state: dict[str, Tensor]) -> str:
-    """Return a checksum of all weights of a network."""
+    """Return a checksum of all weights of a model."""
     digest = hashlib.sha256()
     for value in state.values():
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _resume(
-    path: Path,
-    fresh: _Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    path: Path, fresh: _Progress, model: nn.Module, optimizer: SGD, scheduler: LambdaLR
 ) -> _Progress:
-    """Load an interrupted training; say so, and start afresh if it was another one."""
+    """Return the progress of an interrupted training, or `fresh` if it is of another one."""
     try:
         stored = _Progress(**torch.load(path, map_location=device(), weights_only=True))
     except Exception as error:  # torch.load fails in many ways on a damaged file
         raise InputError(
-            f"{path.name} is damaged ({type(error).__name__}). Delete it and run this step "
-            "again: the training then starts from its first epoch."
+            f"{shown(path)} is damaged ({type(error).__name__}). Delete it and train again, from "
+            "the first epoch."
         ) from error
-    # A finished training may be asked for again by a network that it has already changed.
+    # A finished training may be asked for again with a model that already has its weights.
     if stored.procedure != fresh.procedure or fresh.start not in (
         stored.start,
         _checksum(stored.best),
     ):
-        print(f"{path.name} is of another training (weights, recipe or seed); starting afresh.")
+        _logger.warning(
+            "%s is of another training (weights, recipe or seed); starting at epoch 1.", path.name
+        )
         return fresh
-    print(f"{path.name}: going on after epoch {len(stored.history)}. Delete it to start afresh.")
+    _logger.info(
+        "%s: going on after epoch %d. Delete it to start at epoch 1.",
+        path.name,
+        len(stored.history),
+    )
     model.load_state_dict(stored.model)
     optimizer.load_state_dict(stored.optimizer)
     scheduler.load_state_dict(stored.scheduler)

@@ -1,29 +1,34 @@
-"""The networks of the case study: make, load, save.
+"""The models of the case study: create, load and save them.
 
 Checkpoints are safetensors files with the network's name in their header; nothing
 is ever unpickled. Explained in `01_load_pretrained.ipynb`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torchvision.models import ResNeXt101_32X8D_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from helpers.errors import InputError
 from helpers.files import shown
+from helpers.sparsity.compressed import read_checkpoint
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, damaged or of another network."""
+    """A checkpoint is missing, damaged or of another model."""
 
 
 class SmallResNeXt(ResNet):
-    """A ResNeXt for 28x28 grey images, made of torchvision's own blocks.
+    """A ResNeXt for 28x28 grey images, built from torchvision's blocks.
 
     Every stage is a quarter as wide as torchvision's, the stem is a 3x3 convolution
     and there is no pooling before the first stage. As in ResNeXt-101 32x8d the 1x1
@@ -47,7 +52,7 @@ def resnext14_8x4d(num_classes: int = 10) -> SmallResNeXt:
 
 
 def create_model(name: str, num_classes: int) -> nn.Module:
-    """Return a network with random weights.
+    """Return a model with random weights.
 
     Args:
         name: `resnext14_8x4d`, or any classification network of torchvision.
@@ -66,6 +71,33 @@ def create_model(name: str, num_classes: int) -> nn.Module:
     return torchvision.models.get_model(name, num_classes=num_classes)
 
 
+def create_on_meta(name: str, num_classes: int) -> nn.Module:
+    """Return a model on the device `meta`: its layers and shapes, without numbers.
+
+    Arguments and errors are those of `create_model`. A model of any size takes almost no memory
+    and little time.
+    """
+
+    def parameter_to_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    def buffer_to_meta(_: nn.Module, __: str, buffer: Tensor | None) -> Tensor | None:
+        return None if buffer is None else buffer.to("meta")
+
+    # Not `with torch.device("meta")`: RegNets compute their widths with tensors and need the
+    # numbers. Only what becomes part of a module goes to `meta`.
+    hooks = (
+        # torch's annotation leaves out that a hook may return a replacement.
+        register_module_parameter_registration_hook(parameter_to_meta),  # type: ignore[arg-type]
+        register_module_buffer_registration_hook(buffer_to_meta),  # type: ignore[arg-type]
+    )
+    try:
+        return create_model(name, num_classes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def imagenette_indices() -> list[int]:
     """Return the ImageNet class numbers of Imagenette's ten classes, in its order."""
     categories = ResNeXt101_32X8D_Weights.IMAGENET1K_V1.meta["categories"]
@@ -74,7 +106,7 @@ def imagenette_indices() -> list[int]:
 
 
 def restrict_head_(model: ResNet, classes: list[int]) -> None:
-    """Keep only these rows of the last layer, in place: a classifier of fewer classes."""
+    """Keep only these rows of the last layer, in place, to classify fewer classes."""
     head = nn.Linear(model.fc.in_features, len(classes))
     with torch.no_grad():
         head.weight.copy_(model.fc.weight[classes])
@@ -83,60 +115,106 @@ def restrict_head_(model: ResNet, classes: list[int]) -> None:
 
 
 def save_checkpoint(model: nn.Module, path: Path, name: str) -> None:
-    """Write a network's weights as safetensors, with its name in the header.
+    """Write a model's weights as safetensors, with the network's name in the header.
 
-    The same weights give the same bytes: with a second entry the header's order would be random.
+    The same weights give the same bytes: the header has one entry, since the order of several
+    would be random.
+
+    Args:
+        model: on any device.
+        path: file to write.
+        name: as `create_model` takes it; `load_checkpoint` creates that model.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; nothing is written.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    _require_finite(state, "the network")
+    _require_finite(state, "the model")
     save_file(state, path, metadata={"model": name})
 
 
 def load_checkpoint(path: Path) -> nn.Module:
-    """Return the network that `save_checkpoint` wrote, in evaluation mode on the CPU.
+    """Return the model that a checkpoint holds, in evaluation mode on the CPU.
+
+    Args:
+        path: a file of `save_checkpoint`, or of `save_compressed` with the network's name.
 
     Raises:
-        CheckpointError: the file is no safetensors file, of another network, or has
-            NaN or infinite weights.
+        InputError: the header names an unknown network.
+        CheckpointError: the file is missing or damaged, names no network, holds the weights of
+            another one, or has NaN or infinite weights.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    state, name = _read(path)
+    if name is None:
         raise CheckpointError(
-            f"{shown(path)} is not a readable safetensors file ({error})."
-        ) from error
-    if "compressed_2to4" in header:
-        raise CheckpointError(
-            f"{shown(path)} is compressed; read it with helpers.sparsity.load_compressed."
+            f"{shown(path)} does not name its network in the header. Write checkpoints with "
+            "helpers.training.networks.save_checkpoint."
         )
-    if "model" not in header or "fc.weight" not in state:
-        raise CheckpointError(
-            f"{shown(path)} cannot be loaded: it lacks `model` in its header or the weights "
-            "`fc.weight`. Write checkpoints with helpers.models.save_checkpoint, of networks whose "
-            "last layer is called `fc`, as that of ResNet and ResNeXt is."
-        )
-    model = create_model(header["model"], num_classes=len(state["fc.weight"]))
+    model = create_model(name, _number_of_classes(path, name, state))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(
-            f"{shown(path)} does not hold the weights of {header['model']}: {detail}"
-        ) from error
+        raise _of_another(path, name, _first_detail(error)) from error
     _require_finite(state, shown(path))
     return model.eval()
 
 
-def _require_finite(state: dict[str, Tensor], where: str) -> None:
+def checkpoint_model(path: Path, name: str | None = None) -> nn.Module | None:
+    """Return the model that a checkpoint belongs to, on the device `meta`.
+
+    Args:
+        path: a safetensors file, compressed or not.
+        name: of the network; else the header's.
+
+    Returns:
+        The model, with the number of classes that the file has weights for. None if neither
+        the header nor `name` says which it is.
+
+    Raises:
+        InputError: no network has that name.
+        CheckpointError: the file is missing or damaged, or of another network.
+    """
+    state, stored = _read(path)
+    name = name or stored
+    if name is None:
+        return None
+    return create_on_meta(name, _number_of_classes(path, name, state))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        return read_checkpoint(path)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _number_of_classes(path: Path, name: str, state: Mapping[str, Tensor]) -> int:
+    """Return for how many classes a checkpoint's last layer has weights.
+
+    That layer is the one whose shape changes with the number of classes, whatever its name.
+    """
+    two, three = (dict(create_on_meta(name, classes).named_parameters()) for classes in (2, 3))
+    changed = [key for key in two if two[key].dim() > 1 and two[key].shape != three[key].shape]
+    head = changed[-1]  # GoogLeNet and Inception have more of them, in the middle
+    if head not in state or state[head].dim() != two[head].dim():
+        raise _of_another(path, name, f"{head} is missing or of another shape.")
+    return len(state[head])
+
+
+def _of_another(path: Path, name: str, detail: str) -> CheckpointError:
+    return CheckpointError(f"{shown(path)} does not hold the weights of {name}: {detail}")
+
+
+def _first_detail(error: RuntimeError) -> str:
+    """Return the first thing that `load_state_dict` found wrong."""
+    lines = str(error).splitlines()
+    return lines[1].strip() if len(lines) > 1 else lines[0]
+
+
+def _require_finite(state: Mapping[str, Tensor], where: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(
-                f"{key} of {where} has NaN or infinite values. The training that made it has "
-                "diverged: lower the learning rate, or go back to an earlier checkpoint."
+                f"{key} of {where} has NaN or infinite values: the training that produced it has "
+                "diverged. Lower the learning rate, or go back to an earlier checkpoint."
             )

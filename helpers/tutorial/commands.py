@@ -250,7 +250,8 @@ def verify(
     ] = None,
 ) -> None:
     """Check that every eligible weight of an ONNX file or checkpoint is 2:4; exit 1 if not."""
-    table = verify_file(path, model)
+    checkpoint = path.suffix == ".safetensors"
+    table = verify_file(path, networks.checkpoint_model(path, model) if checkpoint else None)
     print(table.to_string(index=False))
     wanted = table[table.eligible]
     if wanted.empty:
@@ -306,11 +307,7 @@ def _network(name: str) -> tuple[torch.nn.Module, tuple[int, int]]:
             name = file.metadata()["model"]
     else:
         classes = 10 if name == "resnext14_8x4d" else 1000
-        try:
-            with torch.device("meta"):  # only its shapes matter
-                network = networks.create_model(name, classes)
-        except NotImplementedError:  # RegNets look at numbers while they are made
-            network = networks.create_model(name, classes)
+        network = networks.create_on_meta(name, classes)  # only its shapes matter
     return network, (1, 28) if isinstance(network, SmallResNeXt) else (3, _image_size(name))
 
 

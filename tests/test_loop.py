@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import sparsity
-from helpers.errors import HelpersError
-from helpers.metrics import Accuracy, Comparison, accuracy
+from helpers.errors import HelpersError, InputError
+from helpers.metrics import Accuracy, Comparison
 from helpers.training import loop
-from helpers.training.loop import compare, evaluate, train
-from helpers.training.recipe import Recipe, schedule
+from helpers.training.loop import TrainingError, compare, evaluate, train
+from helpers.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=0.1, weight_decay=5e-4, warmup=0.2)
 
@@ -45,19 +46,7 @@ def scripted(monkeypatch, shares: list[int]) -> list[dict]:
     return seen
 
 
-# --- accuracy ---------------------------------------------------------------------------
-
-
-def test_accuracy_and_its_binomial_standard_error():
-    result = Accuracy(8_000, 10_000)
-    assert result.top1 == pytest.approx(80)
-    assert result.standard_error == pytest.approx(0.4)  # 100 * sqrt(0.8 * 0.2 / 10,000)
-    assert repr(result) == "80.00 % ± 0.40 top-1 on 10,000 images"
-
-
-def test_accuracy_counts_the_largest_logit_of_each_image():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    assert accuracy(logits, torch.tensor([1, 2, 2])) == Accuracy(2, 3)
+# --- evaluating -------------------------------------------------------------------------
 
 
 def test_evaluate_sums_up_unequal_batches():
@@ -88,18 +77,6 @@ def test_two_networks_are_compared_by_the_images_on_which_they_differ():
     assert compare(Says(0), Says(0), loader).standard_error == 0
 
 
-def test_the_error_of_a_difference_is_that_of_paired_proportions():
-    comparison = Comparison(only_first=111, only_second=174, total=10_000)
-    pairs = torch.tensor([-1.0] * 111 + [1.0] * 174 + [0.0] * (10_000 - 285), dtype=torch.float64)
-    assert comparison.difference == pytest.approx(100 * pairs.mean().item())
-    assert comparison.standard_error == pytest.approx(
-        100 * pairs.std(correction=0).item() / 10_000**0.5
-    )
-    assert str(comparison) == (
-        "+0.63 ± 0.17 points: 174 images only the second network has right, 111 only the first"
-    )
-
-
 def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, tiny_splits):
     before = weights_of(tiny_net.train())
     frozen = next(layer for layer in tiny_net.modules() if isinstance(layer, nn.BatchNorm2d)).eval()
@@ -109,9 +86,21 @@ def test_evaluate_infers_in_evaluation_mode_and_gives_the_mode_back(tiny_net, ti
     assert same(before, tiny_net.state_dict()), "batch norm's statistics moved"
 
 
+def test_a_diverged_model_is_right_about_nothing(tiny_net, tiny_splits):
+    with torch.no_grad():
+        tiny_net[-1].bias.fill_(torch.nan)
+    assert evaluate(tiny_net, tiny_splits.test).correct == 0
+
+
+def test_evaluating_on_no_images_is_refused(tiny_net, tiny_splits):
+    empty = DataLoader(torch.utils.data.Subset(tiny_splits.test.dataset, []), batch_size=8)
+    with pytest.raises(InputError, match="no images to evaluate on"):
+        evaluate(tiny_net, empty)
+
+
 def test_a_network_can_be_trained_after_it_was_evaluated(tiny_splits):
     model = nn.Sequential(nn.Conv2d(1, 8, 26), nn.Conv2d(8, 10, 3), nn.Flatten())
-    evaluate(model, tiny_splits.test)  # lays the weights out anew
+    evaluate(model, tiny_splits.test)  # changes the layout of the weights
     images, labels = next(iter(tiny_splits.train))
     nn.functional.cross_entropy(model(images), labels).backward()
     assert all(weight.grad is not None for weight in model.parameters())
@@ -167,8 +156,62 @@ def test_the_seed_decides_the_result(tiny_net, tiny_splits):
 
 
 def test_a_loss_that_is_no_number_stops_the_training_in_one_sentence(tiny_net, tiny_splits):
-    with pytest.raises(HelpersError, match=r"The loss became nan in epoch 1.*learning_rate"):
+    before = weights_of(tiny_net)
+    with pytest.raises(TrainingError, match=r"The loss became nan in epoch 1.*learning_rate") as e:
         train(tiny_net, tiny_splits, dataclasses.replace(RECIPE, learning_rate=1e30), seed=1)
+    assert isinstance(e.value, RuntimeError)
+    assert isinstance(e.value, HelpersError)
+    assert same(tiny_net.state_dict(), before)
+
+
+@pytest.mark.parametrize("warmup", [0.9, 1.0])
+def test_a_warm_up_may_fill_the_whole_training(tiny_net, tiny_splits, warmup):
+    recipe = dataclasses.replace(RECIPE, epochs=1, warmup=warmup)
+    assert len(train(tiny_net, tiny_splits, recipe, seed=1)) == 1
+
+
+def test_a_training_of_no_epochs_changes_nothing(tiny_net, tiny_splits, tmp_path):
+    before = weights_of(tiny_net.train())
+    recipe = dataclasses.replace(RECIPE, epochs=0)
+    assert train(tiny_net, tiny_splits, recipe, seed=1, progress_file=tmp_path / "p.pt") == []
+    assert same(tiny_net.state_dict(), before)
+    assert not tiny_net.training
+
+
+def test_a_training_without_a_whole_batch_is_refused(tiny_net, tiny_splits):
+    empty = DataLoader(tiny_splits.train.dataset, batch_size=10**6, drop_last=True)
+    splits = dataclasses.replace(tiny_splits, train=empty)
+    with pytest.raises(InputError, match="no whole batch of training images"):
+        train(tiny_net, splits, RECIPE, seed=1)
+
+
+def test_frozen_batch_norms_stay_frozen(tiny_net, tiny_splits):
+    """Those in evaluation mode inside a model in training mode."""
+    norms = [layer for layer in tiny_net.train().modules() if isinstance(layer, nn.BatchNorm2d)]
+    frozen, free = norms[0].eval(), norms[1]
+    before = [norm.running_mean.clone() for norm in (frozen, free)]
+    train(tiny_net, tiny_splits, RECIPE, seed=1)
+    assert torch.equal(frozen.running_mean, before[0])
+    assert not torch.equal(free.running_mean, before[1])
+
+
+def test_a_model_in_evaluation_mode_is_trained_as_a_whole(tiny_net, tiny_splits):
+    """As `load_checkpoint` returns it."""
+    norms = [layer for layer in tiny_net.eval().modules() if isinstance(layer, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    train(tiny_net, tiny_splits, RECIPE, seed=1)
+    assert not any(map(torch.equal, before, (norm.running_mean for norm in norms)))
+
+
+def test_each_epoch_is_logged(monkeypatch, tiny_net, tiny_splits, caplog, capsys):
+    caplog.set_level(logging.INFO, "helpers")
+    scripted(monkeypatch, [50, 90, 70])
+    history = train(tiny_net, tiny_splits, RECIPE, seed=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"epoch {e.number}/3: loss {e.loss:.4f}, validation {e.validation:.2f} %, {e.seconds:.0f} s"
+        for e in history
+    ]
+    assert capsys.readouterr().out == ""
 
 
 # --- resuming ---------------------------------------------------------------------------
@@ -214,10 +257,11 @@ def test_an_interrupted_training_ends_in_the_same_bits(
 
 
 def test_an_interrupted_training_goes_on_with_the_very_same_network(
-    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys
+    monkeypatch, tiny_net, tiny_splits, tmp_path, caplog
 ):
     """As in a notebook whose cell is interrupted and run again."""
     before, straight = weights_of(tiny_net), copy.deepcopy(tiny_net)
+    caplog.set_level(logging.INFO, "helpers")
     train(straight, tiny_splits, RECIPE, seed=1)
     with monkeypatch.context() as patch:
         interrupt(patch, "_train_epoch", 2)
@@ -225,14 +269,15 @@ def test_an_interrupted_training_goes_on_with_the_very_same_network(
             train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     assert same(tiny_net.state_dict(), before)
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "going on after epoch 1" in caplog.text
     assert same(straight.state_dict(), tiny_net.state_dict())
 
 
 @pytest.mark.parametrize("asked_by", ["a fresh network", "the trained one"])
 def test_a_finished_training_is_loaded_and_not_repeated(
-    monkeypatch, tiny_net, tiny_splits, tmp_path, capsys, asked_by
+    monkeypatch, tiny_net, tiny_splits, tmp_path, caplog, asked_by
 ):
+    caplog.set_level(logging.INFO, "helpers")
     fresh = copy.deepcopy(tiny_net)
     file = tmp_path / "progress.pt"
     history = train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
@@ -241,12 +286,12 @@ def test_a_finished_training_is_loaded_and_not_repeated(
     assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
     assert same(again.state_dict(), tiny_net.state_dict())
     assert not again.training
-    assert "progress.pt: going on after epoch 3" in capsys.readouterr().out
+    assert "progress.pt: going on after epoch 3" in caplog.text
 
 
 @pytest.mark.parametrize("changed", ["recipe", "seed", "weights", "masks"])
 def test_the_progress_of_another_training_is_not_taken(
-    tiny_net, tiny_splits, tmp_path, capsys, changed
+    tiny_net, tiny_splits, tmp_path, caplog, changed
 ):
     file = tmp_path / "progress.pt"
     fresh = copy.deepcopy(tiny_net)
@@ -264,7 +309,7 @@ def test_the_progress_of_another_training_is_not_taken(
     alone = copy.deepcopy(fresh)
 
     train(fresh, tiny_splits, recipe, seed, masks, file)
-    assert "progress.pt is of another training" in capsys.readouterr().out
+    assert "progress.pt is of another training" in caplog.text
     train(alone, tiny_splits, recipe, seed, masks)
     assert same(fresh.state_dict(), alone.state_dict())
 
@@ -280,22 +325,3 @@ def test_a_damaged_progress_file_is_refused_in_one_sentence(
     file.write_bytes(content)
     with pytest.raises(HelpersError, match=r"progress\.pt is damaged .*Delete it"):
         train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=file)
-
-
-# --- the learning rate --------------------------------------------------------------------
-
-
-def test_the_schedule_warms_up_and_ends_at_zero_along_a_cosine():
-    factor = schedule(dataclasses.replace(RECIPE, epochs=2, warmup=0.2), steps_per_epoch=10)
-    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert factor(4) == 1
-    assert factor(12) == pytest.approx(0.5)  # half of the remaining 16 steps
-    assert factor(20) == pytest.approx(0)
-    assert all(factor(step) > factor(step + 1) for step in range(4, 20))
-
-
-def test_the_schedule_falls_by_ten_every_few_epochs():
-    recipe = dataclasses.replace(RECIPE, epochs=90, warmup=0, step_epochs=30)
-    factor = schedule(recipe, steps_per_epoch=4)
-    assert [factor(4 * epoch) for epoch in (0, 29, 30, 60)] == pytest.approx([1, 1, 0.1, 0.01])
-    assert factor(4 * 30 - 1) == 1
