@@ -11,6 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers.errors import UnavailableError
+
+
+def require_working_context() -> None:
+    """Refuse to go on if an earlier error broke this process's CUDA context.
+
+    An illegal memory access or instruction does; a library that refuses a call does not.
+
+    Raises:
+        UnavailableError: the context is broken.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise UnavailableError(
+            f"An earlier kernel broke this process's CUDA context ({first}), so nothing more can "
+            "run on the GPU here. Start a new process, and leave out what ran last."
+        ) from error
+
 
 def capture(
     work: Callable[[], Tensor | None], stream: torch.cuda.Stream | None = None
