@@ -578,7 +578,9 @@ def test_advice_shows_where_the_time_goes(resnext, measured):
     stuck = (advice.layers.gain < 1.01).sum()
     told = f"is in work that gains less than 1 %: {idle_ms(advice):.3g} ms in {stuck} of 105 layers"
     assert told in where
-    assert where.endswith("Convolutions that are not a matrix product count at the best dense rate.")
+    assert where.endswith(
+        "Convolutions that are not a matrix product count at the best dense rate."
+    )
     assert header.split() == (
         "layers that gain most m x n x k dense, ms sparse, ms gain bound".split()
     )

@@ -13,53 +13,58 @@ from torch import Tensor
 
 from helpers.errors import UnavailableError
 
+GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take that long
+MOST_REPEATS = 20
 
-def require_working_context() -> None:
-    """Refuse to go on if an earlier error broke this process's CUDA context.
 
-    An illegal memory access or instruction does; a library that refuses a call does not.
+def raise_if_context_is_broken(error: BaseException) -> None:
+    """Raise if CUDA does not work any more in this process after an error of a GPU's library.
+
+    After some errors, such as an illegal memory access, every later call fails too, and none of
+    their results or times mean anything. After others, such as a shape that a kernel does not
+    take, the GPU works as before. Call this before going on after a `RuntimeError`.
+
+    Args:
+        error: what was caught; it becomes the cause of the error that is raised.
 
     Raises:
-        UnavailableError: the context is broken.
+        UnavailableError: CUDA cannot be used any more.
     """
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
-    except RuntimeError as error:
-        first, *_ = str(error).splitlines() or [type(error).__name__]
+    except RuntimeError as lasting:
+        first, *_ = str(lasting).splitlines() or [type(lasting).__name__]
         raise UnavailableError(
-            f"An earlier kernel broke this process's CUDA context ({first}), so nothing more can "
-            "run on the GPU here. Start a new process, and leave out what ran last."
+            f"The GPU cannot be used any more in this process ({first}), since an earlier step "
+            f"failed: {error}. Start Python again, or restart the notebook's kernel, and leave "
+            "out what failed."
         ) from error
 
 
 def capture(
     work: Callable[[], Tensor | None], stream: torch.cuda.Stream | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-    """Return a CUDA graph of some work, and the tensor that every replay fills anew.
+    """Return a CUDA graph of some work, and the tensor that every replay writes.
 
     Args:
         work: is called twice, first outside of the graph; must always use the same tensors.
-        stream: where the work is launched; one of PyTorch's unless it is given.
+        stream: where the work is launched; a new stream of PyTorch's unless given.
 
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    # The outer context gives the caller's stream back; after a capture that failed the inner
-    # one does not.
+    # The outer context restores the caller's stream; the inner one does not do so after a
+    # capture that failed.
     with torch.cuda.stream(stream):
-        work()  # libraries set themselves up here, which no graph can hold
+        work()  # libraries set themselves up here, which cannot be captured
         with torch.cuda.graph(graph, stream=stream):
             result = work()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
-
-
-GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take as long
-MOST_REPEATS = 20
 
 
 def time_calls(
@@ -69,8 +74,8 @@ def time_calls(
 
     Args:
         calls: what to time; none may synchronise.
-        repeats: calls in one graph, over which a time is the mean; unless it is given as many
-            as take some 5 ms, and not more than 20.
+        repeats: calls in one graph, over which a time is the mean; unless given, as many as
+            take about 5 ms, and at most 20.
         rounds: as `time_graphs` takes it.
 
     Returns:
@@ -91,18 +96,18 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
 
     Args:
         graphs: as `capture` returns them.
-        rounds: rounds over all graphs, each there and back (ABBA).
+        rounds: how often all graphs are timed, each time in order and in reverse (ABBA).
 
     Returns:
-        For each graph one array for each round, as `helpers.benchmark.bootstrap_ratio`
-        takes them.
+        For each graph, one array for each round, as
+        `helpers.measurement.benchmark.bootstrap_ratio` takes them.
     """
     times: list[list[np.ndarray]] = [[] for _ in graphs]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    there = list(range(len(graphs)))
+    order = list(range(len(graphs)))
     for _ in range(rounds):
         own: list[list[float]] = [[] for _ in graphs]
-        for turn in there + there[::-1]:
+        for turn in order + order[::-1]:
             # Not timed: it fills the GPU's caches, and keeps it busy until the host has sent
             # all that is timed.
             graphs[turn].replay()
@@ -117,11 +122,17 @@ def time_graphs(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 10) -> lis
 
 
 def medians(times: Sequence[Sequence[np.ndarray]]) -> list[float]:
-    """Return the median of each graph or call, as `time_graphs` or `time_calls` timed them."""
+    """Return the median time of each graph or call, from `time_graphs` or `time_calls`."""
     return [float(np.median(np.concatenate(rounds))) for rounds in times]
 
 
+def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Return the median GPU time of each call in milliseconds, measured in turns."""
+    return medians(time_calls(calls))
+
+
 def _repeats(call: Callable[[], Tensor]) -> int:
+    """Return how many calls to put into one graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start.record()

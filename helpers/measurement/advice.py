@@ -68,8 +68,8 @@ class Advice:
         prediction = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype}"
         if not self.measured:
             return (
-                f"{prediction} if dense and sparse kernels both reached the floors of {self.source}; "
-                "not compared with any measurement"
+                f"{prediction} if dense and sparse kernels both reached the floors of "
+                f"{self.source}; not compared with any measurement"
             )
         prediction += f" from {self.source}"
         if self.checked.empty:
@@ -296,9 +296,7 @@ def _batch(inputs: _Inputs) -> int:
     return next((len(tensor) for tensor in _tensors(inputs) if tensor.ndim), 0)
 
 
-def _row(
-    kernel: _Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype
-) -> dict[str, Any]:
+def _row(kernel: _Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
     outputs, inputs = weight.tensor.shape[:2]
     reason = NOT_A_PRODUCT

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from helpers import machine
 from helpers.errors import HelpersError, InputError, UnavailableError
 from helpers.inference import cuda_graphs
-from helpers.inference.cuda_graphs import require_working_context
 from helpers.inference.cusparselt import search_algorithm, why_no_sparse_gemms
 from helpers.measurement.benchmark import bootstrap_ratio
 from helpers.measurement.roofline import (
@@ -232,7 +231,7 @@ def _row(
         except HelpersError as error:
             reason = str(error)
         except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
-            require_working_context()  # a library that refuses leaves it intact, a crash does not
+            cuda_graphs.raise_if_context_is_broken(error)
             first, *_ = str(error).splitlines() or [type(error).__name__]
             reason = f"PyTorch does not run this product here: {first}"
     return row | {"reason": reason}

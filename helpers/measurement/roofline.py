@@ -111,6 +111,7 @@ DATASHEETS = {
     ),
 }
 
+
 def require_positive(**numbers: float) -> None:
     """Refuse numbers that are not above zero; the message names them as they are passed.
 
