@@ -138,7 +138,7 @@ def test_a_datatype_that_breaks_the_gpu_keeps_the_finished_ones_and_ends_the_run
     arguments = ["--out", str(tmp_path), *only("products", "networks")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "cannot be used any more" in result.output
+    assert "in this process (CUDA error: an illegal instruction" in result.output
     record = json.loads((tmp_path / "products.json").read_text())
     assert [row["datatype"] for row in record["rows"]] == ["TF32"]
     assert "illegal instruction" in record["stopped"]

@@ -18,29 +18,34 @@ MOST_REPEATS = 20
 
 
 def raise_if_context_is_broken(error: BaseException) -> None:
-    """Raise if CUDA does not work any more in this process after an error of a GPU's library.
+    """Raise if CUDA no longer works in this process after an error.
 
-    After some errors, such as an illegal memory access, every later call fails too, and none of
-    their results or times mean anything. After others, such as a shape that a kernel does not
-    take, the GPU works as before. Call this before going on after a `RuntimeError`.
+    After some errors, such as an illegal memory access, every later call fails or returns
+    nothing that can be trusted. After others, such as a shape that a kernel does not take, the
+    GPU works as before. Call this wherever a `RuntimeError` is caught and work goes on.
 
     Args:
         error: what was caught; it becomes the cause of the error that is raised.
 
     Raises:
-        UnavailableError: CUDA cannot be used any more.
+        UnavailableError: CUDA no longer works.
     """
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as lasting:
-        first, *_ = str(lasting).splitlines() or [type(lasting).__name__]
         raise UnavailableError(
-            f"The GPU cannot be used any more in this process ({first}), since an earlier step "
-            f"failed: {error}. Start Python again, or restart the notebook's kernel, and leave "
-            "out what failed."
+            f"CUDA no longer works in this process ({first_line(lasting)}), since an "
+            f"earlier step failed: {first_line(error)}. Start Python again, and leave out what "
+            "failed."
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class; CUDA's messages have many."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def capture(

@@ -232,8 +232,7 @@ def _row(
             reason = str(error)
         except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
             cuda_graphs.raise_if_context_is_broken(error)
-            first, *_ = str(error).splitlines() or [type(error).__name__]
-            reason = f"PyTorch does not run this product here: {first}"
+            reason = f"PyTorch does not run this product here: {cuda_graphs.first_line(error)}"
     return row | {"reason": reason}
 
 
