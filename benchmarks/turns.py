@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round; a first round warms up and is not counted."""
+    """Return the seconds of each way in each round, after a first round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
             start = time.perf_counter()
             result = way()
             times[name].append(time.perf_counter() - start)
-            del result  # each way gets its memory anew
+            del result  # so that no way starts with the memory of another in use
     return {name: each[1:] for name, each in times.items()}

@@ -13,9 +13,8 @@ from torch.nn.utils import parametrizations
 
 from helpers.layers import layer_table
 from helpers.measurement.advice import advise, advise_batches
-from helpers.measurement.gemm import DATATYPES
 from helpers.measurement.rates import AdviceError, Rates
-from helpers.measurement.roofline import DATASHEETS, floor_ms
+from helpers.measurement.roofline import DATASHEETS, DATATYPES
 from helpers.sparsity import sparsity_report
 from helpers.sparsity.eligibility import why_not_cusparselt
 from helpers.training.networks import create_model
@@ -66,65 +65,7 @@ def measured(recorded):
     return Rates.from_record(recorded(*rows))
 
 
-# The rates of a GPU.
-
-
-def test_a_datasheet_gives_the_floors_of_the_roofline():
-    sheet = DATASHEETS["a100"]
-    for sparse in (False, True):
-        floor = floor_ms(64, 512, 256, "FP16", sheet.tflops["FP16"][sparse], 2039.0, sparse)
-        assert A100.product_ms(64, 512, 256, "FP16", sparse) == floor
-    assert not A100.measured
-    assert A100.launch_ms == 0
-
-
-def test_a_measured_product_takes_the_time_that_was_measured(recorded):
-    rates = Rates.from_record(recorded(SMALL, LARGE))
-    assert rates.measured
-    assert rates.source == "products measured on NVIDIA X1"
-    assert rates.product_ms(4096, 512, 512, "FP16", False) == 0.02
-    assert rates.product_ms(4096, 512, 512, "FP16", True) == 0.0125
-
-
-def test_another_product_runs_at_the_rate_of_the_one_nearest_in_logarithms(recorded):
-    rates = Rates.from_record(recorded(SMALL, LARGE))
-    # By difference 1500 would be nearer to 64; by ratio it is nearer to 4096.
-    assert rates.product_ms(1500, 512, 512, "FP16", False) == pytest.approx(0.02 * 1500 / 4096)
-    assert rates.product_ms(8192, 512, 512, "FP16", True) == pytest.approx(0.025)
-    assert rates.product_ms(64, 1024, 512, "FP16", False) == pytest.approx(0.008)
-
-
-def test_no_product_is_faster_than_any_that_was_measured(recorded):
-    rates = Rates.from_record(recorded(SMALL, LARGE))
-    assert rates.launch_ms == 0.004
-    assert rates.product_ms(1, 16, 16, "FP16", True) == 0.004
-
-
-def test_no_product_is_faster_than_its_bytes(recorded):
-    rates = Rates.from_record(recorded(SMALL, LARGE, bandwidth_gbps=1.0))
-    moved = 2 * (4096 * 512 + 512 * 512 + 4096 * 512)
-    assert rates.product_ms(4096, 512, 512, "FP16", False) == pytest.approx(moved / 1e9 * 1e3)
-
-
-def test_products_that_did_not_run_both_ways_are_left_out(recorded):
-    half = product(600, 512, 512, 0.001, None)
-    rates = Rates.from_record(recorded(SMALL, half, LARGE))
-    assert len(rates.products) == 2
-    assert rates.launch_ms == 0.004
-
-
-def test_rates_are_those_of_the_datatype(recorded):
-    rates = Rates.from_record(recorded(LARGE, product(4096, 512, 512, 0.01, 0.008, "INT8")))
-    assert rates.product_ms(4096, 512, 512, "INT8", False) == 0.01
-    operations = 2 * 4096 * 512 * 512
-    assert rates.best["INT8"] == pytest.approx((operations / 0.01 / 1e9, operations / 0.008 / 1e9))
-    with pytest.raises(AdviceError, match=r"no rates in FP8 from products .* has FP16, INT8\."):
-        rates.product_ms(16, 16, 16, "FP8", False)
-
-
-def test_only_datatypes_that_advise_takes_are_offered_in_place_of_one_without_rates():
-    with pytest.raises(AdviceError, match=r"for 2:4 it has FP16, BF16, INT8\."):
-        A100.product_ms(16, 16, 16, "FP8", False)
+# What a model does.
 
 
 @pytest.mark.parametrize("name", ["FP16", "INT8", "FP8"])
@@ -138,98 +79,6 @@ def test_outputs_of_layers_have_the_width_of_their_inputs(name):
     (dense,) = advise(convolution, rates, (4, 6, 6), datatype=name).layers.dense_ms
     numbers = 4 * 36 + 8 * 4 * 9 + 8 * 16
     assert dense == pytest.approx(DATATYPES[name].input_bytes * numbers / 2039e6)
-
-
-SIZES = st.tuples(*[st.integers(1, 10**6)] * 3)
-TIMES = st.floats(1e-3, 10)
-
-
-@given(st.lists(st.tuples(SIZES, TIMES, TIMES), min_size=1, max_size=8), SIZES, st.booleans())
-def test_every_time_respects_the_bytes_and_the_launch(tmp_path_factory, products, size, sparse):
-    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    rows = [product(*own, dense, compressed) for own, dense, compressed in products]
-    record = {"machine": {"gpu": "X1"}, "bandwidth_gbps": 1000, "rows": rows}
-    path.write_text(json.dumps(record))
-    rates = Rates.from_record(path)
-    time = rates.product_ms(*size, "FP16", sparse)
-    assert time >= min(min(own[1:]) for own in products)
-    assert time >= floor_ms(*size, "FP16", math.inf, 1000, sparse)
-    assert math.isfinite(time)
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"{", "gpu.json is not JSON"),
-        (b"\xff\xfe\x00", "gpu.json is not JSON"),
-        (b"[]", "gpu.json is no record of a GPU"),
-        (b'{"machine": {"gpu": "X1"}, "rows": []}', "KeyError: 'bandwidth_gbps'"),
-        (b'{"machine": {}, "bandwidth_gbps": 1, "rows": []}', "KeyError: 'gpu'"),
-        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": [{}]}', "KeyError: 'dense_ms'"),
-        (b'{"machine": {"gpu": "X1"}, "bandwidth_gbps": 1, "rows": 3}', "no record of a GPU"),
-        (b"[" * 100_000, "gpu.json is not JSON"),
-        (b"9" * 10_000, "gpu.json is not JSON"),
-    ],
-)
-def test_a_file_that_is_no_record_is_refused_in_words(tmp_path, content, complaint):
-    path = tmp_path / "gpu.json"
-    path.write_bytes(content)
-    with pytest.raises(AdviceError, match=complaint):
-        Rates.from_record(path)
-
-
-def test_a_record_without_usable_products_is_refused(recorded):
-    for rows in ([], [product(8, 8, 8, None, None)], [product(8, 8, 8, 0.1, None)]):
-        with pytest.raises(AdviceError, match="no product that ran both dense and sparse"):
-            Rates.from_record(recorded(*rows))
-
-
-COMPARED = {"network": "n", "datatype": "FP16", "batch": 1, "predicted": 1.2, "measured": 1.1}
-NO_NUMBERS = (0, -1, True, math.inf, -math.inf, math.nan, 10**400, 1e308, "1", [1], {})
-
-
-@pytest.mark.parametrize("wrong", NO_NUMBERS, ids=lambda value: repr(value)[:9])
-@pytest.mark.parametrize("place", ["bandwidth", "size", "time", "batch", "measured"])
-def test_what_is_no_number_of_a_gpu_is_refused_with_the_name_of_the_file(recorded, place, wrong):
-    row, compared = dict(SMALL), dict(COMPARED)
-    more = {"checked": [compared]}
-    if place == "bandwidth":
-        more["bandwidth_gbps"] = wrong
-    elif place in ("size", "time"):
-        row["k" if place == "size" else "sparse_ms"] = wrong
-    else:
-        compared[place] = wrong
-    with pytest.raises(AdviceError, match=r"gpu.json is no record .* is no number from 1e-9"):
-        Rates.from_record(recorded(row, **more))
-
-
-@pytest.mark.parametrize(
-    ("row", "more", "complaint"),
-    [
-        ({"m": 1.5}, {}, "1.5 is no whole number"),
-        ({"datatype": "FP4"}, {}, "'FP4' is none of TF32, FP16"),
-        ({"datatype": ["FP16"]}, {}, r"\['FP16'\] is no text"),
-        ({"datatype": 5}, {}, "5 is no text"),
-        ({}, {"machine": {"gpu": None}}, "None is no text"),
-        ({}, {"machine": None}, "TypeError"),
-        ({}, {"bandwidth_gbps": None}, "None is no number"),
-        ({}, {"checked": [COMPARED | {"measured": None}]}, "None is no number"),
-        ({}, {"checked": None}, "TypeError"),
-        ({}, {"checked": [COMPARED | {"datatype": 5}]}, "5 is no text"),
-        ({}, {"checked": [{"predicted": 1.0, "measured": 1.0}]}, "KeyError: 'network'"),
-    ],
-)
-def test_words_and_sizes_of_a_record_are_read_as_such(recorded, row, more, complaint):
-    with pytest.raises(AdviceError, match=f"gpu.json is no record .*{complaint}"):
-        Rates.from_record(recorded(SMALL | row, **more))
-
-
-def test_a_missing_record_says_what_to_do(tmp_path):
-    with pytest.raises(AdviceError, match=r"none.json cannot be read .*benchmarks/gpu.py"):
-        Rates.from_record(tmp_path / "none.json")
-
-
-# What a network does.
 
 
 def sizes(model, image_shape, batch=1):
@@ -572,7 +421,7 @@ def test_eligible_are_the_layers_that_the_sparse_engine_takes(resnext):
     assert layers.sparse_ms.notna().sum() == 70
     assert len(sparsity_report(resnext, IMAGE).eligible) == 71  # TensorRT takes the last one too
     assert layers.reason["fc"] == why_not_cusparselt(1000, 2048) != ""
-    assert layers.reason["layer1.0.conv2"] == "no matrix product"
+    assert layers.reason["layer1.0.conv2"] == "not a matrix product"
     assert math.isnan(layers.sparse_ms["layer1.0.conv2"])
 
 
@@ -629,7 +478,7 @@ def test_a_network_without_an_eligible_layer_gains_nothing_and_says_why():
     advice = advise(model, A100, (3, 8, 8))
     assert advice.speedup == 1.0
     assert "No layer gains 1 % or more: " in repr(advice)
-    assert "1 x no matrix product" in repr(advice)
+    assert "1 x not a matrix product" in repr(advice)
     assert f"1 x {why_not_cusparselt(10, 576)}" in repr(advice)
     assert "layers that gain most" not in repr(advice) + advice._repr_html_()
 
@@ -669,7 +518,7 @@ def test_a_layer_that_gains_less_than_a_hundredth_counts_as_one_that_does_not(re
     assert "No layer gains 1 % or more: 1 x its sparse kernel gains less." in repr(alone)
     assert "layers that gain most" not in repr(alone)
     both = advise(Both(), rates, example=(few, many))
-    assert both._best()["layers that gain most"].tolist() == ["large"]
+    assert both._largest_savings()["layers that gain most"].tolist() == ["large"]
     assert "is in work that gains less than 1 %: 0.01 ms in 1 of 2 layers, 0 ms outside" in repr(
         both
     )
@@ -687,7 +536,7 @@ def test_eight_bits_take_channels_in_thirty_twos():
 
 @pytest.mark.parametrize("name", ["TF32", "FP17"])
 def test_a_datatype_without_2to4_is_refused(name):
-    with pytest.raises(AdviceError, match=f"no 2:4 in '{name}'; take FP16, BF16"):
+    with pytest.raises(AdviceError, match=f"no 2:4 in '{name}'; choose one of FP16, BF16"):
         advise(nn.Linear(16, 16), A100, example=torch.zeros(1, 16), datatype=name)
 
 
@@ -729,7 +578,9 @@ def test_advice_shows_where_the_time_goes(resnext, measured):
     stuck = (advice.layers.gain < 1.01).sum()
     told = f"is in work that gains less than 1 %: {idle_ms(advice):.3g} ms in {stuck} of 105 layers"
     assert told in where
-    assert where.endswith("Convolutions that are no matrix product count at the best dense rate.")
+    assert where.endswith(
+        "Convolutions that are not a matrix product count at the best dense rate."
+    )
     assert header.split() == (
         "layers that gain most m x n x k dense, ms sparse, ms gain bound".split()
     )

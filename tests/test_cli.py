@@ -197,10 +197,10 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
         (("m.pt",), "HelpersError: m.pt is no checkpoint: these end in .safetensors"),
         (("resnet50", "--gpu", ""), "HelpersError: There is no datasheet ''"),
         (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
-        (("resnet50", "--batch", 10**17), "AdviceError: The network does not run on these"),
+        (("resnet50", "--batch", 10**17), "AdviceError: The model does not run on these"),
         (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
         (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
-        (("resnet50", "--image-size", 10**9), "AdviceError: The network does not run on these"),
+        (("resnet50", "--image-size", 10**9), "AdviceError: The model does not run on these"),
         (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
         (("resnet50", "--gpu", "b200"), "HelpersError: There is no datasheet 'b200'"),
         (("resnet50", "--gpu", "a100", "--rates", "x.json"), "HelpersError: Give either --gpu"),
@@ -208,7 +208,7 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
         (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
         (
             ("vit_b_16", "--image-size", 384),
-            "AdviceError: The network does not run on these shapes (AssertionError: Wrong image "
+            "AdviceError: The model does not run on these shapes (AssertionError: Wrong image "
             "height! Expected 224 but got 384!)",
         ),
     ],

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pynvml
@@ -68,6 +70,13 @@ def refuse(code: int):
         raise pynvml.NVMLError(code)
 
     return call
+
+
+def test_the_module_is_imported_without_nvml():
+    code = "import sys; sys.modules['pynvml'] = None; import helpers.measurement.energy as energy"
+    code += "; print(energy.WINDOW)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "5.0\n", told.stderr
 
 
 # --- the counter ---------------------------------------------------------------------------
@@ -184,13 +193,13 @@ def test_the_gpu_is_asked_for_its_state_once_a_second(nvml, clock, monkeypatch):
 
 
 @pytest.mark.parametrize("watts", [0.0, -300.0])
-def test_a_counter_that_stands_still_or_begins_anew_is_no_measurement(nvml, clock, watts):
+def test_a_counter_that_stands_still_or_is_reset_is_not_a_measurement(nvml, clock, watts):
     nvml.watts = watts
 
     def work() -> None:
         clock.now += 1.0
 
-    with pytest.raises(EnergyError, match="stands still, or its driver was loaded anew"):
+    with pytest.raises(EnergyError, match="stands still, or the driver was reloaded"):
         measure_energy(work, EnergyCounter())
 
 

@@ -2,14 +2,15 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import gpu
 from helpers.inference.runners import TorchRunner
-from helpers.measurement import gemm
 from helpers.measurement.rates import Rates
+from helpers.measurement.roofline import DATATYPES
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def measure(script, tmp_path, no_gpu):
         app.command()(script.main)
         result = CliRunner().invoke(
             app,
-            ["--out", str(tmp_path), "--networks", "resnext14_8x4d", "--batches", "2",
-             "--batches", "1", "--squares", "32", "--seconds", "0.02", *arguments],
+            ["--out", str(tmp_path), "--networks", "resnext14_8x4d", "--batch-sizes", "2",
+             "--batch-sizes", "1", "--squares", "32", "--seconds", "0.02", *arguments],
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
@@ -61,14 +62,14 @@ def test_each_part_writes_what_it_could_measure_with_its_machine(measure):
     assert {(row["network"], row["batch"]) for row in network["rows"]} == {
         (name, batch) for name in ("dense", "sparse") for batch in (1, 2)
     }
-    assert all(gap["gap"] < 1e-4 for gap in network["gaps"])
-    assert {row["kernel"] for row in network["choices"]} == {"dense GEMM"}
+    assert all(each["max_relative_error"] < 1e-4 for each in network["max_relative_errors"])
+    assert {row["kernel"] for row in network["kernel_choices"]} == {"dense GEMM"}
     assert network["eligible"] == 12 - 1  # TensorRT's, but for the ten outputs of the last layer
 
 
 def test_what_needs_a_gpu_is_told_in_words_and_no_figure_takes_its_place(measure):
     _, files = measure(*only(*PARTS))
-    assert len(files["products"]["rows"]) == len(gemm.DATATYPES)
+    assert len(files["products"]["rows"]) == len(DATATYPES)
     for row in files["products"]["rows"]:
         assert row["ratio"] is row["sparse_ms"] is None
         assert row["reason"].startswith("No NVIDIA GPU was found")
@@ -115,9 +116,48 @@ def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script,
     assert files["profile"]["kernels"]["sparse"]
 
 
-def test_a_random_network_is_right_in_fp16(script, no_gpu):
+def test_a_datatype_that_breaks_the_gpu_keeps_the_finished_ones_and_ends_the_run(
+    script, tmp_path, monkeypatch
+):
+    """After an illegal instruction nothing works in this process any more."""
+
+    def crash() -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    def measure_gemms(sizes, datatype, **_):
+        if datatype == "FP16":
+            monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.cuda, "synchronize", crash)
+            crash()
+        return pd.DataFrame([{"datatype": datatype, "dense_ms": 1.0}])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(script.gemm, "measure_gemms", measure_gemms)
+    app = script.typer.Typer()
+    app.command()(script.main)
+    arguments = ["--out", str(tmp_path), *only("products", "networks")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "in this process (CUDA error: an illegal instruction" in result.output
+    record = json.loads((tmp_path / "products.json").read_text())
+    assert [row["datatype"] for row in record["rows"]] == ["TF32"]
+    assert "illegal instruction" in record["stopped"]
+    assert not list(tmp_path.glob("resnext*.json")), "no other part was started"
+
+
+def test_a_profile_without_kernels_is_not_a_measurement(script, monkeypatch, no_gpu):
+    class Runner:
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(script.torch.profiler.profile, "key_averages", lambda self: [])
+    with pytest.raises(script.HelpersError, match="saw no kernel"):
+        script.kernel_times(Runner())
+
+
+def test_a_random_model_is_right_in_fp16(script, no_gpu):
     shape = (3, 64, 64)
-    model = script.random_network("resnet50", shape)
+    model = script.random_model("resnet50", shape)
     runner = TorchRunner(model, dtype=torch.float16)
     assert script.check_outputs(runner, model, shape, 2, repeats=1) < 5e-3
 
@@ -156,7 +196,7 @@ def test_what_an_earlier_run_measured_is_not_lost_to_one_that_stops(measure, scr
     _, before = measure(*only("networks"))
     said, after = measure("--minutes", "0", *only("networks"))
     assert after == before
-    assert "what resnext14_8x4d.json holds of an earlier run stays" in said
+    assert "resnext14_8x4d.json keeps the measurements of an earlier run" in said
 
 
 def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
@@ -168,7 +208,7 @@ def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
         patch.setattr(script, "sweep", fail)
         said, after = measure(*only("networks"))
     assert after == before
-    assert "what resnext14_8x4d.json holds of an earlier run stays" in said
+    assert "resnext14_8x4d.json keeps the measurements of an earlier run" in said
     _, after = measure(*only("networks"))
     assert after["resnext14_8x4d"]["rows"] != before["resnext14_8x4d"]["rows"]
 
@@ -178,7 +218,7 @@ def test_products_of_a_gpu_are_not_lost_to_a_run_without_one(measure, tmp_path):
     (tmp_path / "products.json").write_text(json.dumps(record))
     said, files = measure(*only("products"))
     assert files["products"] == record
-    assert "what products.json holds of an earlier run stays" in said
+    assert "products.json keeps the measurements of an earlier run" in said
 
 
 def test_a_file_that_is_no_record_gives_way(measure, tmp_path):
@@ -226,8 +266,9 @@ def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, 
     ("arguments", "message"),
     [
         (("--parts", "lunch"), "lunch; there are products, networks"),
+        (("--datatypes", "FP4"), "FP4; there are TF32, FP16"),
         (("--networks", "../evil"), "../evil; there are resnext14_8x4d"),
-        (("--batches", "0"), "greater than or equal to 1"),
+        (("--batch-sizes", "0"), "greater than or equal to 1"),
         (("--seconds", "-1"), "greater than or equal to 0"),
         (("--out", "/proc/results"), "cannot be written to"),
     ],

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import sparsity
-from helpers.measurement.gemm import GemmError, measure_gemms
+from helpers.errors import InputError, WriteError
+from helpers.measurement.gemm import measure_gemms
 from helpers.measurement.roofline import DATASHEETS, floor_ms, intensity
 from helpers.metrics import Accuracy
 from helpers.sparsity import compress_2to4, mask_2to4
 from helpers.training import networks
 from helpers.training.loop import Epoch
 from helpers.tutorial import plots
-from helpers.tutorial.artifacts import ArtifactError
 
 
 def texts(axis) -> list[str]:
@@ -70,8 +70,8 @@ def test_bytes_are_drawn_as_bars_with_their_share():
     half = compress_2to4((weight * mask_2to4(weight)).half())
     figure = plots.plot_bytes({"FP16": (half, 128), "again": (half, 128)})
     (axis,) = figure.axes
-    assert [bar.get_width() for bar in axis.patches] == 2 * [128, 64, 8]
-    assert [bar.get_x() for bar in axis.patches] == 2 * [0, 0, 64], "positions beside values"
+    assert [bar.get_width() for bar in axis.patches] == [128, 128, 64, 64, 8, 8]
+    assert [bar.get_x() for bar in axis.patches] == [0, 0, 0, 0, 64, 64], "positions beside values"
     assert texts(axis) == 2 * [" 56.25% of dense"]
     assert labels(axis.get_yticklabels()) == ["FP16", "again"]
     assert labels(figure.legends[0].get_texts()) == ["dense", "values", "2-bit positions"]
@@ -191,7 +191,7 @@ def test_a_sweep_shows_throughput_and_the_ratios_in_order_of_batch_size():
         assert labels(axis.get_xticklabels()) == ["1", "8"]
 
 
-def test_a_control_in_the_sweep_is_a_band_and_no_contender():
+def test_a_control_in_the_sweep_is_a_band_without_bars():
     table = sweep_table()
     control = table[table.network == "dense"].assign(
         network="dense again", speedup_low=[0.9, 0.8], speedup_high=[1.1, 1.2]
@@ -312,7 +312,7 @@ def test_published_peaks_are_dashed_lines_where_there_are_any():
     assert labels(figure.legends[0].get_texts())[2] == "published peaks, NVIDIA A100 80 GB SXM"
 
 
-def test_a_product_that_did_not_run_says_so():
+def test_a_product_that_did_not_run_is_marked():
     nan = float("nan")
     table = gemm_table(
         dense_tflops=[nan, 300.0, nan],
@@ -435,12 +435,12 @@ def test_a_table_without_products_is_refused():
         plots.plot_gemms,
         lambda rows: plots.plot_roofline(DATASHEETS["a100"], "FP16", rows),
     ):
-        with pytest.raises(GemmError, match="There is no product to draw"):
+        with pytest.raises(InputError, match="There is no product to draw"):
             draw(measure_gemms([]))
 
 
 def test_a_roofline_without_published_peaks_is_refused():
-    with pytest.raises(GemmError, match=r"A100 80 GB SXM has no peaks for FP8; .* TF32, FP16"):
+    with pytest.raises(InputError, match=r"A100 80 GB SXM has no peaks for FP8; .* TF32, FP16"):
         plots.plot_roofline(DATASHEETS["a100"], "FP8", PRODUCTS)
 
 
@@ -464,7 +464,7 @@ def test_a_figure_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch,
 
     figure = plots.plot_history(history(1, 2), 3)
     monkeypatch.setattr(figure, "savefig", half_a_file)
-    with pytest.raises(ArtifactError if isinstance(error, OSError) else RuntimeError):
+    with pytest.raises(WriteError if isinstance(error, OSError) else RuntimeError):
         plots.save(figure, path)
     assert path.read_bytes() == b"the old one"
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

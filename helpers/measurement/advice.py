@@ -1,4 +1,4 @@
-"""What 2:4 will buy on a GPU, predicted before anybody retrains.
+"""How much faster 2:4 is predicted to make a model on a GPU, before it is retrained.
 
 Explained in `07_sparse_tensor_cores.ipynb`.
 """
@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -15,28 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import HelpersError
-from helpers.layers import layer_kind
+from helpers.layers import LayerWeight, layer_kind
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
 from helpers.measurement.trace import _Inputs, _Kernel, _run, _tensors
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
-# --- what to expect ---
-
-
-LEAST_GAIN = 1.01  # a layer that gains less is told as one that does not
+LAYER_COLUMNS = [
+    "layer", "kind", "m", "n", "k", "groups", "dense_ms", "sparse_ms", "gain", "bound", "reason",
+]  # fmt: skip
+NOT_A_PRODUCT = "not a matrix product"
+LEAST_GAIN = 1.01  # a layer that gains less is reported as no gain
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Advice:
-    """What 2:4 is predicted to buy for one network, batch and datatype.
+    """The predicted effect of 2:4 for one model, batch size and datatype.
 
     `layers` has one row for each time that a layer runs: `layer` (its name), `kind`, the sizes
     `m`, `n`, `k` of its product (of each of `groups`), `dense_ms`, `sparse_ms` (NaN where it
-    cannot be sparse), `gain` (how many times faster it becomes; 1 where the dense kernel
-    stays), `bound` (what the dense kernel waits for: arithmetic, memory or launch) and `reason`
-    (why it stays dense; empty where it does not). `rest_ms` is all that is no layer.
-    `source`, `measured` and `checked` are those of `Rates`.
+    cannot be sparse), `gain` (how many times faster it becomes; 1 where it stays dense),
+    `bound` (what limits the dense kernel: arithmetic, memory or launch) and `reason` (why it
+    stays dense; empty where it becomes sparse). `rest_ms` is the time of everything outside
+    of layers. `source`, `measured` and `checked` are those of `Rates`.
     """
 
     layers: pd.DataFrame
@@ -49,7 +49,7 @@ class Advice:
 
     @property
     def dense_ms(self) -> float:
-        """Predicted milliseconds of the dense network."""
+        """Predicted milliseconds of the dense model."""
         return float(self.layers.dense_ms.sum()) + self.rest_ms
 
     @property
@@ -59,34 +59,35 @@ class Advice:
 
     @property
     def speedup(self) -> float:
-        """How many times faster the whole network becomes; never below 1."""
+        """How many times faster the whole model becomes; never below 1."""
         return self.dense_ms / self.sparse_ms
 
     @property
     def verdict(self) -> str:
-        """The prediction, where it comes from and how far it can be trusted, in one line."""
-        said = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype}"
+        """The prediction, its source and how far it can be trusted, in one line."""
+        prediction = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype}"
         if not self.measured:
             return (
-                f"{said} if dense and sparse kernels both reached the floors of {self.source}; "
-                "not compared with any measurement"
+                f"{prediction} if dense and sparse kernels both reached the floors of "
+                f"{self.source}; not compared with any measurement"
             )
-        said += f" from {self.source}"
+        prediction += f" from {self.source}"
         if self.checked.empty:
-            return f"{said}; never compared with a measurement end to end"
+            return f"{prediction}; never compared with a measurement end to end"
         worst = 100 * (self.checked.predicted / self.checked.measured - 1).abs().max()
         count = len(self.checked)
+        measurements = "measurement" if count == 1 else "measurements"
         return (
-            f"{said}; end to end such predictions were off by at most {worst:.0f} % "
-            f"({count} measurement{'s' * (count > 1)})"
+            f"{prediction}; end to end such predictions were off by at most {worst:.0f} % "
+            f"({count} {measurements})"
         )
 
     @property
     def _where(self) -> str:
-        """Say how much of the time cannot become less, and why if nothing can."""
+        """Return how much of the time stays as it is, and why if all of it does."""
         if self.layers.empty:
             return (
-                "No layer gains: whatever this network multiplies is in operations that are not "
+                "No layer gains: whatever this model multiplies is in operations that are not "
                 "counted as layers, and so cannot be pruned here."
             )
         stuck = self.layers[self.layers.gain < LEAST_GAIN]
@@ -94,18 +95,19 @@ class Advice:
             reasons = stuck.reason.replace("", "its sparse kernel gains less").value_counts()
             listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
             return f"No layer gains 1 % or more: {listed}."
-        idle = float(stuck.dense_ms.sum())
+        stuck_ms = float(stuck.dense_ms.sum())
+        share = 100 * (stuck_ms + self.rest_ms) / self.dense_ms
         text = (
-            f"Of {self.dense_ms:.3g} ms dense, {100 * (idle + self.rest_ms) / self.dense_ms:.0f} % "
-            f"is in work that gains less than 1 %: {idle:.3g} ms in {len(stuck)} of "
+            f"Of {self.dense_ms:.3g} ms dense, {share:.0f} % "
+            f"is in work that gains less than 1 %: {stuck_ms:.3g} ms in {len(stuck)} of "
             f"{len(self.layers)} layers, {self.rest_ms:.3g} ms outside of layers."
         )
-        if self.measured and (stuck.reason == "no matrix product").any():
-            text += " Convolutions that are no matrix product count at the best dense rate."
+        if self.measured and (stuck.reason == NOT_A_PRODUCT).any():
+            text += " Convolutions that are not a matrix product count at the best dense rate."
         return text
 
-    def _best(self) -> pd.DataFrame:
-        """Return the layers that save the most time, as they are shown."""
+    def _largest_savings(self) -> pd.DataFrame:
+        """Return the layers that save the most time, formatted to be shown."""
         gaining = self.layers[self.layers.gain >= LEAST_GAIN]
         saved = (gaining.dense_ms - gaining.sparse_ms).sort_values(ascending=False, kind="stable")
         best = gaining.loc[saved.index[:5]]
@@ -121,12 +123,12 @@ class Advice:
         )
 
     def __repr__(self) -> str:
-        table = self._best()
+        table = self._largest_savings()
         lines = [self.verdict, self._where]
         return "\n".join(lines if table.empty else [*lines, "", table.to_string(index=False)])
 
     def _repr_html_(self) -> str:
-        table = self._best()
+        table = self._largest_savings()
         text = "".join(f"<p>{escape(line)}</p>" for line in (self.verdict, self._where))
         return text if table.empty else text + table.to_html(index=False)
 
@@ -139,72 +141,53 @@ def advise(
     batch: int = 1,
     datatype: str = "FP16",
 ) -> Advice:
-    """Return how much faster 2:4 is predicted to make a network, before it is pruned.
+    """Return how much faster 2:4 is predicted to make a model, before it is pruned.
 
-    The network runs once on shapes alone, which takes no memory and leaves it as it was.
-    The time of a batch is the sum over its kernels, one after the other.
+    The model runs once on shapes alone, which takes no memory and leaves it unchanged. The
+    time of a batch is the sum over its kernels, one after the other.
 
-    A layer is a linear layer, a projection of attention or a convolution. Those that are one
-    product of matrices take the time that the rates give this product; if cuSPARSELt takes
-    their weight, the faster of dense and sparse. All other convolutions stay dense, and are
-    counted by the roofline: at the best dense rate that the GPU reached in this datatype, or
-    the time to move their numbers, if that is longer. A layer's outputs count in the width of
-    its inputs, since engines in FP8 and INT8 write them so; a measured product has its own
-    width, `helpers.gemm.Datatype.output`. Batch norms right after a layer are folded into it
-    and cost nothing; so does a ReLU right after a layer, a batch norm or an addition.
+    Layers are linear layers, projections of attention and convolutions. One that is a matrix
+    product takes the time that the rates give for it, of dense or sparse the faster if
+    cuSPARSELt takes its weight. Other convolutions stay dense, at the best dense rate or the
+    time to move their numbers, whichever is longer. Outputs of a layer count in the width of
+    its inputs, as engines in FP8 and INT8 write them. Batch norms right after a layer are
+    folded and free, as is a ReLU right after a layer, a batch norm or an addition.
 
-    The rest is counted by the roofline too, each operation as one kernel that reads and
-    writes two bytes for each number: pooling, normalisation, activations, softmax, additions,
-    copies, and attention, which is one kernel if the network calls
-    `scaled_dot_product_attention`. A layer that computes its weight from other parameters
-    at each call counts with the rest. Views, dropout and what depends on weights alone are
-    free, and so is the way of the input to the GPU.
+    Any other operation is one kernel that reads and writes two bytes for each number;
+    `scaled_dot_product_attention` is one, and so is a layer that computes its weight at each
+    call. Views, dropout, whatever depends on weights alone and the copy of the input to the
+    GPU are free.
 
     Args:
-        model: any network, on any device; pruned or not.
+        model: any model, on any device; pruned or not.
         rates: of the GPU.
         image_shape: channels, height and width of an input image.
-        example: instead of an image, what to call the network with: a tensor, several in a
+        example: instead of an image, what to call the model with: a tensor, several in a
             tuple, or named ones in a dictionary; only their shapes count.
-        batch: how many images; an example has a batch of its own.
-        datatype: a name in `helpers.gemm.DATATYPES` whose pattern is 2:4.
+        batch: number of images; an example has its own.
+        datatype: a name in `helpers.measurement.roofline.DATATYPES` whose pattern is 2:4.
 
     Raises:
         AdviceError: neither or both of `image_shape` and `example` are given, they are empty,
-            the network does not run on them, or there are no rates in this datatype.
-
-    Explained in `07_sparse_tensor_cores.ipynb`.
+            the model does not run on them, or there are no rates in this datatype.
     """
-    kind = _datatype(datatype)
-    try:
-        inputs = _inputs(model, image_shape, example, batch)
-        kernels = _run(model, inputs)
-    except HelpersError:
-        raise
-    except Exception as error:  # a network may raise anything
-        first, *_ = str(error).splitlines() or [""]
-        raise AdviceError(
-            f"The network does not run on these shapes ({type(error).__name__}: {first}). Give "
-            "it inputs that it takes. Since it runs on shapes alone, its steps must not depend "
-            "on the numbers in them."
-        ) from error
-    if not any(kernel.read or kernel.written for kernel in kernels):
-        raise AdviceError("The network neither multiplies nor moves anything; give it layers.")
-    rows = [_row(kernel, rates, kind) for kernel in kernels if kernel.weight]
-    rest = [
-        max(rates.limits(each.operations, 2 * (each.read + each.written), datatype).values())
-        for each in kernels
-        if not each.weight
-    ]
-    columns = "layer kind m n k groups dense_ms sparse_ms gain bound reason".split()
+    kind = _datatype_2to4(datatype)
+    inputs = _inputs(model, image_shape, example, batch)
+    layers, rest_ms = [], 0.0
+    for kernel in _kernels(model, inputs):
+        if kernel.weight is not None:
+            layers.append(_row(kernel, kernel.weight, rates, kind))
+        else:
+            moved = 2 * (kernel.read + kernel.written)
+            rest_ms += max(rates.limits(kernel.operations, moved, datatype).values())
     return Advice(
-        pd.DataFrame(rows, columns=columns),
-        float(sum(rest)),
-        _batch(inputs),
-        datatype,
-        rates.source,
-        rates.measured,
-        rates.checked[rates.checked.datatype == datatype],
+        layers=pd.DataFrame(layers, columns=LAYER_COLUMNS),
+        rest_ms=rest_ms,
+        batch=_batch(inputs),
+        datatype=datatype,
+        source=rates.source,
+        measured=rates.measured,
+        checked=rates.checked[rates.checked.datatype == datatype],
     )
 
 
@@ -212,7 +195,7 @@ def advise_batches(
     model: nn.Module,
     rates: Rates,
     image_shape: tuple[int, int, int],
-    batches: Sequence[int],
+    batch_sizes: Sequence[int],
     datatype: str = "FP16",
 ) -> pd.DataFrame:
     """Return what `advise` predicts for each batch size, in milliseconds.
@@ -223,20 +206,42 @@ def advise_batches(
     Raises:
         AdviceError: as `advise` does.
     """
-    columns = ["batch", "dense_ms", "sparse_ms", "speedup"]
-    advices = [advise(model, rates, image_shape, batch=n, datatype=datatype) for n in batches]
-    return pd.DataFrame(
-        [[getattr(advice, name) for name in columns] for advice in advices], columns=columns
-    )
+    advices = [
+        advise(model, rates, image_shape, batch=batch, datatype=datatype) for batch in batch_sizes
+    ]
+    rows = [[each.batch, each.dense_ms, each.sparse_ms, each.speedup] for each in advices]
+    return pd.DataFrame(rows, columns=["batch", "dense_ms", "sparse_ms", "speedup"])
 
 
-def _datatype(name: str) -> Datatype:
+def _datatype_2to4(name: str) -> Datatype:
     if name not in TWO_OF_FOUR:
         raise AdviceError(
-            f"There is no 2:4 in {name!r}; take {', '.join(TWO_OF_FOUR)}. "
-            "In TF32 the hardware wants one of every two."
+            f"There is no 2:4 in {name!r}; choose one of {', '.join(TWO_OF_FOUR)}. "
+            "In TF32 the hardware keeps one of every two."
         )
     return DATATYPES[name]
+
+
+def _kernels(model: nn.Module, inputs: _Inputs) -> list[_Kernel]:
+    """Return the kernels that a model runs for some inputs; there is at least one."""
+    try:
+        kernels = _run(model, inputs)
+    except HelpersError:
+        raise
+    except Exception as error:  # a model may raise anything
+        raise _does_not_run(error) from error
+    if not any(kernel.read or kernel.written for kernel in kernels):
+        raise AdviceError("The model neither multiplies nor moves anything; give it layers.")
+    return kernels
+
+
+def _does_not_run(error: Exception) -> AdviceError:
+    first, *_ = str(error).splitlines() or [""]
+    return AdviceError(
+        f"The model does not run on these shapes ({type(error).__name__}: {first}). Give it "
+        "inputs that it takes. Since it runs on shapes alone, its steps must not depend on the "
+        "numbers in them."
+    )
 
 
 def _inputs(
@@ -247,26 +252,30 @@ def _inputs(
 ) -> _Inputs:
     if (image_shape is None) == (example is None):
         raise AdviceError(
-            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the network "
-            "is called with."
+            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the model is "
+            "called with."
         )
     if image_shape is None:
         return _arguments(example)
     shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
-    if not all(map(_is_count, (batch, *shape))):
+    if not all(_is_count(number) for number in (batch, *shape)):
         raise AdviceError(
             f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
-            "height, width and batch are whole numbers of at least 1."
+            "height, width and batch must be whole numbers of at least 1."
         )
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return (torch.empty(batch, *shape, dtype=dtype, device="meta"),), {}
+    try:
+        return (torch.empty(batch, *shape, dtype=dtype, device="meta"),), {}
+    except (RuntimeError, TypeError, OverflowError) as error:  # too many numbers to count
+        raise _does_not_run(error) from error
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return hasattr(value, "__index__") and not isinstance(value, bool) and value > 0
 
 
 def _arguments(example: Any) -> _Inputs:
+    inputs: _Inputs
     match example:
         case dict():
             inputs = (), example
@@ -276,7 +285,7 @@ def _arguments(example: Any) -> _Inputs:
             inputs = (example,), {}
     if not _batch(inputs):
         raise AdviceError(
-            "`example` holds no tensor with a batch of at least 1. Give what the network is "
+            "`example` holds no tensor with a batch of at least 1. Give what the model is "
             "called with: a tensor, several in a tuple, or named ones in a dictionary."
         )
     return inputs
@@ -287,28 +296,33 @@ def _batch(inputs: _Inputs) -> int:
     return next((len(tensor) for tensor in _tensors(inputs) if tensor.ndim), 0)
 
 
-def _row(kernel: _Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
-    """Return what the table says of a layer."""
-    weight, size = kernel.weight, (kernel.m, kernel.n, kernel.k, datatype.name)
-    reason = why_not_sparse(weight, "cusparselt") or why_not_cusparselt(
-        *weight.tensor.shape[:2], datatype.input_bytes
-    )
+def _row(kernel: _Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+    """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
+    outputs, inputs = weight.tensor.shape[:2]
+    reason = NOT_A_PRODUCT
+    if kernel.is_product:
+        reason = why_not_sparse(weight, "cusparselt")
+        reason = reason or why_not_cusparselt(outputs, inputs, datatype.input_bytes)
     moved = datatype.input_bytes * (kernel.read + kernel.written)
     limits = rates.limits(kernel.operations, moved, datatype.name)
-    dense = rates.product_ms(*size, sparse=False) if kernel.is_product else max(limits.values())
-    sparse = math.nan if reason else rates.product_ms(*size, sparse=True)
-    if sparse >= dense:
-        reason = "its sparse kernel is not faster"
+    m, n, k = kernel.m, kernel.n, kernel.k
+    dense_ms, sparse_ms = max(limits.values()), math.nan
+    if kernel.is_product:
+        dense_ms = rates.product_ms(m, n, k, datatype.name, sparse=False)
+    if not reason:
+        sparse_ms = rates.product_ms(m, n, k, datatype.name, sparse=True)
+        if sparse_ms >= dense_ms:
+            reason = "its sparse kernel is not faster"
     return {
         "layer": weight.layer_name or weight.name,
         "kind": layer_kind(weight.layer),
-        "m": kernel.m,
-        "n": kernel.n,
-        "k": kernel.k,
+        "m": m,
+        "n": n,
+        "k": k,
         "groups": weight.groups,
-        "dense_ms": dense,
-        "sparse_ms": sparse,
-        "gain": 1.0 if reason else dense / sparse,
-        "bound": max(limits, key=limits.get),
+        "dense_ms": dense_ms,
+        "sparse_ms": sparse_ms,
+        "gain": 1.0 if reason else dense_ms / sparse_ms,
+        "bound": max(limits, key=limits.__getitem__),
         "reason": reason,
     }

@@ -1,17 +1,18 @@
 """Latency, throughput and energy of runners, measured side by side.
 
 The definitions are those of trtexec, TensorRT's own tool: a warm-up of 200 ms, at
-least 3 s of runs, the transfers left out and measured apart, the GPU's time by CUDA
-events. Two things differ. Every run is waited for before the next one starts, where
-trtexec keeps two in flight. And contenders take turns within one measurement, so that
-their ratio comes with an interval. Explained in `06_infer_and_benchmark.ipynb`.
+least 3 s of runs, transfers measured separately, the GPU's time by CUDA events. Two
+things differ. Each run finishes before the next one starts, where trtexec keeps two in
+flight. And runners take turns within one measurement, so that their ratio comes with an
+interval. Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError
 from helpers.inference.runners import Runner
 from helpers.layers import in_mode
 from helpers.measurement.energy import (
@@ -31,17 +32,19 @@ from helpers.measurement.energy import (
 )
 from helpers.metrics import max_relative_error
 
-ROUNDING = 1e-3  # of the largest logit: some GPU kernels add in an order that varies
+ROUNDING = 1e-3  # maximum relative error: some GPU kernels add in an order that varies
+
+_logger = logging.getLogger(__name__)
 
 
 class BenchmarkError(HelpersError, RuntimeError):
-    """A runner's time would mean nothing, since it does not do its work."""
+    """A runner does not do its work, so its time would mean nothing."""
 
 
 class Run(NamedTuple):
     """The time of one run, in seconds."""
 
-    host: float  # on the host's clock, until the result is there
+    host: float  # on the host's clock, until the result is ready
     gpu: float | None  # by CUDA events; None on a CPU
 
 
@@ -50,7 +53,7 @@ class Latency:
     """The times of many runs at one batch size, in milliseconds."""
 
     batch: int
-    rounds: tuple[np.ndarray, ...]  # each run on the host's clock, round by round
+    rounds: tuple[np.ndarray, ...]  # one array for each round, by the host's clock
     gpu: np.ndarray | None = None  # each run by CUDA events; None on a CPU
 
     @property
@@ -69,12 +72,12 @@ class Latency:
 
     @property
     def images_per_second(self) -> float:
-        """Throughput: images over mean time, with nothing between the runs."""
+        """Throughput: images over the mean time of a run."""
         return 1000 * self.batch / float(self.times.mean())
 
     def row(self) -> dict[str, float]:
-        """Return what the table of a sweep says of these runs."""
-        row = {
+        """Return these runs as columns of a sweep's table."""
+        row: dict[str, float] = {
             "batch": self.batch,
             "p50": self.p50,
             "p90": self.percentile(90),
@@ -105,28 +108,29 @@ def check_outputs(
     repeats: int = 3,
     seed: int = 0,
 ) -> float:
-    """Return how far a runner's logits are from a network's own, relative to the largest logit.
+    """Return the maximum relative error of a runner's logits against its model's own.
 
-    Every time on fresh random images, and with the runner's earlier logits poisoned.
+    Each repeat uses fresh random images, and invalidates the runner's earlier logits.
 
     Args:
-        runner: what is to be checked.
-        model: the network in FP32, on any device; TF32 stays off.
+        runner: the runner to check.
+        model: the model in FP32, on any device; TF32 stays off.
         image_shape: channels, height and width.
         batch: images at a time.
-        tolerance: the largest gap that passes; 1e-2 suits FP16.
-        repeats: how often.
+        tolerance: the largest error that passes; 1e-2 suits FP16.
+        repeats: number of batches to check.
         seed: of the images.
 
     Returns:
-        The largest gap that was seen.
+        The largest error of all repeats.
 
     Raises:
-        BenchmarkError: a gap is larger, or a logit is not finite; or nothing is to be checked.
+        InputError: `batch` or `repeats` is below 1.
+        BenchmarkError: an error exceeds the tolerance, or a logit is not finite.
     """
     if batch < 1 or repeats < 1:
-        raise BenchmarkError(
-            f"Nothing is checked on {repeats} x {batch} images; both are numbers of at least 1."
+        raise InputError(
+            f"{repeats} batches of {batch} images check nothing; both numbers must be at least 1."
         )
     generator = torch.Generator().manual_seed(seed)
     where = next(model.parameters()).device
@@ -143,14 +147,14 @@ def check_outputs(
         runner.run()
         runner.invalidate_output()
         runner.run()
-        gap = max_relative_error(runner.fetch(), expected)
-        if not gap <= tolerance:  # NaN is not below it either
+        error = max_relative_error(runner.fetch(), expected)
+        if not error <= tolerance:  # also refuses NaN
             raise BenchmarkError(
-                f"{runner.name}: its logits of {batch} random images are off those of the network "
-                f"by {gap:.1e} of the largest, where {tolerance:g} is allowed. Its time would mean "
+                f"{runner.name}: its logits of {batch} random images differ from the model's by "
+                f"{error:.1e} of the largest, where {tolerance:g} is allowed. Its time would mean "
                 "nothing; look for the layer that differs, or for numbers too large for its type."
             )
-        largest = max(largest, gap)
+        largest = max(largest, error)
     return largest
 
 
@@ -163,43 +167,46 @@ def time_in_turns(
 ) -> list[Latency]:
     """Time several runners on the same images, in turns.
 
-    In each round they run one after the other and then in the opposite order (ABBA),
-    and each round begins with the next one, so that a machine that grows slower or
-    faster does so for all of them. Moving the images to the device is not timed.
+    In each round they run one after the other and then in the opposite order (ABBA), and
+    each round starts with another runner, so that a machine that slows down or speeds up
+    does so for all of them. Moving the images to the device is not timed.
 
     Args:
-        runners: the networks to compare.
+        runners: what to compare.
         images: one batch (N, C, H, W) of anything but a constant.
         seconds: least time to measure, for each runner.
         warmup: seconds to run each before measuring.
-        rounds: how often everybody gets two turns; a multiple of the runners' number, as 12 is
-            of 2, 3 and 4, gives each of them every place equally often.
+        rounds: each runner gets two turns in each; a multiple of the number of runners, as 12
+            is of 2, 3 and 4, gives each runner every place equally often.
 
     Returns:
         The latencies, in the order of the runners.
 
     Raises:
-        BenchmarkError: there is nothing to measure, the images are constant, or a runner's
-            logits are not finite, do not depend on the images, or changed between warm-up
-            and end.
+        InputError: there is nothing to measure, or the images are constant.
+        BenchmarkError: a runner's logits are not finite, do not depend on the images, or
+            changed between warm-up and end.
     """
     if not (runners and rounds >= 1 and 0 <= seconds < math.inf and 0 <= warmup < math.inf):
-        raise BenchmarkError(
+        raise InputError(
             f"{len(runners)} runners cannot be measured in {rounds} rounds for {seconds} s after "
             f"{warmup} s: give at least one runner, one round, and no negative seconds."
         )
     if not images.numel():
-        raise BenchmarkError(f"There are no images in a batch of shape {tuple(images.shape)}.")
+        raise InputError(
+            f"A batch of shape {tuple(images.shape)} holds no images; give at least one."
+        )
     if images.min() == images.max():
-        raise BenchmarkError(
-            f"All values of the images are {images.min():g}. Constant data is quicker and cooler "
-            "to multiply than any real image; take random images, as `torch.randn` makes them."
+        raise InputError(
+            f"All values of the images are {images.min():g}. Constant data is faster to multiply, "
+            "and takes less power, than any real image; use random images, as `torch.randn` makes "
+            "them."
         )
     answers = [_warm_up(runner, images, warmup) for runner in runners]
     runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in runners]
     order = list(range(len(runners)))
     for number in tqdm(range(rounds), desc=f"batch {len(images)}", leave=False):
-        order.append(order.pop(0))  # so that nobody always follows the same one
+        order.append(order.pop(0))  # so that no runner always follows the same one
         for turn in order + order[::-1]:
             runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds))
     for runner, answer in zip(runners, answers, strict=True):
@@ -208,10 +215,10 @@ def time_in_turns(
 
 
 def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
-    """Run for some seconds; return the logits, checked to be an answer to the images."""
+    """Run for some seconds and return the logits, which must depend on the images."""
     others = runner(-images).clone()
     runner.load(images)
-    runner.invalidate_output()  # a runner that writes nothing must not pass with what was there before
+    runner.invalidate_output()  # so that a runner that writes nothing is found out
     until = time.perf_counter() + seconds
     answer = _answer(runner)
     while time.perf_counter() < until:
@@ -219,26 +226,27 @@ def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
     if not answer.isfinite().all():
         raise BenchmarkError(
             f"{runner.name}: the logits of {len(images)} random images are not all finite. "
-            "Compare them with those of PyTorch, as 04_export_onnx.ipynb does, before timing it."
+            "Compare them with the model's own (`check_outputs`) before timing it."
         )
     if answer.equal(others):
         raise BenchmarkError(
             f"{runner.name}: two different batches of {len(images)} images have the same logits, "
-            "so the network did not run, or its weights are zero. Load or build it again."
+            "so the model did not run, or its weights are zero. Load or build it again."
         )
     return answer
 
 
 def _answer(runner: Runner) -> Tensor:
-    """Return a copy of the logits, since a runner may write its next ones over them."""
+    """Return a copy of the logits, since a runner may overwrite them in its next run."""
     runner.run()
     return runner.fetch().clone()
 
 
 def _take_turn(runner: Runner, seconds: float) -> list[Run]:
     """Time runs for some seconds, at least one."""
-    runner.run()  # not counted: the runner before has driven its weights from the caches
-    runs, left = [], seconds
+    runner.run()  # not counted: the previous runner has evicted this one's weights
+    runs: list[Run] = []
+    left = seconds
     while not runs or left > 0:
         start = time.perf_counter()
         runner.run()
@@ -249,12 +257,12 @@ def _take_turn(runner: Runner, seconds: float) -> list[Run]:
 
 
 def _check_unchanged(runner: Runner, answer: Tensor) -> None:
-    gap = max_relative_error(runner.fetch(), answer)
-    if not gap < ROUNDING:  # NaN is not below it either
+    error = max_relative_error(runner.fetch(), answer)
+    if not error < ROUNDING:  # also refuses NaN
         raise BenchmarkError(
-            f"{runner.name}: its logits moved by {gap:.1e} of the largest one while it was "
-            "measured, on the same images, so it does not always do the same work. Look for a "
-            "buffer that it shares with another runner."
+            f"{runner.name}: its logits of the same images moved by {error:.1e} of the largest one "
+            "while it was measured, so it does not always do the same work. Look for a buffer that "
+            "it shares with another runner."
         )
 
 
@@ -267,7 +275,7 @@ def _latency(rounds: list[list[Run]], batch: int) -> Latency:
 def time_transfers(runner: Runner, images: Tensor, repeats: int = 10) -> dict[str, float]:
     """Return how long a runner takes to load images and to fetch logits, in milliseconds.
 
-    `load_p50` covers all of `Runner.load`, its change of type and its buffers too.
+    `load_p50` covers all of `Runner.load`, including conversion and buffers.
     """
     loads, fetches = [], []
     for _ in range(repeats):
@@ -305,24 +313,25 @@ def bootstrap_ratio(
 ) -> Ratio:
     """Return the ratio of two statistics with its 95 % bootstrap interval over the rounds.
 
-    Whole rounds are drawn, the same for both sides: the runs of one round share the
-    state of the machine, so that drawing single runs would promise too much. Of two or
-    three rounds the interval is the range of what was seen; one round has none (NaN).
+    Whole rounds are resampled, the same for both sides: the runs of one round share the
+    state of the machine, so resampling single runs would make the interval too narrow. With
+    two or three rounds the interval is the range of the rounds; one round has none (NaN).
 
     Args:
         above: measurements of the numerator, one array for each round.
         below: those of the denominator, of the same rounds.
         statistic: of the measurements of all rounds together.
-        resamples: how often rounds are drawn.
-        seed: of the draws.
+        resamples: number of resamples.
+        seed: of the resampling.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993 (the
     percentile interval).
     """
 
     def ratio(rounds: Sequence[int]) -> float:
-        sides = (np.concatenate([side[number] for number in rounds]) for side in (above, below))
-        return float(np.divide(*map(statistic, sides)))
+        numerator = statistic(np.concatenate([above[number] for number in rounds]))
+        denominator = statistic(np.concatenate([below[number] for number in rounds]))
+        return float(numerator / denominator)
 
     count = len(above)
     if count == 1:
@@ -333,9 +342,9 @@ def bootstrap_ratio(
 
 
 def sweep(
-    runners: dict[str, Runner],
+    runners: Mapping[str, Runner],
     image_shape: tuple[int, int, int],
-    batches: Sequence[int],
+    batch_sizes: Sequence[int],
     seconds: float = 3.0,
     seed: int = 0,
     energy_rounds: int = 3,
@@ -343,43 +352,43 @@ def sweep(
     """Measure runners over batch sizes, on random images.
 
     Args:
-        runners: by the name they get in the table; the first, "dense", is the one that
-            the others are compared with.
+        runners: by their names in the table; the first is "dense", with which the others are
+            compared.
         image_shape: channels, height and width.
-        batches: batch sizes.
+        batch_sizes: images at a time.
         seconds: least time to measure for each runner and batch size.
         seed: of the random images.
         energy_rounds: windows of 5 s for each runner and batch size, on a GPU; with
             one there is no interval, with none no energy.
 
     Returns:
-        One row for each runner and batch, times in milliseconds: `network`, `batch`,
+        One row for each runner and batch size, times in milliseconds: `network`, `batch`,
         `p50`, `p90`, `p95`, `p99`, `mean`, `runs`, `images_per_second`, `load_p50` and
         `fetch_p50` (the transfers), and `speedup` over the first runner at the median,
         with the ends of its 95 % interval, `speedup_low` and `speedup_high`.
-        Where a runner has a GPU also `gpu_p50` (by CUDA events) and `overhead_p50` (what
-        the host adds); where the GPU has an energy counter also `images_per_joule`,
+        On a GPU also `gpu_p50` (by CUDA events) and `overhead_p50` (what the host adds);
+        where the GPU has an energy counter also `images_per_joule`,
         `watts`, `idle_watts`, `sm_mhz`, `celsius`, `throttles`, and `perf_per_watt`,
         relative to the first runner, with `perf_per_watt_low` and `perf_per_watt_high`.
 
-    Raises:
-        BenchmarkError: as `time_in_turns` and `energy_in_turns` do, or the first runner has
-            another name than "dense".
+    If the energy counter fails at a batch size, that is logged, and its rows have no energy.
 
-    If the energy counter fails at a batch, that is printed, and its rows have no energy.
+    Raises:
+        InputError: the first runner is not called "dense", or as `time_in_turns`.
+        BenchmarkError: as `time_in_turns` and `energy_in_turns`.
     """
     if next(iter(runners), None) != "dense":
-        raise BenchmarkError(
+        raise InputError(
             f'The first of the runners, {", ".join(runners) or "none"}, must be "dense": all '
             "others are compared with it."
         )
     meter = _gpu_energy() if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for batch in tqdm(batches, desc="batch sizes", leave=False):
+    for batch in tqdm(batch_sizes, desc="batch sizes", leave=False):
         images = torch.randn(batch, *image_shape, generator=generator)
         latencies = time_in_turns(list(runners.values()), images, seconds)
-        batch_rows = [
+        batch_rows: list[dict[str, Any]] = [
             {"network": name, **latency.row(), **time_transfers(runner, images)}
             | _bounds("speedup", bootstrap_ratio(latencies[0].rounds, latency.rounds))
             for (name, runner), latency in zip(runners.items(), latencies, strict=True)
@@ -391,20 +400,20 @@ def sweep(
                 for row, own in zip(batch_rows, windows, strict=True):
                     row.update(_energy_row(own, windows[0], batch), idle_watts=idle)
             except EnergyError as error:  # the latencies are measured, and stay
-                print(f"batch {batch}: no energy. {error}")
+                _logger.warning("batch %d: no energy. %s", batch, error)
         rows += batch_rows
     return pd.DataFrame(rows)
 
 
 def _gpu_energy() -> tuple[EnergyCounter, float] | None:
-    """Return the GPU's energy counter and idle power, or None after saying why not."""
+    """Return the GPU's energy counter and idle power; None if it has none, which is logged."""
     if not torch.cuda.is_available():
         return None
     try:
         counter = EnergyCounter()
         return counter, idle_watts(counter)
     except EnergyError as error:
-        print(error)
+        _logger.warning("%s", error)
         return None
 
 
@@ -413,14 +422,14 @@ def energy_in_turns(
 ) -> list[list[EnergyWindow]]:
     """Measure the energy of several runners on their loaded images, in turns.
 
-    Every round is one window for each, and the order is turned round after each: a GPU
-    that grows warmer draws more power, whoever runs.
+    Each round is one window for each runner, and the order is reversed after each round: a
+    GPU that warms up draws more power, whichever runner runs.
 
     Returns:
         The windows of each runner, in the order of the runners.
 
     Raises:
-        BenchmarkError: a runner's logits changed meanwhile.
+        BenchmarkError: a runner's logits changed while it was measured.
         EnergyError: the counter stood still or was reset.
     """
     answers = [_answer(runner) for runner in runners]
@@ -438,17 +447,16 @@ def energy_in_turns(
 def _energy_row(
     own: list[EnergyWindow], base: list[EnergyWindow], batch: int
 ) -> dict[str, float | str]:
-    """Return what the table of a sweep says of a runner's energy."""
-    mine, theirs = (
-        [np.array([window.joules_per_call]) for window in windows] for windows in (own, base)
-    )
+    """Return a runner's energy as columns of a sweep's table."""
+    joules = [np.array([window.joules_per_call]) for window in own]
+    base_joules = [np.array([window.joules_per_call]) for window in base]
     return {
-        "images_per_joule": batch / float(np.mean(mine)),
+        "images_per_joule": batch / float(np.mean(joules)),
         "watts": float(np.mean([window.watts for window in own])),
         "sm_mhz": float(np.mean([window.sm_mhz for window in own])),
         "celsius": max(window.celsius for window in own),
-        "throttles": ", ".join(sorted(frozenset().union(*(window.throttles for window in own)))),
-        **_bounds("perf_per_watt", bootstrap_ratio(theirs, mine, np.mean)),
+        "throttles": ", ".join(sorted({name for window in own for name in window.throttles})),
+        **_bounds("perf_per_watt", bootstrap_ratio(base_joules, joules, np.mean)),
     }
 
 
@@ -456,30 +464,30 @@ def _bounds(name: str, ratio: Ratio) -> dict[str, float]:
     return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
-def speedup(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
-    """Return how many times faster `other` is than dense at the median, for each batch.
+def speedup_by_batch(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
+    """Return how many times faster `other` is than dense at the median, by batch size.
 
     Args:
-        table: as `sweep` returns it, with "dense" the first of its runners.
-        other: the network to compare with "dense".
+        table: as `sweep` returns it.
+        other: the runner to compare with "dense".
 
     Returns:
-        `value`, and the 95 % interval `low` to `high`, which is NaN in a table that was
-        recorded without one; the index is the batch size.
+        `value`, and the ends `low` and `high` of its 95 % interval, which are NaN in a table
+        that was recorded without one; the index is the batch size.
     """
     p50 = table.pivot(index="batch", columns="network", values="p50")
     return _with_bounds(p50["dense"] / p50[other], table, "speedup", other)
 
 
-def perf_per_watt(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
-    """Return the images per joule of `other` over those of dense, for each batch.
+def perf_per_watt_by_batch(table: pd.DataFrame, other: str = "sparse") -> pd.DataFrame:
+    """Return the images per joule of `other` over those of dense, by batch size.
 
     Args:
         table: as `sweep` returns it on a GPU with an energy counter.
-        other: the network to compare with "dense".
+        other: the runner to compare with "dense".
 
     Returns:
-        As `speedup` does.
+        As `speedup_by_batch`.
     """
     images = table.pivot(index="batch", columns="network", values="images_per_joule")
     return _with_bounds(images[other] / images["dense"], table, "perf_per_watt", other)

@@ -11,20 +11,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from helpers import machine
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError, UnavailableError
 from helpers.inference import cuda_graphs
 from helpers.inference.cusparselt import search_algorithm, why_no_sparse_gemms
 from helpers.measurement.benchmark import bootstrap_ratio
 from helpers.measurement.roofline import (
+    DATASHEETS,
     DATATYPES,
+    Datasheet,
     Datatype,
-    GemmError,
     datatype_named,
     require_positive,
 )
@@ -32,6 +34,10 @@ from helpers.metrics import max_relative_error
 from helpers.sparsity import mask_nm
 
 Product = Callable[[], Tensor]
+
+
+class GemmError(UnavailableError):
+    """A matrix product cannot be measured on this machine, or gives wrong numbers there."""
 
 
 # --- the datatypes ---
@@ -51,8 +57,9 @@ def _dense_tf32(x: Tensor, weight: Tensor) -> Product:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Let FP32 matrix products on the GPU run in TF32 meanwhile."""
-    # Reading the older `allow_tf32` raises once somebody has set this newer one; never the reverse.
+    """Let FP32 matrix products on the GPU run in TF32 inside this block."""
+    # This is the newer setting. Once it has been set, reading the older `allow_tf32` may raise;
+    # the newer one can always be read.
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
@@ -70,7 +77,7 @@ def _dense_fp8(x: Tensor, weight: Tensor) -> Product:
     one = torch.ones((), device=x.device)
     return partial(
         torch._scaled_mm, x, weight.t(), one, one, out_dtype=torch.float16,
-        use_fast_accum=True,  # the faster of the two dense kernels: the fair control
+        use_fast_accum=True,  # the faster of two dense kernels, hence the fair control
     )  # fmt: skip
 
 
@@ -78,38 +85,38 @@ def _dense_fp8(x: Tensor, weight: Tensor) -> Product:
 class Products:
     """How PyTorch multiplies matrices of one datatype on Tensor Cores.
 
-    `dense(x, weight)` returns the product of x (m, k) and the transposed weight (n, k) as a
-    call without arguments, so that what has to be set up once is not timed.
+    `dense(x, weight)` returns a call without arguments that multiplies x (m, k) by the
+    transposed weight (n, k), so that work done once is not timed.
     """
 
     dtype: torch.dtype  # of x and the weight
     output: torch.dtype  # of the product, the same for dense and sparse
-    tolerance: float  # how far sparse may be from dense, relative to the largest number
+    tolerance: float  # the largest maximum relative error of sparse against dense
     dense: Callable[[Tensor, Tensor], Product] = field(repr=False)
 
     def operand(self, values: Tensor) -> Tensor:
-        """Return standard normal numbers (FP32) in this type; INT8 covers four deviations."""
+        """Return standard normal numbers (FP32) in this type; INT8 spans four deviations."""
         if not self.dtype.is_floating_point:
             values = (127 / 4 * values).round().clamp(-127, 127)
         return values.to(self.dtype)
 
     def sparse(self, x: Tensor, weight: Tensor) -> Product:
-        """Return the product with a weight of the pattern, by cuSPARSELt's fastest kernel.
+        """Return the product with a pruned weight, by cuSPARSELt's fastest kernel.
 
         Args:
             x: (m, k), contiguous.
-            weight: (n, k), contiguous.
+            weight: (n, k), contiguous, in the datatype's pattern.
 
         Returns:
             A call without arguments that returns (m, n), as `dense` does.
 
         Raises:
-            RuntimeError: cuSPARSELt does not take this type or these sizes here.
+            RuntimeError: cuSPARSELt does not support this type or these sizes here.
         """
         compressed = torch._cslt_compress(weight)
-        # PyTorch takes a type for the output only where it can differ from that of the input.
+        # PyTorch accepts an output type only where it may differ from the input's.
         output = None if self.output == self.dtype else self.output
-        algorithm = search_algorithm(compressed, x.t(), output=output)
+        algorithm: dict[str, Any] = search_algorithm(compressed, x.t(), output=output)
         return partial(
             torch._cslt_sparse_mm, compressed, x.t(), out_dtype=output, transpose_result=True,
             **algorithm,
@@ -121,7 +128,7 @@ PRODUCTS = {
     "FP16": Products(torch.float16, torch.float16, 1e-2, _dense),
     "BF16": Products(torch.bfloat16, torch.bfloat16, 5e-2, _dense),
     "INT8": Products(torch.int8, torch.int32, 0.0, _dense_int8),
-    # Hopper adds FP8 products with about 14 bits: arXiv 2412.19437, section 3.3.2.
+    # Hopper accumulates FP8 products in about 14 bits: arXiv 2412.19437, section 3.3.2.
     "FP8": Products(torch.float8_e4m3fn, torch.float16, 5e-2, _dense_fp8),
 }
 
@@ -133,7 +140,7 @@ def why_not(datatype: str) -> str:
         datatype: a name in `DATATYPES`.
 
     Raises:
-        GemmError: there is no such datatype.
+        InputError: there is no such datatype.
     """
     needed = datatype_named(datatype).capability
     if reason := why_no_sparse_gemms():
@@ -163,30 +170,30 @@ def measure_gemms(
     """Measure the product of activations and a weight, dense and sparse in turns, by size.
 
     The weight is pruned in the datatype's own pattern. Before anything is timed, the sparse
-    product must equal the dense one of the same pruned weight; the dense product that is
-    timed has the whole weight. Operands are random numbers, since zeros cost less power.
-    They stay where they are between the calls, so that small ones come from the GPU's cache.
-    cuSPARSELt tries its kernels and takes the fastest, cuBLAS takes one by its own rules:
-    so does each in PyTorch.
+    product must equal the dense product of the same pruned weight; the dense product that is
+    timed multiplies by the unpruned weight. Operands are random numbers, since zeros cost less
+    power. They stay in place between calls, so small ones come from the GPU's cache. As in any
+    PyTorch program, cuSPARSELt tries its kernels and the fastest is used, while cuBLAS chooses
+    one by its own heuristics.
 
     Args:
         sizes: (m, n, k), for activations (m, k), a weight (n, k) and outputs (m, n).
-        datatypes: names in `DATATYPES`, or one of them; all unless given.
-        rounds: turns of both contenders, there and back.
-        seed: of the numbers and of the intervals' draws.
+        datatypes: names in `DATATYPES`, or one of them; all by default.
+        rounds: rounds over both products, each forth and back.
+        seed: of the numbers and of the bootstrap.
 
     Returns:
         One row for each datatype and size: `datatype`, `m`, `n`, `k`, the medians `dense_ms`
         and `sparse_ms`, `dense_tflops` and `sparse_tflops` (10^12 operations a second;
-        both count 2 m n k operations, as datasheets do, so that twice the dense rate is
-        all that a sparse kernel can reach), `ratio` (dense time over sparse time) with the
-        ends of its 95 % interval, `ratio_low` and `ratio_high`, and `reason`: empty, or in
-        words why there are no numbers in this row (NaN).
+        both count 2 m n k operations, as datasheets do, so a sparse kernel can reach at most
+        twice the dense rate), `ratio` (dense time over sparse time) with the ends of its 95 %
+        interval, `ratio_low` and `ratio_high`, and `reason`: why the numbers of this row are
+        missing (NaN), or empty.
 
     Raises:
-        GemmError: there is no such datatype, or a size is not three positive numbers.
-
-    Explained in `07_sparse_tensor_cores.ipynb`.
+        InputError: there is no such datatype, or a size is not three positive numbers.
+        UnavailableError: a product broke the CUDA context, after which nothing can run in this
+            process.
     """
     names = [datatypes] if isinstance(datatypes, str) else datatypes
     chosen = [datatype_named(name) for name in (DATATYPES if names is None else names)]
@@ -203,8 +210,8 @@ def _size(size: Any) -> tuple[int, int, int]:
     try:
         m, n, k = map(operator.index, size)
     except (TypeError, ValueError) as error:
-        raise GemmError(
-            f"{size!r} is no size of a product; `sizes` takes several (m, n, k) of whole "
+        raise InputError(
+            f"{size!r} is not the size of a product; `sizes` takes several (m, n, k) of whole "
             "numbers, such as [(64, 128, 256)]."
         ) from error
     require_positive(m=m, n=n, k=k)
@@ -214,17 +221,19 @@ def _size(size: Any) -> tuple[int, int, int]:
 def _row(
     datatype: Datatype, size: tuple[int, int, int], rounds: int, seed: int
 ) -> dict[str, str | float]:
-    row = {"datatype": datatype.name, **dict(zip("mnk", size, strict=True))}
-    row |= dict.fromkeys(MEASURED, math.nan) | {"reason": why_not(datatype.name)}
-    if row["reason"]:
-        return row
-    try:
-        return row | _measure(datatype, size, rounds, seed)
-    except HelpersError as error:
-        return row | {"reason": str(error)}
-    except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
-        first, *_ = str(error).splitlines() or [type(error).__name__]
-        return row | {"reason": f"PyTorch does not run this product here: {first}"}
+    m, n, k = size
+    row: dict[str, str | float] = {"datatype": datatype.name, "m": m, "n": n, "k": k}
+    row |= dict.fromkeys(MEASURED, math.nan)
+    reason = why_not(datatype.name)
+    if not reason:
+        try:
+            row |= _measure(datatype, size, rounds, seed)
+        except HelpersError as error:
+            reason = str(error)
+        except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
+            cuda_graphs.raise_if_context_is_broken(error)
+            reason = f"PyTorch does not run this product here: {cuda_graphs.first_line(error)}"
+    return row | {"reason": reason}
 
 
 def _measure(
@@ -236,47 +245,84 @@ def _measure(
     generator = torch.Generator(device).manual_seed(seed)
     x = products.operand(torch.randn(m, k, device=device, generator=generator))
     values = torch.randn(n, k, device=device, generator=generator)
-    # Filled, not multiplied: a negative weight times zero would be -0.0.
+    # Masked, not multiplied: a negative weight times zero would be -0.0.
     pruned = products.operand(values.masked_fill(~mask_nm(values, *datatype.pattern), 0))
     dense, sparse = products.dense(x, products.operand(values)), products.sparse(x, pruned)
     _check_equal(datatype, sparse(), products.dense(x, pruned)())
     times = cuda_graphs.time_calls([dense, sparse], rounds=rounds)
     dense_ms, sparse_ms = cuda_graphs.medians(times)
-    ratio = bootstrap_ratio(*times, seed=seed)
+    dense_times, sparse_times = times
+    ratio = bootstrap_ratio(dense_times, sparse_times, seed=seed)
     operations = 2 * m * n * k
-    rates = [operations / ms / 1e9 for ms in (dense_ms, sparse_ms)]
-    numbers = (dense_ms, sparse_ms, *rates, ratio.value, ratio.low, ratio.high)
-    return dict(zip(MEASURED, numbers, strict=True))
+    return {
+        "dense_ms": dense_ms,
+        "sparse_ms": sparse_ms,
+        "dense_tflops": operations / dense_ms / 1e9,
+        "sparse_tflops": operations / sparse_ms / 1e9,
+        "ratio": ratio.value,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+    }
 
 
 def _check_equal(datatype: Datatype, sparse: Tensor, dense: Tensor) -> None:
-    gap = max_relative_error(sparse, dense)
+    error = max_relative_error(sparse, dense)
     tolerance = PRODUCTS[datatype.name].tolerance
-    if not gap <= tolerance:  # NaN is not below it either
+    if not error <= tolerance:  # also refuses NaN
         raise GemmError(
-            f"The sparse {datatype.name} product is off the dense one of the same weight by "
-            f"{gap:.1e} of the largest number, where {tolerance:g} is allowed, so its "
-            f"time would mean nothing; use another version of PyTorch than {torch.__version__}."
+            f"The sparse {datatype.name} product differs from the dense one of the same weight by "
+            f"{error:.1e} of the largest number, where {tolerance:g} is allowed, so its time would "
+            f"mean nothing; use another version of PyTorch than {torch.__version__}."
         )
 
 
 def measure_bandwidth(megabytes: int = 1024) -> float:
-    """Return how fast the GPU's memory is in GB/s, by copying within it, read and written bytes.
+    """Return the bandwidth of the GPU's memory in GB/s: bytes read and written by a copy.
 
     Args:
-        megabytes: size of what is copied, in 10^6 bytes; much more than the GPU's cache.
+        megabytes: size of what is copied, in 10^6 bytes; much larger than the GPU's cache.
 
     Raises:
         GemmError: there is no GPU.
-
-    Explained in `07_sparse_tensor_cores.ipynb`.
     """
     if not torch.cuda.is_available():
         raise GemmError(
-            "No NVIDIA GPU was found, so there is no GPU memory to measure; take the bandwidth "
-            "of a datasheet in `DATASHEETS`."
+            "No NVIDIA GPU was found, so there is no GPU memory to measure; use the bandwidth "
+            "of a datasheet in `roofline.DATASHEETS`."
         )
     source = torch.randn(megabytes * 10**6 // 4, device=machine.device())
     copy = partial(torch.empty_like(source).copy_, source)
     (milliseconds,) = cuda_graphs.medians(cuda_graphs.time_calls([copy]))
     return 2 * source.nbytes / milliseconds / 1e6
+
+
+# --- beside the published peaks ---
+
+# By the driver's whole name: the PCIe and NVL cards, other memory sizes and MIG slices, which
+# are slower, have longer ones.
+_SHEETS = {"A100-SXM4-80GB": "a100", "H100 80GB HBM3": "h100", "H200": "h200"}
+
+
+def this_datasheet() -> Datasheet | None:
+    """Return the datasheet of this machine's GPU; None without a GPU, or if it is unknown."""
+    sheet = _SHEETS.get(machine.gpu().get("gpu", "").removeprefix("NVIDIA "))
+    return None if sheet is None else DATASHEETS[sheet]
+
+
+def shares(table: pd.DataFrame, sheet: Datasheet) -> pd.DataFrame:
+    """Return a table of `measure_gemms` with its rates in per cent of the published peaks.
+
+    Args:
+        table: as `measure_gemms` returns it.
+        sheet: of the GPU that it was measured on.
+
+    Returns:
+        A copy with the columns `dense_share` and `sparse_share`, each of its own peak; NaN
+        where nothing was measured or the datasheet has no peak.
+    """
+    peaks = [sheet.tflops.get(name, (math.nan, math.nan)) for name in table.datatype]
+    dense, sparse = np.array(peaks, dtype=float).reshape(-1, 2).T
+    return table.assign(
+        dense_share=100 * table.dense_tflops / dense,
+        sparse_share=100 * table.sparse_tflops / sparse,
+    )

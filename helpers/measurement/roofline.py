@@ -1,41 +1,33 @@
-"""What the hardware could do: published peaks, and the least time of a product.
+"""What the hardware allows: published peaks, and the least time that a product can take.
 
-Explained in `07_sparse_tensor_cores.ipynb`.
+Imports neither PyTorch nor pandas, so that the command line can list datatypes and datasheets
+without waiting for them. Explained in `07_sparse_tensor_cores.ipynb`.
 """
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
+from helpers.errors import InputError
 
-from helpers import machine
-from helpers.errors import UnavailableError
-
-GROUP_METADATA_BITS = 4  # of every group, whatever its datatype
-
-
-class GemmError(UnavailableError):
-    """A matrix product cannot be measured, or gives wrong numbers."""
+GROUP_METADATA_BITS = 4  # in every group, whatever the datatype
 
 
 @dataclass(frozen=True)
 class Datatype:
-    """A type of numbers that Tensor Cores multiply."""
+    """A number format that Tensor Cores multiply."""
 
     name: str
-    input_bytes: int  # of one number of the activations or of the weight
-    output_bytes: int  # of one number of the product
-    pattern: tuple[int, int]  # how many weights the hardware keeps, of how many
-    capability: tuple[int, int] = (8, 0)  # of the first GPU with sparse Tensor Cores for it
+    input_bytes: int  # size of one activation or weight
+    output_bytes: int  # size of one output
+    pattern: tuple[int, int]  # (1, 2): the hardware keeps one weight of every two
+    capability: tuple[int, int] = (8, 0)  # the first that has sparse Tensor Cores for it
 
     @property
     def compressed_share(self) -> float:
         """The bytes of a compressed weight over those of the dense one.
 
-        A group of four is stored as two values with a position of two bits each. In TF32 a
-        group of two is stored as one value, and its place takes four bits too: the hardware
-        sees each 32-bit number as two of 16 bits, and the metadata names both of its halves.
+        A group of four is stored as two values and their two positions, of two bits each. In
+        TF32 a group of two is stored as one value, whose position takes four bits as well: the
+        hardware treats each 32-bit number as two of 16 bits and stores a position for each half.
 
         Source: `torch.sparse._semi_structured_conversions`; PTX ISA, `mma.sp`.
         """
@@ -61,16 +53,16 @@ def datatype_named(name: str) -> Datatype:
     """Return a datatype of `DATATYPES`.
 
     Raises:
-        GemmError: there is no such datatype.
+        InputError: there is no such datatype.
     """
     if name not in DATATYPES:
-        raise GemmError(f"There is no datatype {name!r} here; there are {', '.join(DATATYPES)}.")
+        raise InputError(f"There is no datatype {name!r} here; there are {', '.join(DATATYPES)}.")
     return DATATYPES[name]
 
 
 @dataclass(frozen=True, repr=False)
 class Datasheet:
-    """The peak rates of a GPU as NVIDIA publishes them; none of them was measured here."""
+    """The peak rates of a GPU as NVIDIA publishes them, not as anyone measured them."""
 
     gpu: str
     tflops: dict[str, tuple[float, float]]  # 10^12 operations a second, dense and sparse
@@ -119,33 +111,27 @@ DATASHEETS = {
     ),
 }
 
-# By the driver's whole name: the PCIe and NVL cards, other memory sizes and MIG slices, which
-# are slower, have longer ones.
-_NAMES = {"A100-SXM4-80GB": "a100", "H100 80GB HBM3": "h100", "H200": "h200"}
 
+def require_positive(**numbers: float) -> None:
+    """Refuse numbers that are not above zero; the message names them as they are passed.
 
-def this_datasheet() -> Datasheet | None:
-    """Return the datasheet of the GPU in this machine; None without one, or if it is unknown."""
-    name = machine.gpu().get("gpu", "").removeprefix("NVIDIA ")
-    return DATASHEETS[_NAMES[name]] if name in _NAMES else None
+    Raises:
+        InputError: a number is zero, negative or NaN.
+    """
+    for name, number in numbers.items():
+        if not number > 0:  # also refuses NaN
+            raise InputError(f"{name} is {number}; give it a number above 0.")
 
 
 def _bytes(
     m: int, n: int, k: int, datatype: str, sparse: bool, output_bytes: int | None = None
 ) -> float:
-    """Return the bytes of x, the weight and the product, each moved once."""
+    """Return the bytes of activations, weight and outputs, each moved once."""
     require_positive(m=m, n=n, k=k)
     kind = datatype_named(datatype)
     weight = n * k * (kind.compressed_share if sparse else 1)
-    each = kind.output_bytes if output_bytes is None else output_bytes
-    return kind.input_bytes * (m * k + weight) + each * m * n
-
-
-def require_positive(**numbers: float) -> None:
-    """Refuse numbers that are not above zero, by their names."""
-    for name, number in numbers.items():
-        if not number > 0:  # nor is NaN
-            raise GemmError(f"{name} is {number}; give it a number above 0.")
+    output_bytes = kind.output_bytes if output_bytes is None else output_bytes
+    return kind.input_bytes * (m * k + weight) + output_bytes * m * n
 
 
 def floor_ms(
@@ -160,9 +146,9 @@ def floor_ms(
 ) -> float:
     """Return the least time of a product in milliseconds, by the roofline model.
 
-    It is the longer of all operations at the peak rate and all bytes, moved once from and to
-    the GPU's memory, at its bandwidth. A product whose operands are in the GPU's cache
-    already can be faster than the second.
+    It is the longer of two times: that of all operations at the peak rate, and that of all
+    bytes, each moved once to or from the GPU's memory, at its bandwidth. A product whose
+    operands are already in the GPU's cache can be faster than the second.
 
     Args:
         m: rows of the activations.
@@ -172,46 +158,25 @@ def floor_ms(
         peak_tflops: 10^12 operations a second, of 2 m n k; for `sparse` the sparse peak.
         bandwidth: GB/s.
         sparse: whether the weight is compressed.
-        output_bytes: of one number of the product; unless given, the datatype's own.
+        output_bytes: size of one output; the datatype's own by default.
 
     Raises:
-        GemmError: there is no such datatype, or a size, the peak or the bandwidth is not
+        InputError: there is no such datatype, or a size, the peak or the bandwidth is not
             positive.
 
     Source: Williams et al., "Roofline: an insightful visual performance model for
-    multicore architectures", 2009. Explained in `07_sparse_tensor_cores.ipynb`.
+    multicore architectures", 2009.
     """
     require_positive(peak_tflops=peak_tflops, bandwidth=bandwidth)
-    seconds = (
-        2 * m * n * k / (peak_tflops * 1e12),
-        _bytes(m, n, k, datatype, sparse, output_bytes) / (bandwidth * 1e9),
-    )
-    return 1000 * max(seconds)
+    arithmetic = 2 * m * n * k / (peak_tflops * 1e12)
+    memory = _bytes(m, n, k, datatype, sparse, output_bytes) / (bandwidth * 1e9)
+    return 1000 * max(arithmetic, memory)
 
 
 def intensity(m: int, n: int, k: int, datatype: str, sparse: bool) -> float:
-    """Return the operations of a product for each byte that it moves.
+    """Return the arithmetic intensity of a product: its operations for each byte moved.
 
-    Arguments and errors are those of `floor_ms`. Operations are 2 m n k, zeros included, so
-    that a compressed weight, with its fewer bytes, gives more of them for each byte.
+    Arguments and errors are those of `floor_ms`. Operations are 2 m n k, zeros included, so a
+    compressed weight, which has fewer bytes, raises the intensity.
     """
     return 2 * m * n * k / _bytes(m, n, k, datatype, sparse)
-
-
-def shares(table: pd.DataFrame, sheet: Datasheet) -> pd.DataFrame:
-    """Return a table of `measure_gemms` with its rates in per cent of the published peaks.
-
-    Args:
-        table: as `measure_gemms` returns it.
-        sheet: of the GPU that it was measured on.
-
-    Returns:
-        A copy with the columns `dense_share` and `sparse_share`, each of its own peak; NaN
-        where nothing was measured or the datasheet has no peak.
-    """
-    peaks = [sheet.tflops.get(name, (math.nan, math.nan)) for name in table.datatype]
-    dense, sparse = np.array(peaks, dtype=float).reshape(-1, 2).T
-    return table.assign(
-        dense_share=100 * table.dense_tflops / dense,
-        sparse_share=100 * table.sparse_tflops / sparse,
-    )

@@ -1,7 +1,6 @@
-"""The tutorial's pictures. Each function draws one figure and returns it.
+"""The tutorial's figures. Each function draws one and returns it.
 
-Dense is grey and sparse is green throughout; what is pruned but not yet retrained
-is orange.
+Dense is grey and sparse is green throughout; pruned but not yet retrained is orange.
 """
 
 import textwrap
@@ -12,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -19,18 +19,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from helpers.errors import InputError
 from helpers.files import atomic_write
-from helpers.measurement.benchmark import perf_per_watt, speedup
-from helpers.measurement.gemm import GemmError
+from helpers.measurement.benchmark import perf_per_watt_by_batch, speedup_by_batch
 from helpers.measurement.roofline import Datasheet, floor_ms, intensity
 from helpers.metrics import Accuracy
 from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training.loop import Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
-CONTENDERS = {"dense": DENSE, "sparse": SPARSE}
-# What sparse gains in, each with its colour.
-GAINS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
+COLOURS = {"dense": DENSE, "sparse": SPARSE}
+GAIN_COLOURS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
 EMPTY = "#f2f2f0"
 
 
@@ -41,9 +40,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **kwargs)
-    plt.close(figure)  # the notebook shows the returned figure; twice would be once too many
+def _axes(
+    width: float, height: float, columns: int = 1, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
+    plt.close(figure)  # else a notebook shows it twice: once by pyplot, once as it is returned
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
@@ -63,10 +64,10 @@ def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
 def _grid(axis: Axes, values: np.ndarray, title: str) -> None:
     """Draw a matrix as coloured cells with its numbers; zeros stay empty."""
     limit = max(np.abs(values).max(), 1e-12)
-    shown = np.ma.masked_equal(values, 0)
+    nonzero = np.ma.masked_equal(values, 0)
     colours = plt.get_cmap("PiYG").with_extremes(bad=EMPTY)
     norm = TwoSlopeNorm(0, -1.6 * limit, 1.6 * limit)
-    axis.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
+    axis.pcolormesh(nonzero, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
     for row, column in np.ndindex(values.shape):
         if values[row, column] != 0:
             label = f"{values[row, column]:.2f}"
@@ -83,7 +84,7 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
     """Draw a small weight before pruning, after it, and in its compressed form.
 
     Args:
-        dense: (out, in) weight, at most 8 by 8 to stay readable.
+        dense: (out, in) weight, at most 8 by 8 to remain readable.
         sparse: the same weight, 2:4.
     """
     compressed = compress_2to4(sparse)
@@ -107,40 +108,38 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
 
 
 def plot_bytes(per_type: dict[str, tuple[Compressed, int]]) -> Figure:
-    """Draw the memory of a weight, dense and compressed, for each data type.
+    """Draw the memory of a weight, dense and compressed, for each datatype.
 
     Args:
-        per_type: data type to the compressed weight and its dense size in bytes.
+        per_type: the compressed weight and its dense size in bytes, by datatype.
     """
     figure, (axis,) = _axes(7, 1.1 + 0.55 * len(per_type))
-    labels = ["dense", "values", "2-bit positions"]
-    for row, (compressed, dense) in enumerate(per_type.values()):
-        values, metadata = compressed.values.nbytes, compressed.metadata.nbytes
-        for place, width, left, colour, label in (
-            (0.2, dense, 0, DENSE, labels[0]),
-            (-0.2, values, 0, SPARSE, labels[1]),
-            (-0.2, metadata, values, PRUNED, labels[2]),
-        ):
-            axis.barh(row + place, width, 0.36, left=left, color=colour, label=label)
-        share = f" {compressed.nbytes / dense:.2%} of dense"
+    rows = np.arange(len(per_type))
+    dense = [size for _, size in per_type.values()]
+    values = [compressed.values.nbytes for compressed, _ in per_type.values()]
+    positions = [compressed.metadata.nbytes for compressed, _ in per_type.values()]
+    axis.barh(rows + 0.2, dense, 0.36, color=DENSE, label="dense")
+    axis.barh(rows - 0.2, values, 0.36, color=SPARSE, label="values")
+    axis.barh(rows - 0.2, positions, 0.36, left=values, color=PRUNED, label="2-bit positions")
+    for row, (compressed, size) in zip(rows, per_type.values(), strict=True):
+        share = f" {compressed.nbytes / size:.2%} of dense"
         axis.text(compressed.nbytes, row - 0.2, share, va="center", fontsize=9)
-        labels = [None] * 3  # one entry each in the legend
-    axis.set_yticks(range(len(per_type)), per_type)
+    axis.set_yticks(rows, list(per_type))
     axis.set_xlabel("bytes")
     figure.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
     return figure
 
 
 def plot_shares(shares: pd.DataFrame) -> Figure:
-    """Draw which kinds of layer hold the parameters and the MACs, in per cent.
+    """Draw the share of each kind of layer in the parameters and the MACs, in per cent.
 
     Args:
         shares: as `helpers.layers.shares_by_kind` returns it.
     """
     figure, (axis,) = _axes(7, 0.9 + 0.5 * len(shares))
     rows = np.arange(len(shares))[::-1]
-    for offset, column, colour in ((0.2, "parameters, %", DENSE), (-0.2, "MACs, %", SPARSE)):
-        bars = axis.barh(rows + offset, shares[column], 0.36, color=colour, label=column[:-3])
+    for offset, label, colour in ((0.2, "parameters", DENSE), (-0.2, "MACs", SPARSE)):
+        bars = axis.barh(rows + offset, shares[f"{label}, %"], 0.36, color=colour, label=label)
         axis.bar_label(bars, fmt="%.1f %%", padding=3, fontsize=8)
     axis.set_yticks(rows, shares.index)
     axis.set_xlabel("share of all convolutions and linear layers, %")
@@ -150,9 +149,9 @@ def plot_shares(shares: pd.DataFrame) -> Figure:
 
 
 def plot_layers(report: SparsityReport) -> Figure:
-    """Draw the MACs of every layer in order of execution, coloured by the report's verdict.
+    """Draw the MACs of every layer in order of execution, coloured by eligibility.
 
-    Layers that can be sparse are green; each reason against it has its own colour.
+    Layers that can be sparse are green; each reason to stay dense has its own colour.
 
     Args:
         report: as `helpers.sparsity.sparsity_report` returns it.
@@ -160,9 +159,8 @@ def plot_layers(report: SparsityReport) -> Figure:
     layers = report.layers
     figure, (axis,) = _axes(9, 3)
     reasons = layers.reason[~layers.eligible].value_counts().index
-    greys = plt.get_cmap("copper")(np.linspace(0.9, 0.1, len(reasons)))
-    colours = {"": SPARSE} | dict(zip(reasons, greys, strict=True))
-    for reason, colour in colours.items():
+    coppers = plt.get_cmap("copper")(np.linspace(0.9, 0.1, len(reasons)))
+    for reason, colour in [("", SPARSE), *zip(reasons, coppers, strict=True)]:
         part = layers[layers.reason == reason]
         label = f"{reason or 'can be sparse'} ({len(part)})"
         axis.bar(part.index, part.macs / 1e6, color=colour, label=label)
@@ -180,8 +178,8 @@ def plot_history(history: Sequence[Epoch], dense_top1: float) -> Figure:
     """Draw loss and validation accuracy over the epochs of a retraining.
 
     Args:
-        history: as `helpers.training.train` returns it.
-        dense_top1: accuracy of the dense network on the same validation images.
+        history: as `helpers.training.loop.train` returns it.
+        dense_top1: accuracy of the dense model on the same validation images.
     """
     figure, (left, right) = _axes(9, 3, 2)
     epochs = [epoch.number for epoch in history]
@@ -201,7 +199,7 @@ def plot_history(history: Sequence[Epoch], dense_top1: float) -> Figure:
 
 
 def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
-    """Draw test accuracies side by side, with lines of twice their standard error both ways.
+    """Draw test accuracies side by side, with error bars of two standard errors each way.
 
     Args:
         results: accuracy by name, such as dense, pruned and retrained.
@@ -215,36 +213,36 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
         )  # fmt: skip
         label = f"{result.top1:.2f} %"
         axis.text(place, result.top1 + 2 * result.standard_error + 2, label, ha="center")
-    axis.set_xticks(range(len(results)), results)
+    axis.set_xticks(range(len(results)), list(results))
     axis.set_ylabel("test top-1, %\n(lines: ± 2 standard errors)")
     axis.set_ylim(0, 110)
     return figure
 
 
 def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
-    """Draw throughput against batch size, and beside it what sparse gains over dense.
+    """Draw throughput against batch size, and beside it the gain of sparse over dense.
 
-    Both are at the median. Above 1 is a gain, in speed and, where measured, in images per
-    joule; a line through a point is its 95 % interval, and the grey band that of the dense
-    network against its copy, "dense again", where it took part.
+    Both are at the median. Above 1 sparse is better, in speed and, where measured, in images
+    per joule. A line through a point is its 95 % interval; the grey band is that of the dense
+    model against its copy, if the table has "dense again".
 
     Args:
-        table: as `helpers.benchmark.sweep` returns it.
-        title: what ran it, and where.
+        table: as `helpers.measurement.benchmark.sweep` returns it.
+        title: runner and machine.
     """
     figure, (left, right) = _axes(9.5, 3.4, 2)
-    batches = sorted(table.batch.unique())
-    places = np.arange(len(batches))
-    for offset, name, colour in ((-0.2, "dense", DENSE), (0.2, "sparse", SPARSE)):
-        own = table[table.network == name].set_index("batch").loc[batches]
+    batch_sizes = sorted(table.batch.unique())
+    places = np.arange(len(batch_sizes))
+    for offset, (name, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
+        own = table[table.network == name].set_index("batch").loc[batch_sizes]
         left.bar(places + offset, 1000 * own.index / own.p50, 0.38, color=colour, label=name)
     left.set_ylabel("images/s at the median")
     left.legend(frameon=False)
     for marker, (label, gain) in zip("os", _gains(table).items(), strict=False):
-        right.plot(places, gain.value, marker + "-", color=GAINS[label], label=label)
+        right.plot(places, gain.value, marker + "-", color=GAIN_COLOURS[label], label=label)
         _draw_intervals(right, places, gain)
     if "dense again" in table.network.values:
-        chance = speedup(table, "dense again")
+        chance = speedup_by_batch(table, "dense again")
         right.fill_between(
             places, chance.low, chance.high, color=DENSE, alpha=0.25, linewidth=0,
             label="dense against itself",
@@ -252,7 +250,7 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     _dense_is_1(right)
     right.legend(frameon=False)
     for axis in (left, right):
-        axis.set_xticks(places, batches)
+        axis.set_xticks(places, batch_sizes)
         axis.set_xlabel("batch size")
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
@@ -262,18 +260,18 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
 def plot_case_study(record: dict[str, Any]) -> Figure:
     """Draw the case study's figure: speed and performance per watt against batch size.
 
-    Both are those of the sparse network relative to the dense one, with their 95 %
-    intervals; performance per watt is left out where no energy was measured.
+    Both are those of the sparse model relative to the dense one, with their 95 % intervals;
+    performance per watt is left out where no energy was measured.
 
     Args:
-        record: what `06_benchmark.json` holds, as `json.loads` returns it.
+        record: the content of `06_benchmark.json`, as `json.loads` returns it.
     """
     gains = _gains(pd.DataFrame(record["rows"]))
     figure, (axis,) = _axes(7, 3.6)
     width = 0.8 / len(gains)
     for column, (label, gain) in enumerate(gains.items()):
         places = np.arange(len(gain)) + (column - (len(gains) - 1) / 2) * width
-        axis.bar(places, gain.value, 0.95 * width, color=GAINS[label], label=label)
+        axis.bar(places, gain.value, 0.95 * width, color=GAIN_COLOURS[label], label=label)
         _draw_intervals(axis, places, gain)
     _dense_is_1(axis)
     axis.set_ylim(bottom=0)
@@ -288,19 +286,19 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
 
 
 def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return what sparse gains over dense, by what it gains in."""
-    gains = {"speed": speedup(table)}
+    """Return the gain of sparse over dense by batch size, in speed and, if measured, energy."""
+    gains = {"speed": speedup_by_batch(table)}
     if "images_per_joule" in table:
-        gains["performance per watt"] = perf_per_watt(table)
+        gains["performance per watt"] = perf_per_watt_by_batch(table)
     return gains
 
 
 def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
-    """Draw the intervals as lines, where there are any, and the values above them."""
+    """Draw the intervals as lines where there are any, and the values above them."""
     measured = gain.value.notna().to_numpy()
     places, gain = places[measured], gain[measured]
     axis.vlines(places, gain.low, gain.high, color="#333333", linewidth=1.2)
-    tops = gain[["value", "high"]].max(axis=1)  # the value's own where there is no interval
+    tops = gain[["value", "high"]].max(axis=1)  # the value where there is no interval
     for place, value, top in zip(places, gain.value, tops, strict=True):
         axis.annotate(
             f"{value:.2f}", (place, top), xytext=(0, 5), ha="center", fontsize=8,
@@ -316,34 +314,34 @@ def _dense_is_1(axis: Axes) -> None:
 
 
 def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
-    """Draw the rates of dense and sparse products over sizes, one panel for each datatype.
+    """Draw the rates of dense and sparse products by size, one panel for each datatype.
 
     The ratio of the times stands above each pair, over its 95 % interval. A product that did
-    not run says so, and a datatype of which none ran shows why.
+    not run is marked, and a datatype of which none ran shows why.
 
     Args:
-        table: as `helpers.gemm.measure_gemms` returns it.
+        table: as `helpers.measurement.gemm.measure_gemms` returns it.
         sheet: of the GPU that it was measured on; its peaks are dashed lines.
 
     Raises:
-        GemmError: the table has no rows.
+        InputError: the table has no rows.
     """
     _require_rows(table)
-    kinds = list(dict.fromkeys(table.datatype))
-    figure, axes = _axes(max(7, 2.9 * len(kinds)), 3.8, len(kinds))
-    for axis, kind in zip(axes, kinds, strict=True):
-        own = table[table.datatype == kind].reset_index(drop=True)
-        axis.set_title(kind, fontsize=10)
+    datatypes = list(dict.fromkeys(table.datatype))
+    figure, axes = _axes(max(7, 2.9 * len(datatypes)), 3.8, len(datatypes))
+    for axis, datatype in zip(axes, datatypes, strict=True):
+        own = table[table.datatype == datatype].reset_index(drop=True)
+        axis.set_title(datatype, fontsize=10)
         if own.ratio.isna().all():
             _draw_reason(axis, own.reason[0])
             continue
         _draw_rates(axis, own)
-        axis.set_ylabel("TOP/s" if kind.startswith("INT") else "TFLOP/s")
-        if sheet is not None and kind in sheet.tflops:
-            for peak, colour in zip(sheet.tflops[kind], CONTENDERS.values(), strict=True):
+        axis.set_ylabel("TOP/s" if datatype.startswith("INT") else "TFLOP/s")
+        if sheet is not None and datatype in sheet.tflops:
+            for peak, colour in zip(sheet.tflops[datatype], COLOURS.values(), strict=True):
                 axis.axhline(peak, color=colour, linestyle="--", linewidth=1.2)
         axis.set_ylim(0, 1.18 * axis.get_ylim()[1])  # room for the ratios
-    handles = [Patch(color=colour, label=name) for name, colour in CONTENDERS.items()]
+    handles: list[Artist] = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     if sheet is not None:
         label = f"published peaks, {sheet.gpu}"
         handles.append(Line2D([], [], color="#333333", linestyle="--", label=label))
@@ -355,9 +353,9 @@ def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
 
 def _require_rows(products: pd.DataFrame) -> None:
     if products.empty:
-        raise GemmError(
+        raise InputError(
             "There is no product to draw: the table has no rows. Measure some with "
-            "helpers.gemm.measure_gemms."
+            "helpers.measurement.gemm.measure_gemms."
         )
 
 
@@ -373,7 +371,7 @@ def _draw_reason(axis: Axes, reason: str) -> None:
 
 def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
     """Draw the two bars of each size, and above them their ratio with its interval."""
-    for offset, (name, colour) in zip((-0.2, 0.2), CONTENDERS.items(), strict=True):
+    for offset, (name, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
         axis.bar(rows.index + offset, rows[f"{name}_tflops"], 0.38, color=colour)
     tops = rows[["dense_tflops", "sparse_tflops"]].max(axis=1).fillna(0)
     for row, top in zip(rows.itertuples(), tops, strict=True):
@@ -394,7 +392,7 @@ def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _write_above(
-    axis: Axes, text: str, place: tuple[float, float], points: int = 4, **style
+    axis: Axes, text: str, place: tuple[float, float], points: int = 4, **style: Any
 ) -> None:
     axis.annotate(
         text, place, xytext=(0, points), textcoords="offset points", ha="center", va="bottom",
@@ -404,30 +402,32 @@ def _write_above(
 
 
 def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figure:
-    """Draw what memory and Tensor Cores of a GPU allow by intensity, and where products stand.
+    """Draw the rooflines of a GPU, dense and sparse, with products at their intensities.
 
-    A filled point was measured; the legend counts those that did not run. An empty one is what
-    the datasheet allows that product, and the figure says so.
+    A filled point was measured; the legend counts those that did not run. An empty point is
+    the most that the datasheet allows, and the figure says so.
 
     Args:
         sheet: with peaks for the datatype.
-        datatype: a name in `helpers.gemm.DATATYPES`.
+        datatype: a name in `helpers.measurement.roofline.DATATYPES`.
         points: one product in each row: `label`, `m`, `n`, `k`, and where they were measured
             `dense_tflops` and `sparse_tflops` (NaN: this product did not run).
 
     Raises:
-        GemmError: the datasheet has no peaks for the datatype, or there are no points.
+        InputError: the datasheet has no peaks for the datatype, or there are no points.
     """
     _require_rows(points)
     if datatype not in sheet.tflops:
-        raise GemmError(
+        raise InputError(
             f"The datasheet of the {sheet.gpu} has no peaks for {datatype}; it has them for "
             f"{', '.join(sheet.tflops)}."
         )
     figure, (axis,) = _axes(8, 4.8)
-    places = {name: _roofline_places(sheet, datatype, points, name) for name in CONTENDERS}
-    dense, sparse = places.values()
-    peaks = dict(zip(CONTENDERS, sheet.tflops[datatype], strict=True))
+    peaks = dict(zip(COLOURS, sheet.tflops[datatype], strict=True))
+    places = {
+        name: _roofline_places(sheet, datatype, points, name, peak) for name, peak in peaks.items()
+    }
+    dense, sparse = places["dense"], places["sparse"]
     ridge = 1000 * peaks["sparse"] / sheet.bandwidth
     reach = (dense.x.min() / 2, 6 * max(sparse.x.max(), ridge))  # room for the peaks' names
     for name, peak in peaks.items():
@@ -437,8 +437,8 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
         if missing := places[name].y.isna().sum():
             label += f" ({missing} of {len(points)} did not run)"
         axis.plot(
-            places[name].x, places[name].y, "o", color=CONTENDERS[name], zorder=3, label=label,
-            markerfacecolor=CONTENDERS[name] if measured else "white",
+            places[name].x, places[name].y, "o", color=COLOURS[name], zorder=3, label=label,
+            markerfacecolor=COLOURS[name] if measured else "white",
         )  # fmt: skip
     axis.plot([dense.x, sparse.x], [dense.y, sparse.y], ":", color=DENSE, linewidth=1)
     axis.plot([], [], ":", color=DENSE, linewidth=1, label="same layer")
@@ -449,7 +449,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     axis.set_ylabel("TOP/s" if datatype.startswith("INT") else "TFLOP/s")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     title = f"{datatype}, {sheet.gpu}, memory {sheet.bandwidth:g} GB/s"
-    if not {f"{name}_tflops" for name in CONTENDERS} <= set(points):
+    if not {f"{name}_tflops" for name in COLOURS} <= set(points):
         title += "\nempty points: what the datasheet allows, not measured"
     axis.set_title(title, fontsize=10)
     figure.tight_layout()
@@ -461,30 +461,30 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
 def _draw_roof(
     axis: Axes, name: str, peak: float, bandwidth: float, reach: tuple[float, float]
 ) -> None:
-    """Draw the bandwidth's slope up to a peak, and name the peak at its right end."""
+    """Draw a roof: the slope of the bandwidth up to a peak, which is named at its right end."""
     left, right = reach
     corners = np.array([left, 1000 * peak / bandwidth, right])
     roof = np.minimum(peak, bandwidth * corners / 1000)
-    over = 1 + (name == "dense")  # below the dense peak both are one
-    axis.plot(corners, roof, color=CONTENDERS[name], linewidth=1.5, zorder=over)
+    order = 2 if name == "dense" else 1  # both have the same slope: dense is drawn on top
+    axis.plot(corners, roof, color=COLOURS[name], linewidth=1.5, zorder=order)
     axis.annotate(
         f"{name} peak, {peak:g}", (right, peak), xytext=(0, 3), textcoords="offset points",
-        ha="right", fontsize=8, color=CONTENDERS[name],
+        ha="right", fontsize=8, color=COLOURS[name],
     )  # fmt: skip
 
 
 def _roofline_places(
-    sheet: Datasheet, datatype: str, points: pd.DataFrame, name: str
+    sheet: Datasheet, datatype: str, points: pd.DataFrame, name: str, peak: float
 ) -> pd.DataFrame:
     """Return intensity `x` and rate `y` of each product; no rate (NaN) where it did not run."""
     sparse = name == "sparse"
-    peak = sheet.tflops[datatype][sparse]
     sizes = list(zip(points.m, points.n, points.k, strict=True))
-    x = [intensity(*size, datatype, sparse) for size in sizes]
+    x = [intensity(m, n, k, datatype, sparse) for m, n, k in sizes]
     if f"{name}_tflops" in points:
         y = points[f"{name}_tflops"].to_numpy(dtype=float)
     else:
-        least = [floor_ms(*size, datatype, peak, sheet.bandwidth, sparse) for size in sizes]
+        bandwidth = sheet.bandwidth
+        least = [floor_ms(m, n, k, datatype, peak, bandwidth, sparse) for m, n, k in sizes]
         y = 2e-9 * np.array([m * n * k for m, n, k in sizes], dtype=float) / least
     return pd.DataFrame({"x": x, "y": y})
 
@@ -495,14 +495,14 @@ def _typographic(axis: Axes, places: pd.DataFrame) -> np.ndarray:
 
 
 def _label_below(axis: Axes, places: pd.DataFrame) -> None:
-    """Write each label from its point downwards to the right, where no roof is.
+    """Write each label from its point downwards to the right, away from the roofs.
 
-    Points that coincide have one label with all their names.
+    Points that coincide share a label with all their names.
     """
     apart = 14  # typographic points, so that slanted lines of text do not touch
-    cells = [*np.round(_typographic(axis, places) / 6).T]  # a dot is six points wide
+    columns, rows = np.round(_typographic(axis, places) / 6).T  # a dot is six points wide
     join = {"x": "first", "y": "first", "label": ", ".join}
-    places = places.groupby(cells, sort=False).agg(join)
+    places = places.groupby([columns, rows], sort=False).agg(join)
     across = _typographic(axis, places).sum(axis=1)
     last = np.inf
     for at in np.argsort(-across):

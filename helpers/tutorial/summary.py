@@ -9,7 +9,7 @@ import pandas as pd
 from helpers import machine
 from helpers.files import write_json
 from helpers.inference.runners import Runner
-from helpers.measurement.benchmark import Ratio, perf_per_watt, speedup
+from helpers.measurement.benchmark import Ratio, perf_per_watt_by_batch, speedup_by_batch
 from helpers.metrics import Accuracy
 from helpers.tutorial import backends
 from helpers.tutorial.artifacts import NETWORKS, Artifacts
@@ -76,9 +76,9 @@ def summary(settings: Settings) -> dict[str, str]:
 
 def _gains(table: pd.DataFrame) -> dict[str, str]:
     """Return, for each batch size, what sparse gains, beside what chance alone gives."""
-    measures = {"latency p50": ("p50", " ms", speedup)}
+    measures = {"latency p50": ("p50", " ms", speedup_by_batch)}
     if "images_per_joule" in table:
-        measures["images per joule"] = ("images_per_joule", "", perf_per_watt)
+        measures["images per joule"] = ("images_per_joule", "", perf_per_watt_by_batch)
     rows = {}
     for label, (column, unit, compare) in measures.items():
         values = table.pivot(index="batch", columns="network", values=column)
