@@ -7,18 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from numbers import Integral
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.errors import HelpersError
-from helpers.layers import layer_kind
+from helpers.layers import Example, batch_of, layer_kind, model_inputs
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
-from helpers.measurement.trace import _Inputs, _Kernel, _run, _tensors
+from helpers.measurement.trace import Kernel, trace_kernels
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
 # --- what to expect ---
@@ -135,7 +133,7 @@ def advise(
     model: nn.Module,
     rates: Rates,
     image_shape: tuple[int, int, int] | None = None,
-    example: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
+    example: Example | None = None,
     batch: int = 1,
     datatype: str = "FP16",
 ) -> Advice:
@@ -170,15 +168,15 @@ def advise(
         datatype: a name in `helpers.gemm.DATATYPES` whose pattern is 2:4.
 
     Raises:
-        AdviceError: neither or both of `image_shape` and `example` are given, they are empty,
-            the network does not run on them, or there are no rates in this datatype.
+        InputError: neither or both of `image_shape` and `example` are given, or they are empty.
+        AdviceError: the network does not run on them, or there are no rates in this datatype.
 
     Explained in `07_sparse_tensor_cores.ipynb`.
     """
     kind = _datatype(datatype)
     try:
-        inputs = _inputs(model, image_shape, example, batch)
-        kernels = _run(model, inputs)
+        inputs = model_inputs(model, image_shape, example, batch, device="meta")
+        kernels = trace_kernels(model, inputs)
     except HelpersError:
         raise
     except Exception as error:  # a network may raise anything
@@ -200,7 +198,7 @@ def advise(
     return Advice(
         pd.DataFrame(rows, columns=columns),
         float(sum(rest)),
-        _batch(inputs),
+        batch_of(inputs),
         datatype,
         rates.source,
         rates.measured,
@@ -239,55 +237,7 @@ def _datatype(name: str) -> Datatype:
     return DATATYPES[name]
 
 
-def _inputs(
-    model: nn.Module,
-    image_shape: tuple[int, int, int] | None,
-    example: Any,
-    batch: int,
-) -> _Inputs:
-    if (image_shape is None) == (example is None):
-        raise AdviceError(
-            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the network "
-            "is called with."
-        )
-    if image_shape is None:
-        return _arguments(example)
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
-    if not all(map(_is_count, (batch, *shape))):
-        raise AdviceError(
-            f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
-            "height, width and batch are whole numbers of at least 1."
-        )
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return (torch.empty(batch, *shape, dtype=dtype, device="meta"),), {}
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-def _arguments(example: Any) -> _Inputs:
-    match example:
-        case dict():
-            inputs = (), example
-        case tuple() | list():
-            inputs = tuple(example), {}
-        case _:
-            inputs = (example,), {}
-    if not _batch(inputs):
-        raise AdviceError(
-            "`example` holds no tensor with a batch of at least 1. Give what the network is "
-            "called with: a tensor, several in a tuple, or named ones in a dictionary."
-        )
-    return inputs
-
-
-def _batch(inputs: _Inputs) -> int:
-    """Return the length of the first tensor that has one; 0 if there is none."""
-    return next((len(tensor) for tensor in _tensors(inputs) if tensor.ndim), 0)
-
-
-def _row(kernel: _Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _row(kernel: Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return what the table says of a layer."""
     weight, size = kernel.weight, (kernel.m, kernel.n, kernel.k, datatype.name)
     reason = why_not_sparse(weight, "cusparselt") or why_not_cusparselt(
