@@ -49,6 +49,7 @@ class Product:
     `weight` is the name of the weight among the two factors; empty if neither is one. `factor`
     is then what the operator takes of the weight, such as its transpose or a part, and `input`
     what that is multiplied with. Without a weight they are the second factor and the first.
+    `factor_first` says whether `factor` is the first of the two.
     """
 
     operator: torch._ops.OpOverloadPacket
@@ -56,6 +57,7 @@ class Product:
     weight: str
     input: Tensor
     factor: Tensor
+    factor_first: bool
     output: Tensor
     macs: int
 
@@ -126,11 +128,10 @@ class _ProductMode(TorchDispatchMode):
         left, right = args[first : first + 2]
         macs = _FLOPS[operator](*args, **kwargs, out_val=output) // 2
         output = output[0] if isinstance(output, tuple) else output
-        if name := self._name(right):
-            return Product(operator, args, name, left, _once(right), output, macs)
-        if name := self._name(left):
-            return Product(operator, args, name, right, _once(left), output, macs)
-        return Product(operator, args, "", left, _once(right), output, macs)
+        name = self._name(right)
+        if not name and (name := self._name(left)):
+            return Product(operator, args, name, right, _once(left), True, output, macs)
+        return Product(operator, args, name, left, _once(right), False, output, macs)
 
     def _remember(self, name: str, weight: Tensor) -> None:
         # Keeping the tensor keeps its memory from being given to another one.
@@ -158,5 +159,6 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _once(factor: Tensor) -> Tensor:
-    """Return a factor that is repeated for each matrix of a batch without the repetitions."""
-    return factor[0] if factor.dim() == 3 and factor.stride(0) == 0 else factor
+    """Return one matrix of a factor that is the same for all matrices of a batch."""
+    same = factor.dim() == 3 and (len(factor) == 1 or factor.stride(0) == 0)
+    return factor[0] if same else factor
