@@ -1,31 +1,41 @@
-"""The weights that a network multiplies by, layer by layer, and what each costs.
+"""The weights that a model multiplies by, layer by layer, and what each costs.
 
 Shown in `01_load_pretrained.ipynb`.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from helpers.errors import InputError
+from helpers.products import Product, watch_products
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# What a model is called with: one tensor, several, or named ones.
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+ModelInputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named
 
 
 @dataclass(frozen=True)
 class LayerWeight:
     """A weight of a linear layer, a convolution or an attention layer.
 
-    `name` is the parameter's name in the network, `attribute` its name in the layer.
+    `name` is the parameter's name in the model, `attribute` its name in the layer.
     """
 
     name: str
@@ -44,7 +54,7 @@ class LayerWeight:
 
     @property
     def layer_name(self) -> str:
-        """The layer's name in the network; empty if the network is this one layer."""
+        """The layer's name in the model; empty if the model is this one layer."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -89,7 +99,7 @@ def _uses(model: nn.Module) -> Iterator[LayerWeight]:
 
 
 def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
-    """Return the weights of a network's linear, convolution and attention layers, by name.
+    """Return the weights of a model's linear, convolution and attention layers, by name.
 
     A subclass of such a layer counts as one; a weight that several layers share comes once.
     """
@@ -106,21 +116,90 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def layer_kind(layer: nn.Module) -> str:
-    """Return what kind of layer this is, in the tutorial's words."""
+    """Return what kind of layer this is, in words, such as "grouped 3x3 convolution"."""
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
     if isinstance(layer, nn.Linear):
         return "linear"
+    if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
+        raise InputError(
+            f"A {type(layer).__name__} has no kind here: it is not a linear layer, a convolution "
+            "or an attention layer."
+        )
     size = "x".join(map(str, layer.kernel_size))
     grouped = "grouped " if layer.groups > 1 else ""
     transposed = "transposed " if isinstance(layer, TRANSPOSED) else ""
     return f"{grouped}{transposed}{size} convolution"
 
 
+# What a model is called with.
+def model_inputs(
+    model: nn.Module,
+    image_shape: tuple[int, int, int] | None = None,
+    example: Example | None = None,
+    batch: int = 1,
+    device: torch.device | str | None = None,
+) -> ModelInputs:
+    """Return the positional and the named arguments to call a model with.
+
+    Args:
+        model: any model.
+        image_shape: channels, height and width; images of zeros are made in the datatype of
+            the model's first parameter.
+        example: instead, what to call the model with: a tensor, several in a tuple or a list,
+            or named ones in a dictionary.
+        batch: how many images to make; an example has a batch of its own.
+        device: where to make the images; by default where the first parameter is.
+
+    Raises:
+        InputError: neither or both of `image_shape` and `example` are given, a size is not a
+            whole number of at least 1, or no tensor of the example has a batch.
+    """
+    if (image_shape is None) == (example is None):
+        raise InputError(
+            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the model is "
+            "called with."
+        )
+    if image_shape is not None:
+        sizes = (batch, *image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
+        if not all(map(_is_count, sizes)):
+            raise InputError(
+                f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
+                "height, width and batch are whole numbers of at least 1."
+            )
+        like = next(model.parameters(), torch.empty(0))
+        return (torch.zeros(sizes, dtype=like.dtype, device=device or like.device),), {}
+    inputs: ModelInputs
+    if isinstance(example, Mapping):
+        inputs = (), dict(example)
+    elif isinstance(example, tuple | list):
+        inputs = tuple(example), {}
+    else:
+        inputs = (example,), {}
+    if not batch_of(inputs):
+        raise InputError(
+            "`example` holds no tensor with a batch of at least 1. Give what the model is "
+            "called with: a tensor, several in a tuple, or named ones in a dictionary."
+        )
+    return inputs
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def batch_of(inputs: ModelInputs) -> int:
+    """Return the length of the first tensor that has one; 0 if there is none."""
+    tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return next((len(tensor) for tensor in tensors if tensor.ndim), 0)
+
+
+# What each weight costs.
 def layer_table(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
-    example: Tensor | tuple[Tensor, ...] | None = None,
+    example: Example | None = None,
+    weights: Mapping[str, LayerWeight] | None = None,
 ) -> pd.DataFrame:
     """Return one row for each weight of `layer_weights`, in order of execution.
 
@@ -129,72 +208,71 @@ def layer_table(
     weight for the input. Weights that the input does not reach come last, with no MACs.
 
     Args:
-        model: any network.
+        model: any model; it runs once, in evaluation mode, and gets its mode back.
         image_shape: channels, height and width of an input image; one is passed through.
-        example: instead of an image, what to call the network with.
+        example: instead of an image, what to call the model with: a tensor, several in a
+            tuple, or named ones in a dictionary.
+        weights: what `layer_weights(model)` returned, if the caller has it already.
 
     Raises:
-        InputError: neither or both of `image_shape` and `example` are given.
+        InputError: neither or both of `image_shape` and `example` are given, or there is no
+            such image, or no tensor in the example.
     """
-    macs = _count_macs(model, _inputs(model, image_shape, example))
-    weights = layer_weights(model)
+    import pandas as pd
+
+    args, kwargs = model_inputs(model, image_shape, example)
+    weights = layer_weights(model) if weights is None else weights
+    # Cached, a weight that a parametrization computes is one tensor throughout the run.
+    with torch.no_grad(), in_mode(model, training=False), parametrize.cached():
+        tensors = {name: weight.tensor for name, weight in weights.items()}
+        macs = _count_macs(model, tensors, args, kwargs)
     rows = [
         {
             "weight": name,
             "kind": layer_kind(weights[name].layer),
-            "shape": "x".join(map(str, weights[name].tensor.shape)),
+            "shape": "x".join(map(str, tensors[name].shape)),
             "groups": weights[name].groups,
-            "parameters": weights[name].tensor.numel(),
+            "parameters": tensors[name].numel(),
             "macs": macs[name],
         }
-        for name in sorted(weights, key=[*macs, *weights].index)
+        for name in {**macs, **weights}
     ]
     columns = ["weight", "kind", "shape", "groups", "parameters", "macs"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _inputs(
-    model: nn.Module,
-    image_shape: tuple[int, int, int] | None,
-    example: Tensor | tuple[Tensor, ...] | None,
-) -> tuple[Tensor, ...]:
-    if (image_shape is None) == (example is None):
-        raise InputError(
-            "Counting MACs takes one input: give either `image_shape`, such as (3, 224, 224), "
-            "or `example`, what the network is called with."
-        )
-    if image_shape is None:
-        return (example,) if isinstance(example, Tensor) else tuple(example)
-    weight = next(model.parameters())
-    return (torch.zeros(1, *image_shape, dtype=weight.dtype, device=weight.device),)
-
-
-def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
-    """Return the MACs with each weight while the network runs once, in order of execution."""
+def _count_macs(
+    model: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Counter[str]:
+    """Return the MACs with each weight while the model runs once, in order of execution."""
     macs: Counter[str] = Counter()
-    names = {(use.layer, use.attribute): use.name for use in _uses(model)}
-    lent = _LentWeights(layer_weights(model), macs)
+    uses: dict[nn.Module, list[LayerWeight]] = {}
+    for use in _uses(model):
+        uses.setdefault(use.layer, []).append(use)
+    running: list[nn.Module] = []  # the layers that are being called, the innermost last
 
-    def enter(layer: nn.Module, *_: object) -> None:
-        lent.running.append(layer)
+    def count(product: Product) -> None:
+        name = product.weight
+        if not name and running:
+            # Some layers compute a factor of their weight's shape at each call: those that
+            # standardise or quantise it, and those of `torch.nn.utils.weight_norm`.
+            shapes = (product.factor.shape, product.factor.mT.shape)
+            computed = (x.name for x in uses[running[-1]] if weights[x.name].shape in shapes)
+            name = next(computed, "")
+        if name:
+            macs[name] += product.macs
 
-    def record(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        lent.running.pop()
-        if isinstance(layer, nn.MultiheadAttention):
-            for *use, count in _attention_macs(layer, args, kwargs):
-                macs[names[tuple(use)]] += count
-            return
-        # Each number of the output is one dot product of the length of a filter; each number
-        # that goes into a transposed convolution is multiplied by a whole filter.
-        numbers = (args or tuple(kwargs.values()))[0] if isinstance(layer, TRANSPOSED) else output
-        macs[names[layer, "weight"]] += layer.weight[0].numel() * numbers.numel()
+    def enter(layer: nn.Module, _: object) -> None:
+        running.append(layer)
 
-    layers = dict.fromkeys(layer for layer, _ in names)
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks += [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    def leave(*_: object) -> None:
+        running.pop()
+
+    hooks = [layer.register_forward_pre_hook(enter, prepend=True) for layer in uses]
+    hooks += [layer.register_forward_hook(leave, always_call=True) for layer in uses]
     try:
-        with torch.inference_mode(), in_mode(model, training=False), attention_shown(), lent:
-            model(*inputs)
+        with watch_products(weights, count):
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -203,9 +281,9 @@ def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a network into training or evaluation mode, and then each layer back into its own.
+    """Put a model into training or evaluation mode, and then each layer back into its own.
 
-    Frozen batch norms stay frozen: theirs is not the mode of the network around them.
+    Frozen batch norms stay frozen: their mode is not that of the model around them.
     """
     modes = [(layer, layer.training) for layer in model.modules()]
     model.train(training)
@@ -216,60 +294,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             layer.training = mode
 
 
-@contextmanager
-def attention_shown() -> Iterator[None]:
-    """Keep attention from its fast path, which calls no layer inside, and so no hook."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-class _LentWeights(TorchFunctionMode):
-    """Counts the MACs with weights that are used while their layer is not called.
-
-    Swin's attention does so: it takes the weights of its projections, and calls no layer.
-    """
-
-    PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-    def __init__(self, weights: dict[str, LayerWeight], macs: Counter[str]) -> None:
-        super().__init__()
-        self.names = {id(use.tensor): name for name, use in weights.items() if use.is_parameter}
-        self.macs = macs
-        self.running: list[nn.Module] = []  # the layers that are being called
-
-    def __torch_function__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in self.PRODUCTS and not self.running:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if name := self.names.get(id(weight)):
-                self.macs[name] += weight[0].numel() * output.numel()
-        return output
-
-
-def _attention_macs(
-    layer: nn.MultiheadAttention, args: tuple, kwargs: dict
-) -> Iterator[tuple[nn.Module, str, int]]:
-    """Yield layer, attribute and MACs of the projections, `out_proj` too: it is never called."""
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-    tokens = {x: given[x].numel() // given[x].shape[-1] for x in ("query", "key", "value")}
-    if layer.in_proj_weight is not None:
-        yield layer, "in_proj_weight", layer.embed_dim**2 * sum(tokens.values())
-    else:
-        for x, count in tokens.items():
-            attribute = f"{x[0]}_proj_weight"
-            yield layer, attribute, getattr(layer, attribute).numel() * count
-    yield layer.out_proj, "weight", layer.out_proj.weight.numel() * tokens["query"]
-
-
 def shares_by_kind(table: pd.DataFrame) -> pd.DataFrame:
-    """Return layers, and per cent of parameters and MACs, for each kind of layer."""
+    """Return layers, and percentages of parameters and MACs, for each kind of layer."""
     grouped = table.groupby("kind")[["parameters", "macs"]].sum()
     shares = 100 * grouped / grouped.sum()
     shares.insert(0, "layers", table.groupby("kind").size())

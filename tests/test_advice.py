@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from helpers.errors import InputError
 from helpers.layers import layer_table
 from helpers.measurement.advice import advise, advise_batches
 from helpers.measurement.rates import AdviceError, Rates
@@ -335,19 +336,19 @@ def test_the_network_is_left_as_it_was():
     [{}, {"image_shape": (4, 6, 4), "example": torch.zeros(1)}],
 )
 def test_there_is_one_kind_of_input(inputs):
-    with pytest.raises(AdviceError, match="either `image_shape`"):
+    with pytest.raises(InputError, match="either `image_shape`"):
         advise(nn.Linear(4, 4), A100, **inputs)
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1.5, True, "1", math.nan])
 def test_a_batch_is_a_count(batch):
-    with pytest.raises(AdviceError, match="There are no images of shape"):
+    with pytest.raises(InputError, match="There are no images of shape"):
         advise(nn.Linear(4, 4), A100, (4, 6, 4), batch=batch)
 
 
 @pytest.mark.parametrize("shape", ["abc", (4, 0, 4), (4, -6, 4), (4, 6.0, 4), 4.5])
 def test_sides_of_an_image_are_counts(shape):
-    with pytest.raises(AdviceError, match="There are no images of shape"):
+    with pytest.raises(InputError, match="There are no images of shape"):
         advise(nn.Linear(4, 4), A100, shape)
 
 
@@ -355,7 +356,7 @@ def test_sides_of_an_image_are_counts(shape):
     "example", [3, "abc", (), {}, torch.zeros(0, 4), torch.tensor(1.0), (2, torch.zeros(0, 4))]
 )
 def test_an_example_has_a_tensor_with_a_batch(example):
-    with pytest.raises(AdviceError, match="`example` holds no tensor with a batch"):
+    with pytest.raises(InputError, match="`example` holds no tensor with a batch"):
         advise(nn.Linear(4, 4), A100, example=example)
 
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.errors import HelpersError
+from helpers.products import watch_products
 from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
-from helpers.sparsity.sparsegpt import _Product, _Watch, prune_sparsegpt_, sparsegpt_2to4
+from helpers.sparsity.sparsegpt import _rows, prune_sparsegpt_, sparsegpt_2to4
 
 
 def correlated(rows, columns, seed=0):
@@ -61,7 +62,7 @@ def slow_sparsegpt(weight, hessian, dampening):
     """SparseGPT row by row, each removal by the formula of the optimal brain surgeon.
 
     Columns that the sweep has passed are fixed; those left make up for the removal, with
-    the inverse of their own part of the Hessian, inverted anew each time.
+    the inverse of their own part of the Hessian, inverted again each time.
     """
     columns = weight.shape[1]
     hessian = hessian + dampening * hessian.diagonal().mean() * torch.eye(columns)
@@ -146,7 +147,7 @@ def test_a_layer_without_any_input_is_pruned_by_magnitude():
 
 def test_a_singular_hessian_is_told_with_the_way_out():
     inputs = correlated(4, 16).double()  # fewer samples than columns
-    with pytest.raises(HelpersError, match=r"fc\.weight is singular.*more calibration images or"):
+    with pytest.raises(HelpersError, match=r"fc\.weight is singular.*more calibration data or"):
         sparsegpt_2to4(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
 
 
@@ -187,13 +188,13 @@ def inputs_for(layer):
     return seeded(torch.randn, 5, 16, *[9] * len(kernel))
 
 
-def rows_of(layer, inputs):
-    """What the layer multiplies its weight with."""
+def rows_of(run, weight, *inputs):
+    """What a weight is multiplied with when something runs on these inputs."""
     products = []
-    with _Watch({"weight": layer.weight}, lambda _, product: products.append(product)):
-        layer(inputs)
+    with torch.no_grad(), watch_products({"weight": weight}, products.append):
+        run(*inputs)
     (product,) = products
-    return list(product.rows())
+    return list(_rows(product))
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -202,7 +203,7 @@ def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
     inputs = inputs_for(layer).double()
     groups = getattr(layer, "groups", 1)
     weight = layer.weight.movedim(1, -1).reshape(groups, 8 // groups, -1)
-    (rows,) = rows_of(layer, inputs)
+    (rows,) = rows_of(layer, layer.weight, inputs)
     product = (rows @ weight.mT).movedim(0, 1).flatten(1)  # (rows, output channels)
     bias = 0 if layer.bias is None else layer.bias
     expected = layer(inputs).movedim(1, -1).reshape(-1, 8)
@@ -211,15 +212,15 @@ def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
 
 def test_a_single_image_is_unfolded_as_a_batch_of_one():
     layer, image = nn.Conv2d(4, 8, 3), torch.randn(4, 6, 6)
-    (alone,), (batch,) = rows_of(layer, image), rows_of(layer, image[None])
+    (alone,), (batch,) = (rows_of(layer, layer.weight, x) for x in (image, image[None]))
     assert torch.equal(alone, batch)
 
 
 def test_large_inputs_are_unfolded_in_parts(monkeypatch):
     layer, images = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
-    (whole,) = rows_of(layer, images)
+    (whole,) = rows_of(layer, layer.weight, images)
     monkeypatch.setattr("helpers.sparsity.sparsegpt._CHUNK", 2 * whole[0].numel() // 5)
-    parts = rows_of(layer, images)
+    parts = rows_of(layer, layer.weight, images)
     assert [part.shape[1] for part in parts] == [32, 32, 16]
     assert torch.equal(torch.cat(parts, 1), whole)
 
@@ -238,10 +239,10 @@ def test_every_convolution_is_the_product_with_its_unfolded_inputs(
     stride = 1 if padding == "same" else stride
     images = seeded(torch.randn, 2, 4, 10, 11).double()
     weight = seeded(torch.randn, 2, 4 // groups, kernel, 2).double()
-    product = _Product(images, weight, None, stride, padding, dilation, groups)
     matrix = weight.movedim(1, -1).reshape(groups, 2 // groups, -1)
-    (rows,) = product.rows()
-    expected = F.conv2d(images, weight, None, stride, padding, dilation, groups)
+    arguments = images, weight, None, stride, padding, dilation, groups
+    (rows,) = rows_of(F.conv2d, weight, *arguments)
+    expected = F.conv2d(*arguments)
     outputs = (rows @ matrix.mT).movedim(0, 1).flatten(1)
     torch.testing.assert_close(outputs, expected.movedim(1, -1).reshape(-1, 2))
 
@@ -290,7 +291,7 @@ def test_a_grouped_convolution_is_pruned_as_separate_ones():
     parts = [nn.Conv2d(16, 4, 3, bias=False) for _ in range(2)]
     for part, weight in zip(parts, grouped.weight.detach().chunk(2), strict=True):
         part.weight.data.copy_(weight)
-    (mask,) = prune_sparsegpt_(grouped, [images], target="asp").values()
+    (mask,) = prune_sparsegpt_(grouped, [images], rules="asp").values()
     masks = [
         *prune_sparsegpt_(parts[0], [images[:, :16]]).values(),
         *prune_sparsegpt_(parts[1], [images[:, 16:]]).values(),
@@ -408,7 +409,7 @@ class Twice(nn.Module):
 
 
 class Padding(nn.Conv2d):
-    """A convolution of the reader's own: pads in its `forward`."""
+    """A convolution of the user's own: pads in its `forward`."""
 
     def forward(self, x):
         return super().forward(F.pad(x, (1, 2, 0, 3), value=2.0))
@@ -426,7 +427,7 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["subclass", "functional"])
-def test_a_convolution_of_the_readers_own_is_pruned_by_what_it_multiplies(kind):
+def test_a_convolution_of_the_users_own_is_pruned_by_what_it_multiplies(kind):
     own = seeded(Padding if kind == "subclass" else nn.Conv2d, 8, 8, 3)
     stock = seeded(nn.Conv2d, 8, 8, 3)
     images = smooth_images(8, 8)
@@ -489,20 +490,20 @@ def test_an_interrupted_network_is_as_it_was(error):
     assert all(module.training for module in model.modules())
 
 
-def fails(model, message, batches=None, **kwargs):
+def fails(model, message, calibration_data=None, **kwargs):
     before = state(model)
     with pytest.raises(HelpersError, match=message):
-        prune_sparsegpt_(model, batches or [smooth_images(8, 4)], **kwargs)
+        prune_sparsegpt_(model, calibration_data or [smooth_images(8, 4)], **kwargs)
     for key, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(7), before[key].nan_to_num(7))
 
 
 def test_a_generator_is_refused_before_anything_is_done():
-    fails(network(), "iterator", batches=(images for images in [smooth_images(8, 4)]))
+    fails(network(), "iterator", calibration_data=(images for images in [smooth_images(8, 4)]))
 
 
 def test_no_images_are_refused():
-    with pytest.raises(HelpersError, match="no calibration images"):
+    with pytest.raises(HelpersError, match="no calibration data"):
         prune_sparsegpt_(network(), [])
 
 
@@ -514,11 +515,12 @@ def test_images_that_cannot_be_read_again_are_told():
             self.passes += 1
             return iter([smooth_images(8, 4)] if self.passes == 1 else [])
 
-    fails(network(), "no calibration images", batches=Once())
+    fails(network(), "no calibration data", calibration_data=Once())
 
 
 def test_a_batch_that_is_no_tensor_is_refused():
-    fails(network(), "batch is a dict", batches=[{"images": smooth_images(8, 4)}])
+    fails(network(), "batch is a str", calibration_data=["images"])
+    fails(network(), "batch is a list", calibration_data=[[]])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -545,7 +547,10 @@ def test_a_layer_that_is_never_called_is_named():
     model = network()
     model.add_module("unused", nn.Identity())
     model.unused.inner = nn.Linear(8, 8)
-    fails(model, r"^unused\.inner\.weight was in no linear layer or convolution")
+    fails(
+        model,
+        r"cannot prune unused\.inner\.weight: .* is not multiplied with it, since its layer does not run",
+    )
 
 
 def test_a_weight_that_is_standardised_before_its_use_is_named():
@@ -553,11 +558,14 @@ def test_a_weight_that_is_standardised_before_its_use_is_named():
         def forward(self, x):
             return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
 
-    fails(nn.Sequential(Standardised(4, 8, 1)), r"^0\.weight was in no")
+    fails(
+        nn.Sequential(Standardised(4, 8, 1)),
+        r"cannot prune 0\.weight: .* or computes another weight from it",
+    )
 
 
-def test_an_unknown_target_is_told():
-    fails(network(), "no target 'abacus'", target="abacus")
+def test_unknown_rules_are_refused():
+    fails(network(), "'abacus'", rules="abacus")
 
 
 def test_a_weight_that_does_not_fit_its_type_any_more_is_told():
@@ -565,7 +573,7 @@ def test_a_weight_that_does_not_fit_its_type_any_more_is_told():
     with torch.no_grad():
         layer.weight.fill_(60000)
     inputs = torch.ones(8, 8).half() + 0.01 * seeded(torch.randn, 8, 8).half()
-    fails(layer, "too large for torch.float16", batches=[inputs])
+    fails(layer, "too large for torch.float16", calibration_data=[inputs])
 
 
 @pytest.mark.gpu

@@ -10,14 +10,20 @@ from html import escape
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.errors import HelpersError
-from helpers.layers import LayerWeight, layer_kind
+from helpers.layers import (
+    Example,
+    LayerWeight,
+    ModelInputs,
+    batch_of,
+    layer_kind,
+    model_inputs,
+)
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
-from helpers.measurement.trace import _Inputs, _Kernel, _run, _tensors
+from helpers.measurement.trace import Kernel, trace_kernels
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
 LAYER_COLUMNS = [
@@ -137,7 +143,7 @@ def advise(
     model: nn.Module,
     rates: Rates,
     image_shape: tuple[int, int, int] | None = None,
-    example: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
+    example: Example | None = None,
     batch: int = 1,
     datatype: str = "FP16",
 ) -> Advice:
@@ -168,13 +174,13 @@ def advise(
         datatype: a name in `helpers.measurement.roofline.DATATYPES` whose pattern is 2:4.
 
     Raises:
-        AdviceError: neither or both of `image_shape` and `example` are given, they are empty,
-            the model does not run on them, or there are no rates in this datatype.
+        InputError: neither or both of `image_shape` and `example` are given, or they are empty.
+        AdviceError: the model does not run on them, or there are no rates in this datatype.
     """
     kind = _datatype_2to4(datatype)
-    inputs = _inputs(model, image_shape, example, batch)
+    inputs, kernels = _trace(model, image_shape, example, batch)
     layers, rest_ms = [], 0.0
-    for kernel in _kernels(model, inputs):
+    for kernel in kernels:
         if kernel.weight is not None:
             layers.append(_row(kernel, kernel.weight, rates, kind))
         else:
@@ -183,7 +189,7 @@ def advise(
     return Advice(
         layers=pd.DataFrame(layers, columns=LAYER_COLUMNS),
         rest_ms=rest_ms,
-        batch=_batch(inputs),
+        batch=batch_of(inputs),
         datatype=datatype,
         source=rates.source,
         measured=rates.measured,
@@ -222,81 +228,31 @@ def _datatype_2to4(name: str) -> Datatype:
     return DATATYPES[name]
 
 
-def _kernels(model: nn.Module, inputs: _Inputs) -> list[_Kernel]:
-    """Return the kernels that a model runs for some inputs; there is at least one."""
+def _trace(
+    model: nn.Module,
+    image_shape: tuple[int, int, int] | None,
+    example: Example | None,
+    batch: int,
+) -> tuple[ModelInputs, list[Kernel]]:
+    """Return a model's inputs, and the kernels that it runs for them; there is at least one."""
     try:
-        kernels = _run(model, inputs)
+        inputs = model_inputs(model, image_shape, example, batch, device="meta")
+        kernels = trace_kernels(model, inputs)
     except HelpersError:
         raise
     except Exception as error:  # a model may raise anything
-        raise _does_not_run(error) from error
+        first, *_ = str(error).splitlines() or [""]
+        raise AdviceError(
+            f"The model does not run on these shapes ({type(error).__name__}: {first}). Give it "
+            "inputs that it takes. Since it runs on shapes alone, its steps must not depend on "
+            "the numbers in them."
+        ) from error
     if not any(kernel.read or kernel.written for kernel in kernels):
         raise AdviceError("The model neither multiplies nor moves anything; give it layers.")
-    return kernels
+    return inputs, kernels
 
 
-def _does_not_run(error: Exception) -> AdviceError:
-    first, *_ = str(error).splitlines() or [""]
-    return AdviceError(
-        f"The model does not run on these shapes ({type(error).__name__}: {first}). Give it "
-        "inputs that it takes. Since it runs on shapes alone, its steps must not depend on the "
-        "numbers in them."
-    )
-
-
-def _inputs(
-    model: nn.Module,
-    image_shape: tuple[int, int, int] | None,
-    example: Any,
-    batch: int,
-) -> _Inputs:
-    if (image_shape is None) == (example is None):
-        raise AdviceError(
-            "Give either `image_shape`, such as (3, 224, 224), or `example`, what the model is "
-            "called with."
-        )
-    if image_shape is None:
-        return _arguments(example)
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
-    if not all(_is_count(number) for number in (batch, *shape)):
-        raise AdviceError(
-            f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
-            "height, width and batch must be whole numbers of at least 1."
-        )
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    try:
-        return (torch.empty(batch, *shape, dtype=dtype, device="meta"),), {}
-    except (RuntimeError, TypeError, OverflowError) as error:  # too many numbers to count
-        raise _does_not_run(error) from error
-
-
-def _is_count(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool) and value > 0
-
-
-def _arguments(example: Any) -> _Inputs:
-    inputs: _Inputs
-    match example:
-        case dict():
-            inputs = (), example
-        case tuple() | list():
-            inputs = tuple(example), {}
-        case _:
-            inputs = (example,), {}
-    if not _batch(inputs):
-        raise AdviceError(
-            "`example` holds no tensor with a batch of at least 1. Give what the model is "
-            "called with: a tensor, several in a tuple, or named ones in a dictionary."
-        )
-    return inputs
-
-
-def _batch(inputs: _Inputs) -> int:
-    """Return the length of the first tensor that has one; 0 if there is none."""
-    return next((len(tensor) for tensor in _tensors(inputs) if tensor.ndim), 0)
-
-
-def _row(kernel: _Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _row(kernel: Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
     outputs, inputs = weight.tensor.shape[:2]
     reason = NOT_A_PRODUCT
