@@ -16,7 +16,7 @@ from helpers.errors import HelpersError
 from helpers.layers import Example, batch_of, layer_kind, model_inputs
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
-from helpers.measurement.trace import Kernel, trace_kernels
+from helpers.measurement.trace import LayerKernel, trace_kernels
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
 # --- what to expect ---
@@ -188,11 +188,11 @@ def advise(
         ) from error
     if not any(kernel.read or kernel.written for kernel in kernels):
         raise AdviceError("The network neither multiplies nor moves anything; give it layers.")
-    rows = [_row(kernel, rates, kind) for kernel in kernels if kernel.weight]
+    rows = [_row(kernel, rates, kind) for kernel in kernels if isinstance(kernel, LayerKernel)]
     rest = [
         max(rates.limits(each.operations, 2 * (each.read + each.written), datatype).values())
         for each in kernels
-        if not each.weight
+        if not isinstance(each, LayerKernel)
     ]
     columns = "layer kind m n k groups dense_ms sparse_ms gain bound reason".split()
     return Advice(
@@ -237,7 +237,7 @@ def _datatype(name: str) -> Datatype:
     return DATATYPES[name]
 
 
-def _row(kernel: Kernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _row(kernel: LayerKernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return what the table says of a layer."""
     weight, size = kernel.weight, (kernel.m, kernel.n, kernel.k, datatype.name)
     reason = why_not_sparse(weight, "cusparselt") or why_not_cusparselt(
