@@ -261,7 +261,7 @@ def _count_macs(
         if not name and layer is not None:
             # Some layers compute a factor of their weight's shape at each call: those that
             # standardise or quantise it, and those of `torch.nn.utils.weight_norm`.
-            shapes = (product.factor.shape, product.factor.mT.shape)
+            shapes = (product.factor.shape, product.factor.shape[::-1])  # or its transpose
             computed = (use.name for use in uses[layer] if weights[use.name].shape in shapes)
             name = next(computed, "")
         if name:

@@ -279,6 +279,15 @@ def test_a_weight_that_is_computed_at_each_call_is_counted(layer):
     assert table.macs.tolist() == [25 * 6 * 4 * 9]
 
 
+def test_other_products_within_a_layer_are_not_with_its_weight():
+    class Gated(nn.Linear):
+        def forward(self, x):
+            gate = torch.ones(8, 8) @ torch.ones(8)
+            return super().forward(x) * (x @ gate.view(8, 1)) * (x.T @ x).sum()
+
+    assert layer_table(Gated(8, 4), example=torch.zeros(2, 8)).macs.tolist() == [2 * 8 * 4]
+
+
 def test_a_computed_projection_of_attention_is_counted():
     attention = nn.MultiheadAttention(8, 2)
     parametrizations.weight_norm(attention, "in_proj_weight")

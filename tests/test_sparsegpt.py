@@ -537,11 +537,12 @@ class Transposing(nn.Module):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        (lambda x, weight: x @ weight, "used in parts or transposed"),
-        (lambda x, weight: x @ weight[:8].T, "used in parts or transposed"),
+        (lambda x, weight: x @ weight, "used in parts, transposed or in another shape"),
+        (lambda x, weight: x @ weight[:8].T, "used in parts, transposed or in another shape"),
+        (lambda x, weight: x @ weight[0], "used in another product than x Wᵀ"),
         (lambda x, weight: weight @ x.T, "used in another product than x Wᵀ"),
         (lambda x, weight: weight.T @ x.T, "used in another product than x Wᵀ"),
-        (lambda x, weight: weight.T @ x[0], "used in parts or transposed"),
+        (lambda x, weight: weight.T @ x[0], "used in parts, transposed or in another shape"),
     ],
 )
 def test_a_weight_in_a_product_of_another_form_is_named_with_the_reason(way, reason):
