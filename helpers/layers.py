@@ -161,14 +161,16 @@ def model_inputs(
             "called with."
         )
     if image_shape is not None:
-        sizes = (batch, *image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
-        if not all(map(_is_count, sizes)):
+        is_shape = isinstance(image_shape, Sequence) and all(map(_is_count, image_shape))
+        if not is_shape or not _is_count(batch):
             raise InputError(
                 f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
                 "height, width and batch are whole numbers of at least 1."
             )
         like = next(model.parameters(), torch.empty(0))
-        return (torch.zeros(sizes, dtype=like.dtype, device=device or like.device),), {}
+        return (
+            torch.zeros(batch, *image_shape, dtype=like.dtype, device=device or like.device),
+        ), {}
     inputs: ModelInputs
     if isinstance(example, Mapping):
         inputs = (), dict(example)
@@ -248,27 +250,34 @@ def _count_macs(
     macs: Counter[str] = Counter()
     uses: dict[nn.Module, list[LayerWeight]] = {}
     for use in _uses(model):
-        uses.setdefault(use.layer, []).append(use)
-    running: list[nn.Module] = []  # the layers that are being called, the innermost last
+        if use.name in weights:
+            uses.setdefault(use.layer, []).append(use)
+    running: list[nn.Module | None] = []  # the innermost last; None while its hooks prepare it
 
     def count(product: Product) -> None:
-        name = product.weight
-        if not name and running:
+        name, layer = product.weight, running[-1] if running else None
+        if running and layer is None:
+            return
+        if not name and layer is not None:
             # Some layers compute a factor of their weight's shape at each call: those that
             # standardise or quantise it, and those of `torch.nn.utils.weight_norm`.
-            shapes = (product.factor.shape, product.factor.mT.shape)
-            computed = (x.name for x in uses[running[-1]] if weights[x.name].shape in shapes)
+            shapes = (product.factor.shape, product.factor.shape[::-1])  # or its transpose
+            computed = (use.name for use in uses[layer] if weights[use.name].shape in shapes)
             name = next(computed, "")
         if name:
             macs[name] += product.macs
 
+    def prepare(*_: object) -> None:
+        running.append(None)
+
     def enter(layer: nn.Module, _: object) -> None:
-        running.append(layer)
+        running[-1] = layer
 
     def leave(*_: object) -> None:
         running.pop()
 
-    hooks = [layer.register_forward_pre_hook(enter, prepend=True) for layer in uses]
+    hooks = [layer.register_forward_pre_hook(prepare, prepend=True) for layer in uses]
+    hooks += [layer.register_forward_pre_hook(enter) for layer in uses]
     hooks += [layer.register_forward_hook(leave, always_call=True) for layer in uses]
     try:
         with watch_products(weights, count):

@@ -4,8 +4,10 @@ Linear layers, convolutions and attention all end in a few operators of PyTorch,
 layer is called or only lends its weight; a `TorchDispatchMode` sees every call of one of
 these, and takes composite operators apart itself, because in inference mode they arrive
 whole. A weight is recognised by its memory, so that views, parts and transposes of it count,
-and so do copies of it, such as those that autocast makes. MACs come from the formulas behind
-PyTorch's `FlopCounterMode`, which itself counts per module, and not per weight.
+and so do copies of it, such as those that autocast makes.
+
+PyTorch's `FlopCounterMode` works in the same way, but counts by module and not by weight, leaves
+out products with a vector, and loads Triton.
 
 Used by the table of layers (`01_load_pretrained.ipynb`), SparseGPT (`02_prune_2_4.ipynb`) and
 the advice (`07_sparse_tensor_cores.ipynb`).
@@ -19,26 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
 
-def _mv_flops(matrix: torch.Size, *_: object, **__: object) -> int:
-    return 2 * matrix.numel()
-
-
-def _addmv_flops(_: torch.Size, matrix: torch.Size, *__: object, **___: object) -> int:
-    return 2 * matrix.numel()
-
-
-# PyTorch's table leaves out the products of a matrix and a vector.
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    aten.mv: _mv_flops,
-    aten.addmv: _addmv_flops,
+# The operators, and at which argument the two factors begin.
+_PRODUCTS: dict[Any, int] = {
+    aten.mm: 0,
+    aten.mv: 0,
+    aten.bmm: 0,
+    aten._scaled_mm: 0,
+    aten.addmm: 1,
+    aten.addmv: 1,
+    aten.baddbmm: 1,
+    aten.convolution: 0,
 }
-_ADD_FIRST = (aten.addmm, aten.baddbmm, aten.addmv)  # their first argument is added
 _COPIES = (aten.clone, aten._to_copy)
 
 
@@ -107,9 +104,9 @@ class _ProductMode(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         operator = func.overloadpacket
-        if operator in _FLOPS:
+        if operator in _PRODUCTS:
             output = func(*args, **kwargs)
-            self.see(self._product(operator, args, kwargs, output))
+            self.see(self._product(operator, args, output))
             return output
         if func is not torch.ops.prim.device.default:
             with self:
@@ -122,16 +119,16 @@ class _ProductMode(TorchDispatchMode):
         return output
 
     def _product(
-        self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, operator: torch._ops.OpOverloadPacket, args: tuple[Any, ...], output: Tensor
     ) -> Product:
-        first = 1 if operator in _ADD_FIRST else 0
+        first = _PRODUCTS[operator]
         left, right = args[first : first + 2]
-        macs = _FLOPS[operator](*args, **kwargs, out_val=output) // 2
-        output = output[0] if isinstance(output, tuple) else output
+        macs = _count_macs(operator, args, left, right, output)
         name = self._name(right)
         if not name and (name := self._name(left)):
             return Product(operator, args, name, right, _once(left), True, output, macs)
-        return Product(operator, args, name, left, _once(right), False, output, macs)
+        factor = _once(right) if name else right
+        return Product(operator, args, name, left, factor, False, output, macs)
 
     def _remember(self, name: str, weight: Tensor) -> None:
         # Keeping the tensor keeps its memory from being given to another one.
@@ -139,12 +136,29 @@ class _ProductMode(TorchDispatchMode):
 
     def _name(self, tensor: Tensor) -> str:
         """Return the name of the weight whose memory a tensor lies in; empty if in none."""
+        if tensor.layout is not torch.strided:  # a sparse matrix has no such memory
+            return ""
         start = tensor.storage_offset() * tensor.element_size()
         for name, weight in self.known.get(storage_of(tensor), ()):
             first = weight.storage_offset() * weight.element_size()
             if first <= start < first + _extent(weight):
                 return name
         return ""
+
+
+def _count_macs(
+    operator: torch._ops.OpOverloadPacket,
+    args: tuple[Any, ...],
+    left: Tensor,
+    right: Tensor,
+    output: Tensor,
+) -> int:
+    if operator is not aten.convolution:
+        return output.numel() * left.shape[-1]
+    # Each number of the output is one dot product of the length of a filter; each number
+    # that goes into a transposed convolution is multiplied by a whole filter.
+    is_transposed = args[6]
+    return (left if is_transposed else output).numel() * right[0].numel()
 
 
 def storage_of(tensor: Tensor) -> int:

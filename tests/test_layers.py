@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
-from helpers.errors import HelpersError
-from helpers.layers import layer_kind, layer_table, layer_weights, shares_by_kind
+from helpers.errors import HelpersError, InputError
+from helpers.layers import layer_kind, layer_table, layer_weights, model_inputs, shares_by_kind
 from helpers.training.networks import create_model
 
 
@@ -189,6 +189,127 @@ def test_counting_removes_its_hooks_when_the_image_does_not_fit(three_layers):
 def test_counting_takes_one_kind_of_input(three_layers, inputs):
     with pytest.raises(HelpersError, match=r"either `image_shape`.*or `example`"):
         layer_table(three_layers, **inputs)
+
+
+def test_named_inputs_are_given_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, *, x, scale):
+            return {"answer": (self.inner(x) * scale, None)}
+
+    example = {"x": torch.zeros(2, 4), "scale": 2.0}
+    assert layer_table(Named(), example=example).macs.tolist() == [32]
+
+
+def test_a_layer_may_return_anything():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    assert layer_table(Pair(4, 4), example=torch.zeros(2, 4)).macs.tolist() == [32]
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.BatchNorm2d(3), nn.Sequential()], ids=repr)
+def test_a_model_without_layers_has_an_empty_table(model):
+    table = layer_table(model, (3, 4, 4))
+    assert table.empty
+    assert list(table.columns) == ["weight", "kind", "shape", "groups", "parameters", "macs"]
+    assert shares_by_kind(table).empty
+
+
+@pytest.mark.parametrize("example", [3, "abc", (), {}, torch.zeros(0, 4), torch.tensor(1.0)])
+def test_an_example_has_a_tensor_with_a_batch(example):
+    with pytest.raises(InputError, match="`example` holds no tensor with a batch"):
+        layer_table(nn.Linear(4, 4), example=example)
+
+
+@pytest.mark.parametrize("shape", ["abc", (4, 0, 4), (4, -6, 4), (4, 6.0, 4), (4, True, 4), 4])
+def test_sides_of_an_image_are_counts(shape):
+    with pytest.raises(InputError, match="There are no images of shape"):
+        layer_table(nn.Linear(4, 4), shape)
+
+
+def test_images_are_made_like_the_first_parameter_or_where_they_are_asked_for():
+    ((image,), named) = model_inputs(nn.Conv2d(3, 4, 1).double(), (3, 8, 6), batch=2)
+    assert (image.shape, image.dtype, named) == ((2, 3, 8, 6), torch.float64, {})
+    ((image,), _) = model_inputs(nn.ReLU(), (3, 8, 6), device="meta")
+    assert (image.shape, image.dtype, image.device.type) == ((1, 3, 8, 6), torch.float32, "meta")
+
+
+def test_only_layers_have_a_kind():
+    with pytest.raises(InputError, match="A ReLU has no kind"):
+        layer_kind(nn.ReLU())
+
+
+def test_weights_that_are_known_already_are_taken(model):
+    weights = layer_weights(model)
+    given = layer_table(model, (1, 28, 28), weights=weights)
+    assert given.equals(layer_table(model, (1, 28, 28)))
+
+
+class Standardised(nn.Conv2d):
+    """Multiplies by another weight than it holds."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Standardised(4, 6, 3),
+        parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
+        parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)),
+        pytest.param(
+            lambda: nn.utils.weight_norm(nn.Conv2d(4, 6, 3)),
+            marks=pytest.mark.filterwarnings("ignore::FutureWarning"),
+        ),
+        nn.utils.spectral_norm(nn.Conv2d(4, 6, 3)),
+        prune.identity(nn.Conv2d(4, 6, 3), "weight"),
+    ],
+    ids=["standardised", "weight norm", "spectral norm", "old weight norm", "old spectral norm",
+         "pruned by torch"],
+)  # fmt: skip
+def test_a_weight_that_is_computed_at_each_call_is_counted(layer):
+    layer = layer() if not isinstance(layer, nn.Module) else layer
+    table = layer_table(nn.Sequential(layer), (4, 7, 7))
+    assert table.macs.tolist() == [25 * 6 * 4 * 9]
+
+
+def test_other_products_within_a_layer_are_not_with_its_weight():
+    class Gated(nn.Linear):
+        def forward(self, x):
+            gate = torch.ones(8, 8) @ torch.ones(8)
+            return super().forward(x) * (x @ gate.view(8, 1)) * (x.T @ x).sum()
+
+    assert layer_table(Gated(8, 4), example=torch.zeros(2, 8)).macs.tolist() == [2 * 8 * 4]
+
+
+def test_a_computed_projection_of_attention_is_counted():
+    attention = nn.MultiheadAttention(8, 2)
+    parametrizations.weight_norm(attention, "in_proj_weight")
+    parametrizations.weight_norm(attention.out_proj)
+    query, key = torch.zeros(3, 1, 8), torch.zeros(5, 1, 8)
+    table = layer_table(attention, example=(query, key, key)).set_index("weight")
+    assert table.macs.to_dict() == {"in_proj_weight": 13 * 64, "out_proj.weight": 3 * 64}
+
+
+def test_a_model_may_differentiate_as_it_runs():
+    class Force(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = nn.Linear(4, 1)
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.energy(x).square().sum(), x)[0]
+
+    # Forward, and back to the input.
+    assert layer_table(Force(), example=torch.zeros(2, 4)).macs.tolist() == [2 * 2 * 4]
 
 
 def test_shares_add_up_to_a_hundred_per_cent(model):

@@ -145,7 +145,7 @@ def test_a_layer_without_any_input_is_pruned_by_magnitude():
     assert torch.equal(pruned, weight * mask_2to4(weight))
 
 
-def test_a_singular_hessian_is_told_with_the_way_out():
+def test_a_singular_hessian_is_reported_with_the_remedy():
     inputs = correlated(4, 16).double()  # fewer samples than columns
     with pytest.raises(HelpersError, match=r"fc\.weight is singular.*more calibration data or"):
         sparsegpt_2to4(torch.ones(2, 16), inputs.T @ inputs, dampening=0.0, name="fc.weight")
@@ -464,6 +464,122 @@ def test_layers_can_be_left_dense():
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_projections_of_attention_are_pruned_by_what_they_multiply(batch_first):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+    inputs = correlated(6 * 20, 16).view(6, 20, 16)
+    projection = nn.Linear(16, 48)
+    projection.weight.data.copy_(encoder.self_attn.in_proj_weight)
+    masks = prune_sparsegpt_(encoder, [inputs])
+    assert list(masks) == [
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"
+    ]  # fmt: skip
+    assert all(is_2to4(encoder.get_parameter(name)) for name in masks)
+    prune_sparsegpt_(projection, [inputs])
+    torch.testing.assert_close(encoder.self_attn.in_proj_weight, projection.weight)
+
+
+def test_named_inputs_are_calibration_data():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x, *, scale=1.0):
+            return self.inner(x * scale)
+
+    named, positional = Two(), Two()
+    inputs = correlated(64, 16)
+    prune_sparsegpt_(named, [{"x": inputs, "scale": 2.0}])
+    prune_sparsegpt_(positional, [2 * inputs])
+    assert same(named.state_dict(), positional.state_dict())
+
+
+def test_a_linear_layer_of_single_vectors_is_pruned():
+    batched, single = (seeded(nn.Linear, 16, 8, bias=False) for _ in range(2))
+    inputs = correlated(64, 16)
+    prune_sparsegpt_(batched, [inputs])
+    prune_sparsegpt_(single, list(inputs))
+    torch.testing.assert_close(batched.weight, single.weight)
+
+
+def test_under_autocast_layers_see_what_the_pruned_ones_before_them_hand_on():
+    inside, outside = Reversed(), Reversed()
+    inputs = correlated(64, 16)
+    forward = outside.forward
+    outside.forward = torch.autocast("cpu", torch.bfloat16)(forward)
+    prune_sparsegpt_(outside, [inputs])
+    with torch.autocast("cpu", torch.bfloat16):
+        prune_sparsegpt_(inside, [inputs])
+    assert same(inside.state_dict(), outside.state_dict())
+
+
+def test_a_model_without_an_eligible_weight_is_left_alone_with_a_warning(caplog):
+    for model in (nn.Sequential(nn.ReLU()), nn.Conv2d(3, 8, 3)):
+        assert prune_sparsegpt_(model, [torch.zeros(2, 3, 8, 8)]) == {}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+class Transposing(nn.Module):
+    """Multiplies by a weight in a way that is not x Wᵀ."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.way = nn.Linear(16, 16, bias=False), way
+
+    def forward(self, x):
+        return self.way(x, self.inner.weight)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        (lambda x, weight: x @ weight, "used in parts, transposed or in another shape"),
+        (lambda x, weight: x @ weight[:8].T, "used in parts, transposed or in another shape"),
+        (lambda x, weight: x @ weight[0], "used in another product than x Wᵀ"),
+        (lambda x, weight: weight @ x.T, "used in another product than x Wᵀ"),
+        (lambda x, weight: weight.T @ x.T, "used in another product than x Wᵀ"),
+        (lambda x, weight: weight.T @ x[0], "used in parts, transposed or in another shape"),
+    ],
+)
+def test_a_weight_in_a_product_of_another_form_is_named_with_the_reason(way, reason):
+    fails(Transposing(way), f"prune inner.weight: it is {reason}", [correlated(16, 16)])
+
+
+@pytest.mark.parametrize("way", ["x @ weight.T", "einsum"])
+def test_a_product_that_is_written_out_is_pruned_as_the_linear_layer(way):
+    def multiply(x, weight):
+        return x @ weight.T if way != "einsum" else torch.einsum("bi,oi->bo", x, weight)
+
+    model, inputs = Transposing(multiply), correlated(64, 16)
+    linear = nn.Linear(16, 16, bias=False)
+    linear.weight.data.copy_(model.inner.weight)
+    prune_sparsegpt_(model, [inputs])
+    prune_sparsegpt_(linear, [inputs])
+    torch.testing.assert_close(model.inner.weight, linear.weight)
+
+
+def test_a_transposed_convolution_is_named_with_the_reason():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3))
+    fails(model, "prune 0.weight: it is used transposed", rules="any")
+
+
+def test_attention_whose_query_is_not_its_key_is_named_with_the_reason():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+
+        def forward(self, x):
+            return self.attention(x, 2 * x, 2 * x)
+
+    inputs = correlated(64, 16).view(4, 16, 16)
+    fails(Cross(), "prune attention.in_proj_weight: it is used in parts", [inputs])
+
+
 # What goes wrong leaves no trace.
 
 
@@ -507,7 +623,7 @@ def test_no_images_are_refused():
         prune_sparsegpt_(network(), [])
 
 
-def test_images_that_cannot_be_read_again_are_told():
+def test_images_that_cannot_be_read_again_are_reported():
     class Once:
         passes = 0
 
@@ -518,7 +634,7 @@ def test_images_that_cannot_be_read_again_are_told():
     fails(network(), "no calibration data", calibration_data=Once())
 
 
-def test_a_batch_that_is_no_tensor_is_refused():
+def test_a_batch_without_a_tensor_is_refused():
     fails(network(), "batch is a str", calibration_data=["images"])
     fails(network(), "batch is a list", calibration_data=[[]])
 
@@ -549,7 +665,7 @@ def test_a_layer_that_is_never_called_is_named():
     model.unused.inner = nn.Linear(8, 8)
     fails(
         model,
-        r"cannot prune unused\.inner\.weight: .* is not multiplied with it, since its layer does not run",
+        r"cannot prune unused\.inner\.weight: .* since its layer does not run",
     )
 
 
@@ -568,7 +684,7 @@ def test_unknown_rules_are_refused():
     fails(network(), "'abacus'", rules="abacus")
 
 
-def test_a_weight_that_does_not_fit_its_type_any_more_is_told():
+def test_a_weight_that_no_longer_fits_its_type_is_reported():
     layer = seeded(nn.Linear, 8, 8).half()
     with torch.no_grad():
         layer.weight.fill_(60000)

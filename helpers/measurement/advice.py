@@ -15,7 +15,6 @@ from torch import nn
 from helpers.errors import HelpersError
 from helpers.layers import (
     Example,
-    LayerWeight,
     ModelInputs,
     batch_of,
     layer_kind,
@@ -23,7 +22,7 @@ from helpers.layers import (
 )
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
-from helpers.measurement.trace import Kernel, trace_kernels
+from helpers.measurement.trace import Kernel, LayerKernel, trace_kernels
 from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
 
 LAYER_COLUMNS = [
@@ -181,8 +180,8 @@ def advise(
     inputs, kernels = _trace(model, image_shape, example, batch)
     layers, rest_ms = [], 0.0
     for kernel in kernels:
-        if kernel.weight is not None:
-            layers.append(_row(kernel, kernel.weight, rates, kind))
+        if isinstance(kernel, LayerKernel):
+            layers.append(_row(kernel, rates, kind))
         else:
             moved = 2 * (kernel.read + kernel.written)
             rest_ms += max(rates.limits(kernel.operations, moved, datatype).values())
@@ -252,8 +251,9 @@ def _trace(
     return inputs, kernels
 
 
-def _row(kernel: Kernel, weight: LayerWeight, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _row(kernel: LayerKernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
+    weight = kernel.weight
     outputs, inputs = weight.tensor.shape[:2]
     reason = NOT_A_PRODUCT
     if kernel.is_product:

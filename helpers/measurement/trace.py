@@ -23,25 +23,30 @@ LOOKUPS = ("embedding", "index", "index_select", "gather")  # read no more than 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel multiplies, reads and writes, and the weight of its layer if it has one.
-
-    With a weight it stands for the product of activations (m, k) and a weight (n, k), one in
-    each group.
-    """
+    """What one kernel computes, reads and writes."""
 
     operations: int
     read: int  # numbers, each tensor once
     written: int
-    weight: LayerWeight | None = None
-    m: int = 0
-    n: int = 0
-    k: int = 0
+
+
+@dataclass(frozen=True)
+class LayerKernel(Kernel):
+    """A kernel that multiplies by the weight of a layer.
+
+    It stands for the product of activations (m, k) and a weight (n, k), one in each group.
+    """
+
+    weight: LayerWeight
+    m: int
+    n: int
+    k: int
 
     @property
     def is_product(self) -> bool:
         """Whether the layer is one product of matrices: linear, or a 1x1 convolution."""
         weight = self.weight
-        if weight is None or weight.transposed or weight.groups > 1:
+        if weight.transposed or weight.groups > 1:
             return False
         return math.prod(weight.tensor.shape[2:]) == 1
 
@@ -124,24 +129,24 @@ class _Recorder(TorchDispatchMode):
         else:
             self.kernels.append(self._kernel(name, inputs, output))
             is_sum = name in ("add", "batch_norm")
-            after = "layer" if self.kernels[-1].weight else "sum" if is_sum else name
+            is_layer = isinstance(self.kernels[-1], LayerKernel)
+            after = "layer" if is_layer else "sum" if is_sum else name
         self.made[storage_of(output)] = (after, output)
 
     def _kernel(self, name: str, inputs: list[Tensor], output: Tensor) -> Kernel:
         different = {(storage_of(x), x.storage_offset(), x.shape): x for x in inputs}.values()
         read = output.numel() if name in LOOKUPS else sum(map(_stored, different))
         macs = sum(product.macs for product in self.products)
-        kernel = Kernel(2 * macs, read, output.numel())
         product = next((product for product in self.products if product.weight), None)
         if product is None:
-            return kernel
+            return Kernel(2 * macs, read, output.numel())
         weight = self.weights[product.weight]
         used = product.factor.numel()  # attention may use a part of its weight at a time
         pixels = 1 if weight.transposed else math.prod(weight.tensor.shape[2:])
         k = pixels * weight.input_channels
         n = used // k // weight.groups
         m = macs // used
-        kernel = replace(kernel, weight=weight, m=m, n=n, k=k)
+        kernel = LayerKernel(2 * macs, read, output.numel(), weight, m, n, k)
         # A strided 1x1 convolution reads only the pixels that it looks at.
         return replace(kernel, read=(m + n) * k, written=m * n) if kernel.is_product else kernel
 

@@ -203,17 +203,17 @@ class _StopForwardError(Exception):
 
 
 def _why_not(product: Product, weight: Tensor) -> str:
-    """Return why the inputs of a product are none of a weight's columns; empty if they are."""
+    """Return why a product is not one of the weight's rows with its inputs; empty if it is."""
     factor = product.factor
     if product.operator is aten.convolution:
         if product.arguments[6]:
             return "transposed, as the filters of a transposed convolution"
-    elif product.input.dim() > 1 and not product.factor_first:
+    elif factor.dim() == 2 and not product.factor_first:
         factor = factor.mT  # x Wᵀ, as linear layers and attention compute it
-    elif product.input.dim() > 1 or not product.factor_first:
-        return "in another product than x Wᵀ"  # W x is one of them, for a single vector x
+    elif not product.factor_first or product.input.dim() > 1:  # W x does, for a single vector x
+        return "in another product than x Wᵀ"
     if factor.shape != weight.shape or factor.stride(1) != weight.stride(1):
-        return "in parts or transposed"
+        return "in parts, transposed or in another shape"
     return ""
 
 
