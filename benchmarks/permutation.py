@@ -25,7 +25,7 @@ from helpers import machine
 from helpers.files import write_json
 from helpers.layers import layer_weights
 from helpers.sparsity import permute_channels_
-from helpers.sparsity.graph import find_symmetry
+from helpers.sparsity.graph import find_channel_groups
 from helpers.sparsity.search import kept_2to4, search_permutation
 from helpers.training.networks import create_model
 from helpers.tutorial import plots
@@ -101,7 +101,7 @@ def normal(rows: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
 
 
-def medians(searches: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
+def medians(searches: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Return the median seconds of each search, taken in turns."""
     times = in_turns(searches, ROUNDS)
     return {name: statistics.median(each) for name, each in times.items()}
@@ -147,7 +147,7 @@ def whole_network() -> dict:
     torch.manual_seed(0)
     model = create_model("resnext101_32x8d", num_classes=1000)
     start = time.perf_counter()
-    report = permute_channels_(model, torch.zeros(1, 3, 224, 224), target="asp")
+    report = permute_channels_(model, torch.zeros(1, 3, 224, 224), rules="asp")
     seconds = time.perf_counter() - start
     gain = report.permuted.after - report.permuted.before
     kinds = report.permuted.weight.str.extract(r"\.?(conv\d|downsample|fc)", expand=False)
@@ -156,7 +156,7 @@ def whole_network() -> dict:
         "permuted": len(report.permuted),
         "seconds": seconds,
         "points_gained": gain.groupby(kinds).mean().to_dict(),
-        "output_error": report.error,
+        "output_error": report.max_relative_error,
     }
 
 
@@ -166,13 +166,13 @@ def free_layers(name: str) -> dict:
     model = torchvision.models.get_model(name, weights=None, **options)
     start = time.perf_counter()
     size = 299 if name == "inception_v3" else 224
-    symmetry = find_symmetry(model, (torch.zeros(1, 3, size, size),))
+    groups = find_channel_groups(model, (torch.zeros(1, 3, size, size),))
     seconds = time.perf_counter() - start
     layers = {name: w for name, w in layer_weights(model).items() if w.tensor.shape[1] >= 4}
     free = 0
     for weight in layers.values():
-        atoms = symmetry.inputs_of(weight.tensor)
-        free += atoms is not None and bool((symmetry.cell[atoms] >= 0).all())
+        inputs = groups.inputs_of(weight.tensor)
+        free += inputs is not None and bool((groups.interchangeable_set[inputs] >= 0).all())
     return {"layers": len(layers), "free": free, "seconds": seconds}
 
 
