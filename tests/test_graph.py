@@ -1,5 +1,7 @@
 """Every channel that is said to be free to move is moved, and the outputs stay."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -38,10 +40,10 @@ def shuffle_every_set(model: nn.Module, *inputs: torch.Tensor):
     generator = np.random.default_rng(0)
     first = np.unique(groups.coupled_group, return_index=True)[1]
     moves = []
-    for cell in set(groups.interchangeable_set.tolist()) - {-1}:
-        neurons = np.flatnonzero(groups.interchangeable_set[first] == cell)
-        if len(neurons) > 1:
-            moves.append((neurons, np.roll(generator.permutation(neurons), 1)))
+    for number in set(groups.interchangeable_set.tolist()) - {-1}:
+        members = np.flatnonzero(groups.interchangeable_set[first] == number)
+        if len(members) > 1:
+            moves.append((members, np.roll(generator.permutation(members), 1)))
     reorder_(groups, gather_index(groups, moves))
     with torch.no_grad():
         after = model(*inputs)
@@ -54,10 +56,10 @@ def leaves(outputs: object) -> list[torch.Tensor]:
     return torch.utils._pytree.tree_leaves(outputs)
 
 
-def free_inputs(groups, weight: torch.Tensor) -> int:
+def free_inputs(groups: ChannelGroups, weight: torch.Tensor) -> int:
     """Return how many of a weight's input channels may move."""
-    atoms = groups.inputs_of(weight)
-    return 0 if atoms is None else int((groups.interchangeable_set[atoms] >= 0).sum())
+    inputs = groups.inputs_of(weight)
+    return 0 if inputs is None else int((groups.interchangeable_set[inputs] >= 0).sum())
 
 
 # --- networks of torchvision: unchanged, and every layer but the first and depthwise ones moves ---
@@ -153,8 +155,9 @@ def test_a_concatenation_into_a_grouped_convolution_stays_within_its_groups():
     )
     groups, _, error = outcome(model)
     assert error < 1e-9
-    cells = [set(line) for line in groups.interchangeable_set[groups.inputs_of(grouped.weight)].tolist()]
-    assert not cells[0] & cells[1] and not cells[1] & cells[2]
+    inputs = groups.interchangeable_set[groups.inputs_of(grouped.weight)]
+    sets = [set(of_group) for of_group in inputs.tolist()]
+    assert not sets[0] & sets[1] and not sets[1] & sets[2]
     assert free_inputs(groups, grouped.weight) == 2 * WIDE
 
 
@@ -162,7 +165,7 @@ def test_each_group_of_a_grouped_convolution_has_a_permutation_of_its_own():
     grouped = nn.Conv2d(WIDE, WIDE, 3, padding=1, groups=3)
     model = make(lambda m, x: m.grouped(x), grouped=grouped)
     groups, moves, error = outcome(model)
-    assert error < 1e-9 and len(moves) == 6  # three cells before it and three behind it
+    assert error < 1e-9 and len(moves) == 6  # three sets before it and three behind it
     assert free_inputs(groups, model.head.weight) == WIDE
 
 
@@ -212,8 +215,41 @@ def test_channels_that_are_treated_differently_do_not_change_places():
     """Half of them go through a ReLU and are put back beside the others."""
     groups, _, error = outcome(make(lambda m, x: torch.cat([F.relu(x[:, :8]), x[:, 8:]], 1)))
     assert error < 1e-9
-    cells = groups.interchangeable_set[np.unique(groups.coupled_group, return_index=True)[1]]
-    assert {int((cells == cell).sum()) for cell in set(cells.tolist()) - {-1}} == {8, WIDE - 8}
+    sets = groups.interchangeable_set[np.unique(groups.coupled_group, return_index=True)[1]]
+    assert {int((sets == each).sum()) for each in set(sets.tolist()) - {-1}} == {8, WIDE - 8}
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: torch.cat([x[:, :8].roll(1, 2), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8].flip(3), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8].transpose(2, 3), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8, 1:], x[:, 8:, :-1]], 1),
+        lambda x: torch.cat(
+            [x.chunk(3, 1)[0], x.chunk(3, 1)[1].roll(1, 3), x.chunk(3, 1)[2].flip(2)], 1
+        ),
+        lambda x: torch.stack([x[:, 0].transpose(1, 2), *x.unbind(1)[1:]], 1),
+    ],
+)
+def test_channels_that_are_shifted_along_the_image_change_places_among_themselves(middle):
+    assert unchanged(make(lambda m, x: middle(x))) == WIDE
+
+
+@pytest.mark.parametrize("use", ["below each other", "added"])
+def test_channels_that_are_coupled_in_another_order_do_not_change_places(use):
+    """Half of the channels have `b` in the upper half of the image and `c` in the lower one."""
+
+    def middle(m, x):
+        a, b, c = m.a(x), m.b(x), m.c(x)
+        upper = torch.cat([b[:, :8], c[:, 8:]], 1)
+        lower = torch.cat([c[:, :8], b[:, 8:]], 1)
+        if use == "added":
+            return torch.cat([a, a], 2) + torch.cat([upper, lower], 2)
+        return torch.cat([a, upper, lower], 2)
+
+    layers = {name: nn.Conv2d(WIDE, WIDE, 1) for name in "abc"}
+    assert unchanged(make(middle, **layers)) == WIDE
 
 
 def test_an_operation_in_place_on_a_part_is_seen():
@@ -393,9 +429,7 @@ def test_recurrent_layers_are_left_alone():
 def test_what_stays_has_a_reason_in_words():
     model = make(lambda m, x: x.softmax(1))
     groups, _, _ = outcome(model)
-    assert (
-        groups.why_fixed(groups.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
-    )
+    assert groups.why_fixed(groups.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
     assert "aten.softmax" in groups.why_fixed(groups.inputs_of(model.head.weight)[0, 0])
 
 
@@ -411,8 +445,24 @@ def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():
     assert model.training and not model.stem.training
 
 
-def test_gather_order_matches_the_occurrences_of_an_atom_in_order():
-    atoms = np.array([7, 7, 5, 5, 6, 6])
-    source = np.arange(8)
-    source[[5, 6, 7]] = [6, 7, 5]
-    assert gather_order(atoms, source).tolist() == [2, 3, 4, 5, 0, 1]
+def test_only_pytorchs_loggers_are_silenced_and_get_their_levels_back(monkeypatch, caplog, capfd):
+    export = torch.export.export
+    inner = logging.getLogger("torch.export")
+
+    def chatty(*args):
+        logging.getLogger("somebody.else").warning("heard")
+        inner.error("not heard")
+        return export(*args)
+
+    monkeypatch.setattr(torch.export, "export", chatty)
+    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+    inner.setLevel(logging.INFO)
+    try:
+        find_channel_groups(nn.Linear(4, 4), (torch.zeros(1, 4),))
+        assert inner.level == logging.INFO
+    finally:
+        inner.setLevel(levels.get("torch.export", logging.NOTSET))
+    assert "heard" in caplog.messages and "not heard" not in caplog.messages
+    assert "not heard" not in capfd.readouterr().err
+    for name, level in levels.items():
+        assert logging.getLogger(name).level == level

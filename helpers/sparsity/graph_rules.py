@@ -197,13 +197,28 @@ def expand(channels: Channels, op: Op) -> Tensor:
 
 
 @rule(
-    "permute", "transpose", "swapaxes", "movedim", "t", "chunk", "split", "split_with_sizes",
-    "tensor_split", "unbind", "slice", "select", "narrow", "cat", "concat", "stack", "roll",
-    "flip", "repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "permute", "transpose", "swapaxes", "movedim", "t", "cat", "concat", "stack", "roll", "flip",
+    "repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
 )  # fmt: skip
 def move(channels: Channels, op: Op) -> object:
     """Labels move as the values do."""
     return op.run_on_labels()
+
+
+@rule(
+    "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind",
+)  # fmt: skip
+def part(channels: Channels, op: Op) -> object:
+    """Labels move as the values do; each part is a group, for what follows may treat it alone.
+
+    A shift of some channels along the image, for instance, leaves no other constraint.
+    """
+    outputs = op.run_on_labels()
+    parts = outputs if isinstance(outputs, list | tuple) else [outputs]
+    for number, labels in enumerate(parts):
+        if isinstance(labels, Tensor):
+            channels.join(labels, number)
+    return outputs
 
 
 @rule("getitem")

@@ -282,8 +282,9 @@ def _apply_or_restore_(
         if not error <= _TOLERANCE:  # NaN too
             raise InputError(
                 f"{type(model).__name__} would compute something else with its channels permuted: "
-                f"its outputs differ by {error:.1e} of the largest. It has been restored. Exclude "
-                "the layers that treat single channels differently from the rest, with `exclude=`."
+                f"its outputs differ by {error:.1e} of the largest. The model has been restored. "
+                "Exclude the layers that treat single channels differently from the rest with "
+                "`exclude=`."
             )
     except BaseException:  # an interruption too
         with torch.no_grad():
