@@ -41,8 +41,8 @@ def test_left_and_right_of_a_coupling_are_told_apart():
     assert partition(groups.interchangeable_set) == [[0, 1], [2, 3]]
 
 
-def test_a_membership_is_no_coupling_of_the_same_operator():
-    """The one channel is a member, the other is coupled to a channel of rank 0."""
+def test_a_membership_is_not_a_coupling_of_the_same_operator():
+    """Both groups are coupled by operator 0; a channel of one is also a member of it."""
     for operand in range(3):
         channels = Channels()
         channels.new(4)

