@@ -194,6 +194,7 @@ def test_squeeze_and_excite_moves_with_what_it_scales():
         nn.BatchNorm2d(WIDE), nn.GroupNorm(3, WIDE), nn.InstanceNorm2d(WIDE, affine=True),
         nn.InstanceNorm2d(WIDE, track_running_stats=True, affine=True),
         nn.PReLU(), nn.PReLU(WIDE), nn.LayerNorm([WIDE, 8, 8]), nn.Hardswish(inplace=True),
+        nn.RMSNorm([WIDE, 8, 8], eps=1e-5),
         nn.Conv2d(WIDE, WIDE, 3, padding="same", groups=WIDE), nn.ConvTranspose2d(WIDE, WIDE, 2),
         nn.Conv2d(WIDE, WIDE, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2),
         nn.Dropout2d(), nn.AvgPool2d(2, ceil_mode=True),
