@@ -8,9 +8,9 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -32,6 +32,9 @@ from helpers.sparsity.graph import find_channel_groups
 from helpers.sparsity.masks import kept_magnitude, mask_2to4
 from helpers.sparsity.search import kept_2to4, search_permutation
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # In double precision, moving channels changes the outputs by rounding alone.
 _TOLERANCE = 1e-6
 
@@ -48,11 +51,11 @@ class PermutationReport:
             relative to the largest output.
     """
 
-    weights: pd.DataFrame
+    weights: "pd.DataFrame"
     max_relative_error: float
 
     @property
-    def permuted(self) -> pd.DataFrame:
+    def permuted(self) -> "pd.DataFrame":
         """The rows of the weights whose input channels have a new order."""
         return self.weights[self.weights.permuted]
 
@@ -133,6 +136,8 @@ def _kept(weight: LayerWeight) -> float:
 def _report(
     before: dict[str, float], after: dict[str, float], reasons: dict[str, str], error: float
 ) -> PermutationReport:
+    import pandas as pd  # here, because it is slow to import
+
     rows = [
         {
             "weight": name,
