@@ -1,7 +1,7 @@
-"""Permute channels: 256 of them against ASP's greedy, all of ResNeXt-101, and who may move.
+"""Time channel permutation: one search against ASP's, ResNeXt-101, and which layers are free.
 
-The weights are random and normal, without the structure of trained ones, so that the
-magnitude gained is less than a trained network's. Writes
+The weights are random and normal. Trained weights have more structure, so a trained
+network gains more magnitude. Writes
 `benchmarks/results/permutation_cpu.json` and a picture beside it.
 """
 
@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from helpers import machine
 from helpers.files import write_json
 from helpers.layers import layer_weights
 from helpers.sparsity import permute_channels_
-from helpers.sparsity.graph import find_symmetry
+from helpers.sparsity.graph import find_channel_groups
 from helpers.sparsity.search import kept_2to4, search_permutation
 from helpers.training.networks import create_model
 from helpers.tutorial import plots
@@ -53,10 +53,10 @@ SPLITS = [
 
 
 def plain_search(matrix: np.ndarray) -> np.ndarray:
-    """Return the order that the greedy search finds, step by step in plain NumPy.
+    """Return the order that the greedy search finds, written in plain NumPy.
 
-    Pairs of stripes are rated in all 35 splits; the best splits go first, each to stripes
-    untouched in this round; pairs with a changed stripe are rated again.
+    All 35 splits of each pair of stripes are rated. The best splits are applied first, each
+    to stripes not yet changed in this round; pairs with a changed stripe are rated again.
     """
     magnitudes = np.abs(matrix).astype(np.float64)
     stripes = np.arange(matrix.shape[1]).reshape(-1, 4)
@@ -80,8 +80,8 @@ def plain_search(matrix: np.ndarray) -> np.ndarray:
 def kept_facts(matrix: np.ndarray, order: np.ndarray) -> dict[str, float]:
     """Return the magnitude kept before and after, in per cent of all, and the efficacy.
 
-    Efficacy is the share won of what 2:4 loses against keeping the larger half of every
-    row wherever it stands.
+    Efficacy is the share recovered of what 2:4 loses compared with keeping the larger half
+    of every row regardless of position.
     """
     magnitudes = np.abs(matrix)
     middle = matrix.shape[1] // 2
@@ -101,14 +101,14 @@ def normal(rows: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
 
 
-def medians(searches: dict[str, Callable[[], np.ndarray]]) -> dict[str, float]:
-    """Return the median seconds of each search, taken in turns."""
-    times = in_turns(searches, ROUNDS)
+def medians(searches: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median seconds of each search; the searches take turns."""
+    times = in_turns(dict(searches), ROUNDS)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
 def against_plain(size: int) -> dict[str, float]:
-    """Compare with the plain search on a square matrix small enough for it."""
+    """Compare with the plain search on a small square matrix."""
     matrix = normal(size, size, seed=0)
     seconds = medians(
         {
@@ -147,7 +147,7 @@ def whole_network() -> dict:
     torch.manual_seed(0)
     model = create_model("resnext101_32x8d", num_classes=1000)
     start = time.perf_counter()
-    report = permute_channels_(model, torch.zeros(1, 3, 224, 224), target="asp")
+    report = permute_channels_(model, torch.zeros(1, 3, 224, 224), rules="asp")
     seconds = time.perf_counter() - start
     gain = report.permuted.after - report.permuted.before
     kinds = report.permuted.weight.str.extract(r"\.?(conv\d|downsample|fc)", expand=False)
@@ -156,7 +156,7 @@ def whole_network() -> dict:
         "permuted": len(report.permuted),
         "seconds": seconds,
         "points_gained": gain.groupby(kinds).mean().to_dict(),
-        "output_error": report.error,
+        "output_error": report.max_relative_error,
     }
 
 
@@ -166,18 +166,18 @@ def free_layers(name: str) -> dict:
     model = torchvision.models.get_model(name, weights=None, **options)
     start = time.perf_counter()
     size = 299 if name == "inception_v3" else 224
-    symmetry = find_symmetry(model, (torch.zeros(1, 3, size, size),))
+    groups = find_channel_groups(model, (torch.zeros(1, 3, size, size),))
     seconds = time.perf_counter() - start
     layers = {name: w for name, w in layer_weights(model).items() if w.tensor.shape[1] >= 4}
     free = 0
     for weight in layers.values():
-        atoms = symmetry.inputs_of(weight.tensor)
-        free += atoms is not None and bool((symmetry.cell[atoms] >= 0).all())
+        inputs = groups.inputs_of(weight.tensor)
+        free += inputs is not None and bool((groups.interchangeable_set[inputs] >= 0).all())
     return {"layers": len(layers), "free": free, "seconds": seconds}
 
 
 def draw(result: dict) -> plt.Figure:
-    """Draw the seconds of one search beside ASP's, and those of the whole network."""
+    """Draw the seconds of one search beside ASP's, and the magnitude gained over the network."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     plt.close(figure)
     at_256 = result["256x256"]
@@ -204,9 +204,9 @@ def draw(result: dict) -> plt.Figure:
 
 def main() -> None:
     """Measure, write the result and draw it."""
-    for rows, width in ((64, 16), (65536, 32)):  # compile, for one thread and for several
+    for rows, width in ((64, 16), (65536, 32)):  # compile for one thread and for several
         search_permutation(normal(rows, width, seed=0), escapes=1)
-    load = os.getloadavg()[0]  # other work on the machine makes every figure too large
+    load = os.getloadavg()[0]  # other work on the machine makes every time longer
     small, large = against_plain(32), square(256)
     network = whole_network()
     to_mib = 2**20 if sys.platform == "darwin" else 2**10

@@ -1,5 +1,7 @@
 """Every channel that is said to be free to move is moved, and the outputs stay."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.errors import HelpersError
-from helpers.sparsity import graph
-from helpers.sparsity.graph import find_symmetry, gather_order, reorder_, source_of
+from helpers.sparsity import channels
+from helpers.sparsity.channels import ChannelGroups, gather_index, reorder_
+from helpers.sparsity.graph import find_channel_groups
 
 WIDE = 24
 
@@ -29,34 +32,34 @@ def randomise_(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def shuffle_every_cell(model: nn.Module, *inputs: torch.Tensor):
-    """Shuffle all that may move; return the symmetry, the moves and how far the outputs moved."""
-    symmetry = find_symmetry(model, inputs)
+def shuffle_every_set(model: nn.Module, *inputs: torch.Tensor):
+    """Shuffle all that may move; return the groups, the moves and how far the outputs moved."""
+    groups = find_channel_groups(model, inputs)
     with torch.no_grad():
         before = model(*inputs)
     generator = np.random.default_rng(0)
-    first = np.unique(symmetry.neuron, return_index=True)[1]
+    first = np.unique(groups.coupled_group, return_index=True)[1]
     moves = []
-    for cell in set(symmetry.cell.tolist()) - {-1}:
-        neurons = np.flatnonzero(symmetry.cell[first] == cell)
-        if len(neurons) > 1:
-            moves.append((neurons, np.roll(generator.permutation(neurons), 1)))
-    reorder_(symmetry, source_of(symmetry, moves))
+    for number in set(groups.interchangeable_set.tolist()) - {-1}:
+        members = np.flatnonzero(groups.interchangeable_set[first] == number)
+        if len(members) > 1:
+            moves.append((members, np.roll(generator.permutation(members), 1)))
+    reorder_(groups, gather_index(groups, moves))
     with torch.no_grad():
         after = model(*inputs)
     pairs = zip(leaves(before), leaves(after), strict=True)
     error = max(float((b - a).abs().max() / b.abs().max().clamp_min(1e-12)) for b, a in pairs)
-    return symmetry, moves, error
+    return groups, moves, error
 
 
 def leaves(outputs: object) -> list[torch.Tensor]:
     return torch.utils._pytree.tree_leaves(outputs)
 
 
-def free_inputs(symmetry, weight: torch.Tensor) -> int:
+def free_inputs(groups: ChannelGroups, weight: torch.Tensor) -> int:
     """Return how many of a weight's input channels may move."""
-    atoms = symmetry.inputs_of(weight)
-    return 0 if atoms is None else int((symmetry.cell[atoms] >= 0).sum())
+    inputs = groups.inputs_of(weight)
+    return 0 if inputs is None else int((groups.interchangeable_set[inputs] >= 0).sum())
 
 
 # --- networks of torchvision: unchanged, and every layer but the first and depthwise ones moves ---
@@ -76,7 +79,7 @@ def test_no_network_of_torchvision_comes_out_changed(name):
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = randomise_(torchvision.models.get_model(name, weights=None, **options))
     size = SIZES.get(name, 96)
-    symmetry, moves, error = shuffle_every_cell(
+    groups, moves, error = shuffle_every_set(
         model, torch.randn(1, 3, size, size, dtype=torch.float64)
     )
     assert error < 1e-9
@@ -86,7 +89,7 @@ def test_no_network_of_torchvision_comes_out_changed(name):
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.shape[1] > 3
     }
-    free = [name for name, layer in layers.items() if free_inputs(symmetry, layer.weight)]
+    free = [name for name, layer in layers.items() if free_inputs(groups, layer.weight)]
     print(f"{name}: {len(free)} of {len(layers)} layers may be permuted")
     assert len(free) == len(layers)
 
@@ -112,14 +115,14 @@ class Adversary(nn.Module):
 def outcome(model: nn.Module, *inputs: torch.Tensor):
     torch.manual_seed(0)
     inputs = inputs or (torch.randn(2, 3, 8, 8, dtype=torch.float64),)
-    return shuffle_every_cell(randomise_(model), *inputs)
+    return shuffle_every_set(randomise_(model), *inputs)
 
 
 def unchanged(model: nn.Module, *inputs: torch.Tensor) -> int:
     """Check that the network computes the same; return how many inputs of its head may move."""
-    symmetry, _, error = outcome(model, *inputs)
+    groups, _, error = outcome(model, *inputs)
     assert error < 1e-9
-    return free_inputs(symmetry, model.head.weight)
+    return free_inputs(groups, model.head.weight)
 
 
 def make(middle, out: int = WIDE, **layers: nn.Module) -> nn.Module:
@@ -150,19 +153,20 @@ def test_a_concatenation_into_a_grouped_convolution_stays_within_its_groups():
     model = make(
         lambda m, x: m.grouped(torch.cat([x, m.other(x)], 1)), other=other, grouped=grouped
     )
-    symmetry, _, error = outcome(model)
+    groups, _, error = outcome(model)
     assert error < 1e-9
-    cells = [set(line) for line in symmetry.cell[symmetry.inputs_of(grouped.weight)].tolist()]
-    assert not cells[0] & cells[1] and not cells[1] & cells[2]
-    assert free_inputs(symmetry, grouped.weight) == 2 * WIDE
+    inputs = groups.interchangeable_set[groups.inputs_of(grouped.weight)]
+    sets = [set(of_group) for of_group in inputs.tolist()]
+    assert not sets[0] & sets[1] and not sets[1] & sets[2]
+    assert free_inputs(groups, grouped.weight) == 2 * WIDE
 
 
 def test_each_group_of_a_grouped_convolution_has_a_permutation_of_its_own():
     grouped = nn.Conv2d(WIDE, WIDE, 3, padding=1, groups=3)
     model = make(lambda m, x: m.grouped(x), grouped=grouped)
-    symmetry, moves, error = outcome(model)
-    assert error < 1e-9 and len(moves) == 6  # three cells before it and three behind it
-    assert free_inputs(symmetry, model.head.weight) == WIDE
+    groups, moves, error = outcome(model)
+    assert error < 1e-9 and len(moves) == 6  # three sets before it and three behind it
+    assert free_inputs(groups, model.head.weight) == WIDE
 
 
 def test_a_channel_shuffle_is_followed():
@@ -190,6 +194,7 @@ def test_squeeze_and_excite_moves_with_what_it_scales():
         nn.BatchNorm2d(WIDE), nn.GroupNorm(3, WIDE), nn.InstanceNorm2d(WIDE, affine=True),
         nn.InstanceNorm2d(WIDE, track_running_stats=True, affine=True),
         nn.PReLU(), nn.PReLU(WIDE), nn.LayerNorm([WIDE, 8, 8]), nn.Hardswish(inplace=True),
+        nn.RMSNorm([WIDE, 8, 8], eps=1e-5),
         nn.Conv2d(WIDE, WIDE, 3, padding="same", groups=WIDE), nn.ConvTranspose2d(WIDE, WIDE, 2),
         nn.Conv2d(WIDE, WIDE, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2),
         nn.Dropout2d(), nn.AvgPool2d(2, ceil_mode=True),
@@ -209,10 +214,43 @@ def test_a_depthwise_convolution_with_a_multiplier_moves_its_outputs_together():
 
 def test_channels_that_are_treated_differently_do_not_change_places():
     """Half of them go through a ReLU and are put back beside the others."""
-    symmetry, _, error = outcome(make(lambda m, x: torch.cat([F.relu(x[:, :8]), x[:, 8:]], 1)))
+    groups, _, error = outcome(make(lambda m, x: torch.cat([F.relu(x[:, :8]), x[:, 8:]], 1)))
     assert error < 1e-9
-    cells = symmetry.cell[np.unique(symmetry.neuron, return_index=True)[1]]
-    assert {int((cells == cell).sum()) for cell in set(cells.tolist()) - {-1}} == {8, WIDE - 8}
+    sets = groups.interchangeable_set[np.unique(groups.coupled_group, return_index=True)[1]]
+    assert {int((sets == each).sum()) for each in set(sets.tolist()) - {-1}} == {8, WIDE - 8}
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: torch.cat([x[:, :8].roll(1, 2), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8].flip(3), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8].transpose(2, 3), x[:, 8:]], 1),
+        lambda x: torch.cat([x[:, :8, 1:], x[:, 8:, :-1]], 1),
+        lambda x: torch.cat(
+            [x.chunk(3, 1)[0], x.chunk(3, 1)[1].roll(1, 3), x.chunk(3, 1)[2].flip(2)], 1
+        ),
+        lambda x: torch.stack([x[:, 0].transpose(1, 2), *x.unbind(1)[1:]], 1),
+    ],
+)
+def test_channels_that_are_shifted_along_the_image_change_places_among_themselves(middle):
+    assert unchanged(make(lambda m, x: middle(x))) == WIDE
+
+
+@pytest.mark.parametrize("use", ["below each other", "added"])
+def test_channels_that_are_coupled_in_another_order_do_not_change_places(use):
+    """Half of the channels have `b` in the upper half of the image and `c` in the lower one."""
+
+    def middle(m, x):
+        a, b, c = m.a(x), m.b(x), m.c(x)
+        upper = torch.cat([b[:, :8], c[:, 8:]], 1)
+        lower = torch.cat([c[:, :8], b[:, 8:]], 1)
+        if use == "added":
+            return torch.cat([a, a], 2) + torch.cat([upper, lower], 2)
+        return torch.cat([a, upper, lower], 2)
+
+    layers = {name: nn.Conv2d(WIDE, WIDE, 1) for name in "abc"}
+    assert unchanged(make(middle, **layers)) == WIDE
 
 
 def test_an_operation_in_place_on_a_part_is_seen():
@@ -300,7 +338,7 @@ def test_a_weight_reused_by_a_functional_call_serves_both():
 )
 @pytest.mark.parametrize("most", [10, 1_000_000])
 def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use, most, monkeypatch):
-    monkeypatch.setattr(graph, "_MOST_ELEMENTS", most)
+    monkeypatch.setattr(channels, "_MOST_ELEMENTS", most)
     unchanged(make(use, conv=nn.Conv2d(WIDE, WIDE, 1)))
 
 
@@ -320,9 +358,9 @@ def test_parameters_and_buffers_beside_the_layers_move_with_the_channels():
 
 def test_a_linear_layer_behind_a_flattening_moves_whole_images():
     model = nn.Sequential(nn.Conv2d(3, WIDE, 3), nn.Flatten(), nn.Linear(WIDE * 36, 5))
-    symmetry, moves, error = outcome(model)
+    groups, moves, error = outcome(model)
     assert error < 1e-9 and len(moves[0][0]) == WIDE
-    assert free_inputs(symmetry, model[2].weight) == WIDE * 36
+    assert free_inputs(groups, model[2].weight) == WIDE * 36
 
 
 def test_several_outputs_stay_each():
@@ -347,7 +385,7 @@ def test_an_auxiliary_head_that_only_training_uses_moves_too():
     model = Auxiliary()
     assert unchanged(model) == WIDE
     model = randomise_(Auxiliary()).train()
-    assert shuffle_every_cell(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))[2] < 1e-9
+    assert shuffle_every_set(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))[2] < 1e-9
     assert model.training
 
 
@@ -369,10 +407,10 @@ def test_a_transformer_moves_its_stream_its_heads_and_its_hidden_layer(options):
     model = Attention(**options)
     tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
     assert unchanged(model, tokens) == WIDE
-    symmetry = find_symmetry(model, (tokens,))
-    assert free_inputs(symmetry, model.block.self_attn.in_proj_weight) == WIDE
-    assert free_inputs(symmetry, model.block.linear2.weight) == 32
-    out = symmetry.cell[symmetry.inputs_of(model.block.self_attn.out_proj.weight)[0]]
+    groups = find_channel_groups(model, (tokens,))
+    assert free_inputs(groups, model.block.self_attn.in_proj_weight) == WIDE
+    assert free_inputs(groups, model.block.linear2.weight) == 32
+    out = groups.interchangeable_set[groups.inputs_of(model.block.self_attn.out_proj.weight)[0]]
     assert len(set(out.tolist())) == 3 and -1 not in out  # within each head
 
 
@@ -391,11 +429,9 @@ def test_recurrent_layers_are_left_alone():
 
 def test_what_stays_has_a_reason_in_words():
     model = make(lambda m, x: x.softmax(1))
-    symmetry, _, _ = outcome(model)
-    assert (
-        symmetry.why_fixed(symmetry.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
-    )
-    assert "aten.softmax" in symmetry.why_fixed(symmetry.inputs_of(model.head.weight)[0, 0])
+    groups, _, _ = outcome(model)
+    assert groups.why_fixed(groups.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
+    assert "aten.softmax" in groups.why_fixed(groups.inputs_of(model.head.weight)[0, 0])
 
 
 def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():
@@ -406,12 +442,28 @@ def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():
     model = Branches().train()
     model.stem.eval()
     with pytest.raises(HelpersError, match="Branches cannot be traced in evaluation mode"):
-        find_symmetry(model, (torch.randn(1, 3, 8, 8),))
+        find_channel_groups(model, (torch.randn(1, 3, 8, 8),))
     assert model.training and not model.stem.training
 
 
-def test_gather_order_matches_the_occurrences_of_an_atom_in_order():
-    atoms = np.array([7, 7, 5, 5, 6, 6])
-    source = np.arange(8)
-    source[[5, 6, 7]] = [6, 7, 5]
-    assert gather_order(atoms, source).tolist() == [2, 3, 4, 5, 0, 1]
+def test_only_pytorchs_loggers_are_silenced_and_get_their_levels_back(monkeypatch, caplog, capfd):
+    export = torch.export.export
+    inner = logging.getLogger("torch.export")
+
+    def chatty(*args):
+        logging.getLogger("somebody.else").warning("heard")
+        inner.error("not heard")
+        return export(*args)
+
+    monkeypatch.setattr(torch.export, "export", chatty)
+    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+    inner.setLevel(logging.INFO)
+    try:
+        find_channel_groups(nn.Linear(4, 4), (torch.zeros(1, 4),))
+        assert inner.level == logging.INFO
+    finally:
+        inner.setLevel(levels.get("torch.export", logging.NOTSET))
+    assert "heard" in caplog.messages and "not heard" not in caplog.messages
+    assert "not heard" not in capfd.readouterr().err
+    for name, level in levels.items():
+        assert logging.getLogger(name).level == level

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.errors import HelpersError
+from helpers.errors import InputError
 from helpers.sparsity import eligible_weights, kept_magnitude, mask_2to4, permute, prune_2to4_
 from helpers.sparsity.permute import permute_channels_
 from helpers.training.networks import create_model
@@ -25,19 +25,19 @@ def model() -> nn.Module:
     return model
 
 
-def kept(model: nn.Module, target: str = "tensorrt") -> dict[str, float]:
-    weights = eligible_weights(model, target)
+def kept(model: nn.Module, rules: str = "tensorrt") -> dict[str, float]:
+    weights = eligible_weights(model, rules)
     return {name: kept_magnitude(weight, mask_2to4(weight)) for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "asp"])
-def test_more_magnitude_is_kept_and_the_network_computes_the_same(model, target):
+@pytest.mark.parametrize("rules", ["tensorrt", "asp"])
+def test_more_magnitude_is_kept_and_the_network_computes_the_same(model, rules):
     images = torch.randn(4, 1, 28, 28)
     with torch.no_grad():
         expected = model(images)
-    before = kept(model, target)
-    report = permute_channels_(model, IMAGE, target, escapes=5)
-    after = kept(model, target)
+    before = kept(model, rules)
+    report = permute_channels_(model, IMAGE, rules, escapes=5)
+    after = kept(model, rules)
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
     assert set(report.weights.weight) == set(before)
@@ -46,7 +46,7 @@ def test_more_magnitude_is_kept_and_the_network_computes_the_same(model, target)
         assert row.after == pytest.approx(after[row.weight], abs=1e-3)
         assert row.permuted != bool(row.reason)
     assert sum(after.values()) > sum(before.values()) + len(after)  # points of per cent
-    assert report.error < 1e-9
+    assert report.max_relative_error < 1e-9
 
 
 @pytest.mark.parametrize("outputs", [8, 6])
@@ -121,7 +121,7 @@ def test_excluded_layers_do_not_take_part(model):
 def test_a_network_in_bfloat16_is_permuted_too(model):
     model.bfloat16()
     report = permute_channels_(model, torch.zeros(1, 1, 28, 28, dtype=torch.bfloat16))
-    assert len(report.permuted) > 8 and report.error < 1e-9
+    assert len(report.permuted) > 8 and report.max_relative_error < 1e-9
     assert all(value.dtype == torch.bfloat16 for value in model.parameters())
 
 
@@ -133,7 +133,7 @@ def test_tied_weights_stay_tied():
     model[2].weight = model[0].weight
     report = permute_channels_(model, torch.zeros(2, 16))
     assert model[2].weight is model[0].weight
-    assert report.error < 1e-9
+    assert report.max_relative_error < 1e-9
 
 
 def test_a_concatenation_that_shifts_the_groups_of_four_loses_nothing():
@@ -156,7 +156,7 @@ def test_a_concatenation_that_shifts_the_groups_of_four_loses_nothing():
     model = Shifted()
     before = kept_sum(model)
     report = permute_channels_(model, torch.zeros(1, 3, 4, 4))
-    assert report.error < 1e-9 and len(report.permuted)
+    assert report.max_relative_error < 1e-9 and len(report.permuted)
     assert kept_sum(model) > before
 
 
@@ -187,12 +187,12 @@ def test_a_network_that_comes_out_changed_is_restored(model, monkeypatch):
     weight = model.layer2[0].conv1.weight
     before = copy.deepcopy(model.state_dict())
 
-    def wrong_(symmetry, source):
+    def wrong_(groups, index):
         with torch.no_grad():
             weight.copy_(weight.flip(1))
 
     monkeypatch.setattr(permute, "reorder_", wrong_)
-    with pytest.raises(HelpersError, match="The network has been restored"):
+    with pytest.raises(InputError, match="The model has been restored"):
         permute_channels_(model, IMAGE, escapes=5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -203,3 +203,123 @@ def test_the_report_reads_well_as_a_line_as_text_and_in_a_notebook(model):
     assert repr(report).startswith(line) and "\n" not in repr(report)
     assert "layer1.0.conv3.weight" in str(report)
     assert report._repr_html_().count("<tr") == len(report.weights) + 1
+
+
+class RmsNorm(nn.Module):
+    """A norm that computes in FP32 whatever it is given, as language models have it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x):
+        y = x.float()
+        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class Residual(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = RmsNorm(features)
+        self.up, self.down = nn.Linear(features, features), nn.Linear(features, features)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def test_a_deep_network_with_norms_in_fp32_is_compared_in_double_precision():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual(32) for _ in range(32)), RmsNorm(32), nn.Linear(32, 8)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.5)
+    report = permute_channels_(nn.Sequential(nn.Linear(8, 32), model), torch.zeros(4, 8), escapes=0)
+    assert len(report.permuted) > 32 and report.max_relative_error < 1e-10
+
+
+class Sandwich(nn.Module):
+    """Two layers that may be permuted, with something between or behind them."""
+
+    def __init__(self, between=lambda x: x, behind=lambda x: x) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.between, self.behind = between, behind
+
+    def forward(self, x):
+        return self.behind(self.two(self.between(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32).relu(),
+        lambda x: x * torch.ones(32),
+        lambda x: x + torch.tensor([0.5]),
+        lambda x: torch.relu(x, out=torch.empty_like(x)) if x.is_meta else x.relu(),
+        lambda x: torch.zeros(4, 32).copy_(x),
+        lambda x: torch.softmax(x, -1, dtype=torch.float32) * 32,
+        lambda x: torch.view_as_complex(x.float().unflatten(-1, (16, 2))).abs().repeat(1, 2),
+        lambda x: x.bfloat16().float(),
+    ],
+)
+def test_what_a_model_computes_in_a_lower_precision_is_compared_in_double(between):
+    torch.manual_seed(0)
+    report = permute_channels_(Sandwich(between).eval(), torch.zeros(4, 8), escapes=0)
+    assert report.max_relative_error < 1e-6
+
+
+def left_alone(model: nn.Module, match: str, example: torch.Tensor | None = None) -> None:
+    """Check that an error in one sentence is raised and that nothing has changed."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=match) as raised:
+        permute_channels_(model, torch.zeros(4, 8) if example is None else example, escapes=0)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_copy_that_does_not_run_in_double_precision_is_an_error_in_one_sentence():
+    def single_only(x):
+        if x.dtype == torch.float64:
+            raise TypeError("no kernel for double\nand a second line")
+        return x
+
+    left_alone(Sandwich(single_only), r"Sandwich does not run in double .*no kernel for double\)")
+
+
+def test_outputs_that_are_all_zero_are_no_proof():
+    model = Sandwich()
+    with torch.no_grad():
+        model.two.weight.zero_()
+        model.two.bias.zero_()
+    left_alone(model, "All floating-point outputs of Sandwich are zero")
+
+
+@pytest.mark.parametrize("behind", [lambda x: x.argmax(-1), lambda x: {"classes": x.argmax(-1)}])
+def test_a_model_without_floating_point_outputs_is_not_called_equal(behind):
+    left_alone(Sandwich(behind=behind), "or there are none")
+
+
+def test_outputs_that_are_nan_are_no_proof():
+    left_alone(Sandwich(behind=lambda x: (x - x) / (x - x)), "Sandwich returns NaN")
+
+
+def test_outputs_that_are_infinite_for_masked_entries_are_compared_by_the_others():
+    masked = torch.tensor([True, False] * 4)
+    model = Sandwich(behind=lambda x: x.masked_fill(masked, -torch.inf))
+    report = permute_channels_(model, torch.zeros(4, 8), escapes=0)
+    assert len(report.permuted) and report.max_relative_error < 1e-9
+
+
+def test_an_interrupted_comparison_restores_the_model(model, monkeypatch):
+    before = copy.deepcopy(model.state_dict())
+    compare = permute._max_relative_error
+
+    def interrupted(*args):
+        compare(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(permute, "_max_relative_error", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        permute_channels_(model, IMAGE, escapes=0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -1,46 +1,61 @@
-"""Order the channels of a network so that pruning 2:4 cuts less, before it is pruned.
+"""Order the channels of a model before it is pruned, so that 2:4 removes less.
 
-The network computes the same in any order of its inner channels, but which four of
-them are neighbours decides which two weights of each four survive. Explained in
-`02_prune_2_4.ipynb`.
+Explained in `02_prune_2_4.ipynb`. A model computes the same with its inner channels in any
+order, but the order decides which four weights form a group, and so which weights survive.
 """
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from helpers.errors import HelpersError, InputError
+from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_weights
+from helpers.sparsity.channels import (
+    ChannelGroups,
+    Numbers,
+    gather_index,
+    gather_positions,
+    reorder_,
+)
 from helpers.sparsity.eligibility import Selection, eligible_weights
-from helpers.sparsity.graph import Symmetry, find_symmetry, gather_order, reorder_, source_of
+from helpers.sparsity.graph import find_channel_groups
+from helpers.sparsity.masks import kept_magnitude, mask_2to4
 from helpers.sparsity.search import kept_2to4, search_permutation
 
-# In double precision an order that is right changes the outputs by rounding alone.
+if TYPE_CHECKING:
+    import pandas as pd
+
+# In double precision, moving channels changes the outputs by rounding alone.
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, repr=False)
 class PermutationReport:
-    """What an order of the channels changed for each weight.
+    """What a permutation of the channels changed for each weight.
 
-    `weights` has a row for each eligible weight: `weight`, `before` and `after` (the
-    share of its summed magnitude that 2:4 keeps, in per cent), `permuted`, and the
-    `reason` where it is not. `error` is the largest difference of the outputs, in
-    double precision, over the largest output.
+    Attributes:
+        weights: a row for each eligible weight: `weight`, `before` and `after` (the share of
+            its summed magnitude that 2:4 keeps, in per cent), `permuted`, and the `reason`
+            where it is not.
+        max_relative_error: the largest difference of the outputs, in double precision,
+            relative to the largest output.
     """
 
-    weights: pd.DataFrame
-    error: float
+    weights: "pd.DataFrame"
+    max_relative_error: float
 
     @property
-    def permuted(self) -> pd.DataFrame:
+    def permuted(self) -> "pd.DataFrame":
         """The rows of the weights whose input channels have a new order."""
         return self.weights[self.weights.permuted]
 
@@ -49,7 +64,7 @@ class PermutationReport:
         return (
             f"{len(self.permuted)} of {len(self.weights)} weights permuted, which keeps "
             f"{gain:.2f} points more of their magnitude on average; "
-            f"outputs differ by {self.error:.1e}"
+            f"outputs differ by {self.max_relative_error:.1e}"
         )
 
     def __str__(self) -> str:
@@ -62,54 +77,67 @@ class PermutationReport:
 def permute_channels_(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
-    target: str = "tensorrt",
+    rules: str = "tensorrt",
     include: Selection = (),
     exclude: Selection = (),
     escapes: int = 100,
 ) -> PermutationReport:
-    """Order the channels of a dense network so that 2:4 pruning keeps more magnitude, in place.
+    """Order the channels of a dense model so that 2:4 pruning keeps more magnitude, in place.
 
-    The network computes what it did: its outputs before and after are compared in
-    double precision. Weights that share channels, in a residual stream for instance,
-    are searched together; each group of a grouped convolution by itself.
+    What the model computes stays the same: its outputs before and after are compared in
+    double precision. Weights that share channels, in a residual stream for instance, are
+    searched together; each group of a grouped convolution is searched by itself.
 
     Args:
-        model: a network that `torch.export` can trace.
+        model: a model that `torch.export` can trace.
         example: inputs of the shape that it takes; on the model's device.
-        target: whose rules say which weights will be pruned, as in `eligible_weights`.
+        rules: the rules that decide which weights will be pruned, as in `eligible_weights`.
         include: names or types of layers, as in `eligible_weights`.
         exclude: likewise.
         escapes: how often each search may leave a local optimum.
 
     Returns:
-        A report with a row for each eligible weight. If the network cannot be traced
-        nothing is changed, and the rows say why.
+        A report with a row for each eligible weight. If the model cannot be traced,
+        nothing is changed and the rows say why.
 
     Raises:
-        InputError: the outputs have changed; the network is as it was then.
+        InputError: the outputs would change, or cannot be compared; the model is unchanged.
 
     Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. A
-    permutation for each group of a grouped convolution, and through it for the layer
-    behind it, are additions of this project. Explained in `02_prune_2_4.ipynb`.
+    permutation for each group of a grouped convolution, and for the layer behind it, are
+    additions of this project.
     """
     example = example if isinstance(example, tuple) else (example,)
-    eligible = eligible_weights(model, target, include, exclude)
+    eligible = eligible_weights(model, rules, include, exclude)
     weights = {name: weight for name, weight in layer_weights(model).items() if name in eligible}
-    before = {name: _kept_share(weight) for name, weight in weights.items()}
+    before = {name: _kept(weight) for name, weight in weights.items()}
     try:
-        symmetry = find_symmetry(model, example)
-    except HelpersError as error:
-        return _report(before, before, dict.fromkeys(weights, str(error)), error=0.0)
+        groups = find_channel_groups(model, example)
+    except InputError as why:
+        return _report(before, before, dict.fromkeys(weights, str(why)), 0.0)
+    readers, reasons = _readers_by_set(groups, weights)
+    if not readers:
+        return _report(before, before, reasons, 0.0)
 
-    moves, reasons = _search_cells(symmetry, weights, escapes)
-    error = _apply_or_restore_(model, example, symmetry, source_of(symmetry, moves))
-    after = {name: _kept_share(weight) for name, weight in weights.items()}
+    inputs = _random_like(example)
+    expected = _outputs(model, inputs)  # before the search, which takes its time
+    _check_comparable(expected, type(model).__name__)
+    moves, reasons = _search_sets(groups, readers, reasons, escapes)
+    error = _apply_or_restore_(model, groups, gather_index(groups, moves), inputs, expected)
+    after = {name: _kept(weight) for name, weight in weights.items()}
     return _report(before, after, reasons, error)
+
+
+def _kept(weight: LayerWeight) -> float:
+    tensor = weight.tensor.detach()
+    return kept_magnitude(tensor, mask_2to4(tensor, weight.name, weight.input_dim))
 
 
 def _report(
     before: dict[str, float], after: dict[str, float], reasons: dict[str, str], error: float
 ) -> PermutationReport:
+    import pandas as pd  # here, because it is slow to import
+
     rows = [
         {
             "weight": name,
@@ -124,99 +152,38 @@ def _report(
     return PermutationReport(pd.DataFrame(rows, columns=columns), error)
 
 
+# --- the search ---
+
+
 @dataclass(frozen=True)
 class _Reader:
-    """One group of a weight that reads a cell: its rows, and the atoms of its input channels."""
+    """One group of a weight that reads an interchangeable set."""
 
     name: str
-    rows: np.ndarray  # (outputs and kernel positions, input channels)
-    atoms: np.ndarray  # (input channels,)
+    rows: np.ndarray  # magnitudes: (outputs and kernel positions, input channels)
+    channels: Numbers  # (input channels,)
 
 
-def _search_cells(
-    symmetry: Symmetry, weights: dict[str, LayerWeight], escapes: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, str]]:
-    """Return the moves that gain, and for each weight that none of them serves the reason."""
+Move = tuple[Numbers, Numbers]
+
+
+def _readers_by_set(
+    groups: ChannelGroups, weights: dict[str, LayerWeight]
+) -> tuple[dict[int, list[_Reader]], dict[str, str]]:
+    """Return what reads each interchangeable set, and why each weight stays if no search gains."""
     readers: dict[int, list[_Reader]] = defaultdict(list)
     reasons: dict[str, str] = {}
     for name, weight in weights.items():
-        atoms = symmetry.inputs_of(weight.tensor, weight.input_dim)
-        if atoms is None:
+        channels = groups.inputs_of(weight.tensor, weight.input_dim)
+        if channels is None:
             reasons[name] = "the graph shows no layer that it is the weight of"
             continue
-        reasons[name] = symmetry.why_fixed(atoms.flat[0]) or "no other order keeps more"
-        rows = _as_rows(weight).reshape(len(atoms), -1, atoms.shape[1])
-        for group, line in enumerate(atoms):
-            for cell in set(symmetry.cell[line].tolist()) - {-1}:
-                readers[cell].append(_Reader(name, rows[group], line))
-
-    moves = []
-    for cell, found in tqdm(readers.items(), desc="permute", leave=False):
-        try:
-            moves.append(_search(symmetry, cell, found, escapes))
-        except _NoMoveError as why:
-            reasons |= {reader.name: str(why) for reader in found if reader.name in reasons}
-        else:
-            for reader in found:
-                reasons.pop(reader.name, None)
-    return moves, reasons
-
-
-class _NoMoveError(Exception):
-    """A cell stays as it is, for the reason in the message."""
-
-
-def _search(
-    symmetry: Symmetry, cell: int, readers: list[_Reader], escapes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the move of one cell that keeps the most magnitude over all its readers.
-
-    Readers that see the same neurons in the same groups of four are searched together.
-    The others, a concatenation may shift them for instance, are only asked whether the
-    move costs them more than it gains.
-    """
-    alike: dict[bytes, list[_Reader]] = defaultdict(list)
-    for reader in readers:
-        alike[_stripes(symmetry, cell, reader.atoms).tobytes()].append(reader)
-    key = max(
-        alike, key=lambda stripes: (len(stripes) > 0, sum(r.rows.size for r in alike[stripes]))
-    )
-    to = np.frombuffer(key, dtype=symmetry.neuron.dtype)
-    if len(to) < 8:
-        raise _NoMoveError("fewer than eight channels, in whole groups of four, may change places")
-    columns = [_columns_of(symmetry, to, reader) for reader in alike[key]]
-    together = np.concatenate(columns)
-    order = search_permutation(together, escapes=escapes)
-    gain = kept_2to4(together[:, order]) - kept_2to4(together)
-    move = (to, to[order])
-    source = source_of(symmetry, [move])
-    for reader in readers:
-        if not any(reader is other for other in alike[key]):
-            moved = gather_order(reader.atoms, source)
-            gain += kept_2to4(reader.rows[:, moved]) - kept_2to4(reader.rows)
-    if gain <= 0:
-        raise _NoMoveError("no other order keeps more")
-    return move
-
-
-def _stripes(symmetry: Symmetry, cell: int, atoms: np.ndarray) -> np.ndarray:
-    """Return the neurons of the groups of four that lie wholly in a cell, (groups, 4).
-
-    Neurons are sorted within a group and groups among themselves, so that equal
-    groupings are equal arrays. Empty if a neuron is read twice, after a flattening
-    for instance: such a reader takes no part in a search.
-    """
-    inside = (symmetry.cell[atoms] == cell).reshape(-1, 4).all(axis=1)
-    neurons = np.sort(symmetry.neuron[atoms].reshape(-1, 4)[inside], axis=1)
-    once = np.unique(symmetry.neuron[atoms[symmetry.cell[atoms] == cell]], return_counts=True)[1]
-    return neurons[np.argsort(neurons[:, 0])] if (once == 1).all() else neurons[:0]
-
-
-def _columns_of(symmetry: Symmetry, neurons: np.ndarray, reader: _Reader) -> np.ndarray:
-    """Return the weights that read these neurons, (rows, neurons)."""
-    read = symmetry.neuron[reader.atoms]
-    by_neuron = np.argsort(read, kind="stable")
-    return reader.rows[:, by_neuron[np.searchsorted(read[by_neuron], neurons)]]
+        reasons[name] = groups.why_fixed(int(channels.flat[0])) or "no other order keeps more"
+        rows = _as_rows(weight).reshape(len(channels), -1, channels.shape[1])
+        for of_group, along in zip(rows, channels, strict=True):
+            for number in set(groups.interchangeable_set[along].tolist()) - {-1}:
+                readers[number].append(_Reader(name, of_group, along))
+    return readers, reasons
 
 
 def _as_rows(weight: LayerWeight) -> np.ndarray:
@@ -225,35 +192,109 @@ def _as_rows(weight: LayerWeight) -> np.ndarray:
     return magnitude.reshape(-1, magnitude.shape[-1]).numpy()
 
 
-def _kept_share(weight: LayerWeight) -> float:
-    rows = _as_rows(weight)
-    total = float(rows.sum(dtype=np.float64))
-    return 100 * kept_2to4(rows) / total if total else 100.0
+def _search_sets(
+    groups: ChannelGroups,
+    readers: dict[int, list[_Reader]],
+    reasons: dict[str, str],
+    escapes: int,
+) -> tuple[list[Move], dict[str, str]]:
+    """Return the moves that gain, and why each weight that none of them reorders stays."""
+    moves: list[Move] = []
+    permuted: set[str] = set()
+    reasons = dict(reasons)
+    for number, found in tqdm(readers.items(), desc="permute", leave=False):
+        names = {reader.name for reader in found}
+        move, why_none = _search(groups, number, found, escapes)
+        if move is None:
+            reasons |= dict.fromkeys(names, why_none)
+        else:
+            moves.append(move)
+            permuted |= names
+    return moves, {name: reason for name, reason in reasons.items() if name not in permuted}
+
+
+def _search(
+    groups: ChannelGroups, number: int, readers: list[_Reader], escapes: int
+) -> tuple[Move | None, str]:
+    """Return the move of one set that keeps the most magnitude over all its readers.
+
+    Readers that see the same coupled groups in the same groups of four are searched
+    together. The others, which a concatenation may shift for instance, only decide whether
+    the move costs them more than it gains.
+
+    Returns:
+        The move and an empty string, or None and why there is no move.
+    """
+    alike: dict[bytes, list[_Reader]] = defaultdict(list)
+    for reader in readers:
+        alike[_fours(groups, number, reader.channels).tobytes()].append(reader)
+    key = max(alike, key=lambda fours: (len(fours) > 0, sum(r.rows.size for r in alike[fours])))
+    to = np.frombuffer(key, dtype=groups.coupled_group.dtype)
+    if len(to) < 8:
+        return None, "fewer than eight channels, in whole groups of four, may change places"
+    together = np.concatenate([_columns_of(groups, to, reader) for reader in alike[key]])
+    order = search_permutation(together, escapes=escapes)
+    gain = kept_2to4(together[:, order]) - kept_2to4(together)
+    move = (to, to[order])
+    index = gather_index(groups, [move])
+    for fours, others in alike.items():
+        if fours != key:
+            for reader in others:
+                moved = reader.rows[:, gather_positions(reader.channels, index)]
+                gain += kept_2to4(moved) - kept_2to4(reader.rows)
+    if gain <= 0:
+        return None, "no other order keeps more"
+    return move, ""
+
+
+def _fours(groups: ChannelGroups, number: int, channels: Numbers) -> Numbers:
+    """Return the coupled groups that lie, four by four, wholly in a set, (fours, 4).
+
+    They are sorted within a four, and the fours among themselves, so that equal groupings
+    are equal arrays. Empty if a coupled group is read twice, after a flattening for
+    instance: such a reader takes no part in a search.
+    """
+    read, in_set = groups.coupled_group[channels], groups.interchangeable_set[channels] == number
+    fours = np.sort(read.reshape(-1, 4)[in_set.reshape(-1, 4).all(axis=1)], axis=1)
+    if len(np.unique(read[in_set])) < in_set.sum():
+        return fours[:0]
+    return fours[np.argsort(fours[:, 0])]
+
+
+def _columns_of(groups: ChannelGroups, to: Numbers, reader: _Reader) -> np.ndarray:
+    """Return the magnitudes that a reader has for these coupled groups, (rows, groups)."""
+    read = groups.coupled_group[reader.channels]
+    by_group = np.argsort(read, kind="stable")
+    return reader.rows[:, by_group[np.searchsorted(read[by_group], to)]]
+
+
+# --- the outputs before and after ---
 
 
 def _apply_or_restore_(
-    model: nn.Module, example: tuple[Tensor, ...], symmetry: Symmetry, source: np.ndarray
+    model: nn.Module,
+    groups: ChannelGroups,
+    index: Numbers,
+    inputs: tuple[Tensor, ...],
+    expected: list[Tensor],
 ) -> float:
-    """Reorder the network if its outputs stay the same, and return by how much they differ."""
-    placed = [placement.tensor for placement in symmetry.placements.values()]
+    """Reorder the model if its outputs stay the same; return their maximum relative error."""
+    placed = [placement.tensor for placement in groups.placements.values()]
     backup = [tensor.detach().clone() for tensor in placed]
-    inputs = _random_like(example)
-    before = _outputs(model, inputs)
-    reorder_(symmetry, source)
-    after = _outputs(model, inputs)
-    scale = max((float(value.abs().max()) for value in before), default=0.0) or 1.0
-    error = max(
-        (float((a - b).abs().max()) / scale for a, b in zip(after, before, strict=True)),
-        default=0.0,
-    )
-    if not error <= _TOLERANCE:  # NaN too
+    try:
+        reorder_(groups, index)
+        error = _max_relative_error(_outputs(model, inputs), expected)
+        if not error <= _TOLERANCE:  # NaN too
+            raise InputError(
+                f"{type(model).__name__} would compute something else with its channels permuted: "
+                f"its outputs differ by {error:.1e} of the largest. The model has been restored. "
+                "Exclude the layers that treat single channels differently from the rest with "
+                "`exclude=`."
+            )
+    except BaseException:  # an interruption too
         with torch.no_grad():
             torch._foreach_copy_(placed, backup)
-        raise InputError(
-            f"After permuting its channels {type(model).__name__} computes something else: its "
-            f"outputs differ by {error:.1e} of the largest. The network has been restored. Exclude "
-            "the layers that treat single channels differently from the rest, with `exclude=`."
-        )
+        raise
     return error
 
 
@@ -269,8 +310,72 @@ def _random_like(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return the floating-point outputs of a copy of the network in double precision."""
-    with torch.no_grad():
-        outputs = copy.deepcopy(model).double().eval()(*inputs)
-    leaves = _pytree.tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """Return the floating-point and complex outputs of a copy of the model in double precision."""
+    try:
+        double = copy.deepcopy(model).double().eval()
+        with torch.no_grad(), _DoublePrecision():
+            outputs = double(*inputs)
+    except Exception as error:  # whatever a model raises
+        line = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise InputError(
+            f"A copy of {type(model).__name__} does not run in double precision "
+            f"({type(error).__name__}: {line[:200]}), which it takes to compare its outputs before "
+            "and after: leave its channels as they are."
+        ) from error
+    leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
+    return [leaf.double() for leaf in leaves if leaf.is_floating_point()]
+
+
+_DOUBLE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
+
+
+class _DoublePrecision(TorchDispatchMode):
+    """Runs operators in double precision that a model asks to run in a lower one.
+
+    A norm that casts its input to FP32, for instance, rounds at 1e-7, and the layers behind
+    it may amplify that beyond any tolerance that still shows a mistake.
+    """
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _DOUBLE:
+            kwargs["dtype"] = _DOUBLE[kwargs["dtype"]]
+        # What an operator writes to, or returns a view of, has to remain the tensor it is.
+        if isinstance(func, OpOverload) and not func.is_view and not func._schema.is_mutable:
+            args, kwargs = _pytree.tree_map_only(Tensor, self._widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        return tensor.to(_DOUBLE.get(tensor.dtype, tensor.dtype))
+
+
+def _check_comparable(outputs: list[Tensor], model: str) -> None:
+    """Raise an error if equal outputs would say nothing."""
+    if any(output.isnan().any() for output in outputs):
+        raise InputError(
+            f"{model} returns NaN for random inputs, so nothing would show whether it computes the "
+            "same with its channels permuted: load weights from before the training diverged."
+        )
+    if not any((output[output.isfinite()] != 0).any() for output in outputs):
+        raise InputError(
+            f"All floating-point outputs of {model} are zero for random inputs, or there are none, "
+            "so nothing would show whether it computes the same with its channels permuted: load "
+            "trained weights first, or leave its channels as they are."
+        )
+
+
+def _max_relative_error(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference, relative to the largest of all finite expected values."""
+    finite = [values[values.isfinite()].abs() for values in expected]
+    scale = max(float(values.max()) for values in finite if values.numel())
+    differences = [  # infinity, of a masked logit for instance, may remain infinity
+        (after - before).abs().masked_fill(after == before, 0.0)
+        for after, before in zip(outputs, expected, strict=True)
+    ]
+    return max(float(values.max()) for values in differences if values.numel()) / scale
