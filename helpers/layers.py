@@ -4,18 +4,20 @@ Shown in `01_load_pretrained.ipynb`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from helpers.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -121,7 +123,8 @@ def layer_table(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
     example: Tensor | tuple[Tensor, ...] | None = None,
-) -> pd.DataFrame:
+    weights: Mapping[str, LayerWeight] | None = None,
+) -> "pd.DataFrame":
     """Return one row for each weight of `layer_weights`, in order of execution.
 
     The columns are `weight` (its name), `kind` (of the layer), `shape` (such as
@@ -132,12 +135,15 @@ def layer_table(
         model: any network.
         image_shape: channels, height and width of an input image; one is passed through.
         example: instead of an image, what to call the network with.
+        weights: what `layer_weights` returned for the model, if it is known already.
 
     Raises:
         InputError: neither or both of `image_shape` and `example` are given.
     """
-    macs = _count_macs(model, _inputs(model, image_shape, example))
-    weights = layer_weights(model)
+    import pandas as pd
+
+    weights = layer_weights(model) if weights is None else weights
+    macs = _count_macs(model, _inputs(model, image_shape, example), weights)
     rows = [
         {
             "weight": name,
@@ -169,11 +175,13 @@ def _inputs(
     return (torch.zeros(1, *image_shape, dtype=weight.dtype, device=weight.device),)
 
 
-def _count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[str]:
+def _count_macs(
+    model: nn.Module, inputs: tuple[Tensor, ...], weights: Mapping[str, LayerWeight]
+) -> Counter[str]:
     """Return the MACs with each weight while the network runs once, in order of execution."""
     macs: Counter[str] = Counter()
     names = {(use.layer, use.attribute): use.name for use in _uses(model)}
-    lent = _LentWeights(layer_weights(model), macs)
+    lent = _LentWeights(weights, macs)
 
     def enter(layer: nn.Module, *_: object) -> None:
         lent.running.append(layer)
@@ -235,7 +243,7 @@ class _LentWeights(TorchFunctionMode):
 
     PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
-    def __init__(self, weights: dict[str, LayerWeight], macs: Counter[str]) -> None:
+    def __init__(self, weights: Mapping[str, LayerWeight], macs: Counter[str]) -> None:
         super().__init__()
         self.names = {id(use.tensor): name for name, use in weights.items() if use.is_parameter}
         self.macs = macs
@@ -268,7 +276,7 @@ def _attention_macs(
     yield layer.out_proj, "weight", layer.out_proj.weight.numel() * tokens["query"]
 
 
-def shares_by_kind(table: pd.DataFrame) -> pd.DataFrame:
+def shares_by_kind(table: "pd.DataFrame") -> "pd.DataFrame":
     """Return layers, and per cent of parameters and MACs, for each kind of layer."""
     grouped = table.groupby("kind")[["parameters", "macs"]].sum()
     shares = 100 * grouped / grouped.sum()

@@ -560,7 +560,7 @@ def test_a_network_that_looks_at_numbers_is_refused():
 
 
 def test_without_memory_the_speed_up_is_the_ceiling_by_macs(resnext):
-    report = sparsity_report(resnext, IMAGE, target="cusparselt")
+    report = sparsity_report(resnext, IMAGE, rules="cusparselt")
     advice = advise(resnext, replace(A100, bandwidth=math.inf), IMAGE, batch=8)
     assert advice.speedup == pytest.approx(report.ceiling, rel=1e-9)
     assert advice.rest_ms == 0
@@ -572,7 +572,7 @@ def test_eligible_are_the_layers_that_the_sparse_engine_takes(resnext):
     assert layers.sparse_ms.notna().sum() == 70
     assert len(sparsity_report(resnext, IMAGE).eligible) == 71  # TensorRT takes the last one too
     assert layers.reason["fc"] == why_not_cusparselt(1000, 2048) != ""
-    assert layers.reason["layer1.0.conv2"] == "no matrix product"
+    assert layers.reason["layer1.0.conv2"] == "not a matrix product"
     assert math.isnan(layers.sparse_ms["layer1.0.conv2"])
 
 
@@ -629,7 +629,7 @@ def test_a_network_without_an_eligible_layer_gains_nothing_and_says_why():
     advice = advise(model, A100, (3, 8, 8))
     assert advice.speedup == 1.0
     assert "No layer gains 1 % or more: " in repr(advice)
-    assert "1 x no matrix product" in repr(advice)
+    assert "1 x not a matrix product" in repr(advice)
     assert f"1 x {why_not_cusparselt(10, 576)}" in repr(advice)
     assert "layers that gain most" not in repr(advice) + advice._repr_html_()
 
@@ -681,7 +681,7 @@ def test_eight_bits_take_channels_in_thirty_twos():
         advise(model, A100, example=torch.zeros(4096, 48), datatype=name).layers.reason.tolist()
         for name in ("FP16", "INT8")
     )
-    assert half[0] != eight[0] == "64 rows, 48 columns: no multiples of 32"
+    assert half[0] != eight[0] == "64 rows, 48 columns: not multiples of 32"
     assert eight[1] == half[1]
 
 

@@ -19,7 +19,7 @@ from helpers.layers import layer_kind
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
 from helpers.measurement.trace import _Inputs, _Kernel, _run, _tensors
-from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
+from helpers.sparsity.eligibility import NOT_A_PRODUCT, why_not_cusparselt, why_not_sparse
 
 # --- what to expect ---
 
@@ -100,7 +100,7 @@ class Advice:
             f"is in work that gains less than 1 %: {idle:.3g} ms in {len(stuck)} of "
             f"{len(self.layers)} layers, {self.rest_ms:.3g} ms outside of layers."
         )
-        if self.measured and (stuck.reason == "no matrix product").any():
+        if self.measured and (stuck.reason == NOT_A_PRODUCT).any():
             text += " Convolutions that are no matrix product count at the best dense rate."
         return text
 

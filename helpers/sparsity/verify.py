@@ -82,8 +82,8 @@ def verify_checkpoint(path: Path, model: str | None = None) -> pd.DataFrame:
     Raises:
         InputError: the file is missing or damaged, or lacks a weight of the network.
     """
-    state, name = read_checkpoint(path)
-    name = model or name
+    checkpoint = read_checkpoint(path)
+    state, name = checkpoint.state, model or checkpoint.model
     if name is None:
         rows = [
             {"weight": key, **_verdict(_kept(tensor), 1, why_not_tensorrt(tensor.shape[1]))}
