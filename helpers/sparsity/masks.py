@@ -141,7 +141,7 @@ def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
 def _fill_(mask: Tensor, groups: Tensor) -> bool:
     """Do the same with torch's own operations, on whatever device the groups are.
 
-    On a CPU this takes about ten times as long as the compiled loops.
+    On a CPU this takes 4 times (3x3 convolution) to 20 times (matrix) as long as the loops.
     """
     a, b, c, d = groups.abs().unbind(2)
     # Six comparisons decide every rank. `>=` lets the lower channel win a tie; a
@@ -301,7 +301,7 @@ def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
 def kept_magnitude_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> float:
     """Return `kept_magnitude` of a weight under its own 2:4 mask, in per cent.
 
-    On a CPU no mask is made, which takes a third of the time. A weight that is 2:4 already
+    On a CPU no mask is made, and it takes a third of the time. A weight that is 2:4 already
     keeps exactly 100.
 
     Args:
