@@ -1,16 +1,16 @@
 """Time the masks of ResNeXt-101 32x8d, and holding them, against other implementations.
 
-The ways take turns in one process after a warm-up, so that the ratios hold on a busy
-machine too; on a very busy one set OMP_NUM_THREADS=1, or waiting threads are all that is
-measured. The weights are random; the work does not depend on their values. The peers
-are nvidia-modelopt's `create_asp_mask`, which is the algorithm of NVIDIA's ASP, and
-torch.ao's WeightNormSparsifier, which takes matrices only: it is given the convolutions
+The implementations take turns in one process after a warm-up, so that the ratios hold on
+a busy machine too; on a very busy one set OMP_NUM_THREADS=1, or the wait for threads is all
+that is measured. The weights are random; the work does not depend on their values. The
+peers are nvidia-modelopt's `create_asp_mask`, which is the algorithm of NVIDIA's ASP, and
+torch.ao's WeightNormSparsifier, which takes matrices only and so is given the convolutions
 as matrices. Needs `pip install nvidia-modelopt`. Writes `benchmarks/results/masks_cpu.json`
-and a picture of it beside.
+and a picture of it next to it.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def summary(times: dict[str, list[float]], reference: str) -> dict[str, dict[str
     }
 
 
-def torch_ao(weights: list[Tensor]) -> Callable[[], None]:
+def torch_ao(weights: Sequence[Tensor]) -> Callable[[], None]:
     """Return torch.ao's computation of the 2:4 masks of these weights as matrices."""
     layers = nn.Sequential()
     for weight in weights:
@@ -83,18 +83,17 @@ def compare_masks(model: nn.Module) -> dict:
 
 
 def compare_holding(model: nn.Module) -> dict:
-    """Return the times of putting the zeros back once, after a step that itself does nothing."""
+    """Return the times of restoring the zeros once, after a step that itself changes nothing."""
     masks = masks_2to4(model, "asp")
     weights = [model.get_parameter(name) for name in masks]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
+    gradients = [torch.zeros_like(weight) for weight in weights]
     idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     hold_masks(idle, model, masks)
 
     def as_asp_does() -> None:
         with torch.no_grad():
-            for weight, mask in zip(weights, masks.values(), strict=True):
-                weight.grad.mul_(mask)
+            for weight, gradient, mask in zip(weights, gradients, masks.values(), strict=True):
+                gradient.mul_(mask)
                 weight.mul_(mask)
 
     times = in_turns({OURS: idle.step, "ASP's way": as_asp_does}, ROUNDS)

@@ -206,7 +206,7 @@ def test_a_network_that_looks_at_numbers_is_refused():
 
 
 def test_without_memory_the_speed_up_is_the_ceiling_by_macs(resnext):
-    report = sparsity_report(resnext, IMAGE, target="cusparselt")
+    report = sparsity_report(resnext, IMAGE, rules="cusparselt")
     advice = advise(resnext, replace(A100, bandwidth=math.inf), IMAGE, batch=8)
     assert advice.speedup == pytest.approx(report.ceiling, rel=1e-9)
     assert advice.rest_ms == 0
@@ -327,7 +327,7 @@ def test_eight_bits_take_channels_in_thirty_twos():
         advise(model, A100, example=torch.zeros(4096, 48), datatype=name).layers.reason.tolist()
         for name in ("FP16", "INT8")
     )
-    assert half[0] != eight[0] == "64 rows, 48 columns: no multiples of 32"
+    assert half[0] != eight[0] == "64 rows, 48 columns: not multiples of 32"
     assert eight[1] == half[1]
 
 

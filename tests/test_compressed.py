@@ -1,3 +1,4 @@
+import json
 import tempfile
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.sparse import _semi_structured_conversions as conversions
@@ -21,7 +23,7 @@ from helpers.sparsity import (
     prune_2to4_,
     save_compressed,
 )
-from helpers.sparsity.compressed import read_checkpoint
+from helpers.sparsity.compressed import read_checkpoint, state_checksum
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 EXACT_DTYPES = [
@@ -309,18 +311,55 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
 
 def test_the_name_of_the_network_is_kept(tmp_path):
     save_compressed(network(), tmp_path / "net.safetensors", model="resnet18")
-    assert read_checkpoint(tmp_path / "net.safetensors")[1] == "resnet18"
+    assert read_checkpoint(tmp_path / "net.safetensors").model == "resnet18"
 
 
 def test_any_safetensors_file_is_read_as_a_checkpoint(tmp_path):
     save_file({"w": torch.ones(2, 2)}, tmp_path / "net.safetensors", {"model": "resnet18"})
-    state, name = read_checkpoint(tmp_path / "net.safetensors")
-    assert (state["w"].tolist(), name) == ([[1, 1], [1, 1]], "resnet18")
+    checkpoint = read_checkpoint(tmp_path / "net.safetensors")
+    assert checkpoint.state["w"].tolist() == [[1, 1], [1, 1]]
+    assert (checkpoint.model, checkpoint.compressed) == ("resnet18", False)
+
+
+def test_a_checkpoint_says_whether_it_was_compressed(tmp_path):
+    save_compressed(network(), tmp_path / "net.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "net.safetensors")
+    assert checkpoint.compressed
+    assert checkpoint.model is None
+    assert checkpoint.state.keys() == network().state_dict().keys()
+
+
+def test_a_checksum_covers_names_types_shapes_and_bytes_but_not_the_order():
+    state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)}
+    same = {"b": torch.tensor(3), "a": torch.tensor([1.0, 9.0, 2.0])[::2].clone()}
+    assert state_checksum(state) == state_checksum(same)
+    assert state_checksum(
+        {"a": torch.tensor([[1.0, 0.0], [2.0, 0.0]])[:, 0]} | {"b": state["b"]}
+    ) == (state_checksum(state))
+    others = [
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"].view(torch.int32), "b": state["b"]},
+        {"a": state["a"][None], "b": state["b"]},
+        {"a": state["a"] + 1, "b": state["b"]},
+        {"a": state["a"]},
+    ]
+    sums = {state_checksum(other) for other in [state, *others]}
+    assert len(sums) == 1 + len(others)
+    assert state_checksum(state, {"model": "net"}) not in sums
+
+
+def test_a_file_of_an_earlier_release_is_read(tmp_path):
+    """The checksum is part of the format: this is what version 1 has always recorded."""
+    path = tmp_path / "net.safetensors"
+    save_compressed({"w": torch.eye(4), "b": torch.ones(3)}, path, "net")
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["compressed_2to4"])
+    assert header["sha256"] == "8781508900bb221fd392b7e9d8ecb24cf684dd1a66fbd61fb631b1b1f2c4fac7"
 
 
 @pytest.mark.parametrize("entry", [3, "text", torch.ones(2, 2).to_sparse()])
 def test_an_entry_that_is_no_plain_tensor_is_refused_by_name(tmp_path, entry):
-    with pytest.raises(HelpersError, match=r"^extra is no plain dense tensor"):
+    with pytest.raises(HelpersError, match=r"^extra is not a plain dense tensor"):
         save_compressed({"w": torch.ones(2), "extra": entry}, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
 

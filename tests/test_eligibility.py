@@ -2,10 +2,21 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import layers
 from helpers.errors import HelpersError
 from helpers.layers import layer_weights
-from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, sparsity_report
-from helpers.sparsity.eligibility import why_not_sparse
+from helpers.sparsity import (
+    eligibility,
+    eligible_weights,
+    hold_masks,
+    is_2to4,
+    masks_2to4,
+    masks_of,
+    prune,
+    prune_2to4_,
+    sparsity_report,
+)
+from helpers.sparsity.eligibility import select_weights, why_not_sparse
 from helpers.training.networks import create_model
 
 
@@ -35,7 +46,7 @@ def test_every_refused_layer_of_resnext101_has_its_reason(resnext101):
     reasons = resnext101.layers[~resnext101.layers.eligible].reason.value_counts().to_dict()
     assert reasons == {
         "grouped: TensorRT has no sparse kernel": 33,
-        "3 input channels: no multiple of 4": 1,
+        "3 input channels: not a multiple of 4": 1,
     }
     assert (resnext101.eligible.reason == "").all()
 
@@ -48,7 +59,7 @@ def test_the_refused_layers_of_resnext101_are_the_stem_and_every_second_convolut
 
 def test_the_totals_go_into_the_sidecar(resnext101):
     assert resnext101.facts() == {
-        "target": "tensorrt",
+        "rules": "tensorrt",
         "layers": 105,
         "sparse_layers": 71,
         "parameters_share": resnext101.parameters_share,
@@ -60,7 +71,7 @@ def test_the_totals_go_into_the_sidecar(resnext101):
 def test_101_layers_of_resnext101_are_in_asp_with_9822_of_macs():
     with torch.device("meta"):
         model = create_model("resnext101_32x8d", 1000)
-    report = sparsity_report(model, (3, 224, 224), target="asp")
+    report = sparsity_report(model, (3, 224, 224), rules="asp")
     assert len(report.eligible) == len(eligible_weights(model, "asp")) == 101
     assert round(report.macs_share, 2) == 98.22
     assert round(report.parameters_share, 2) == 99.70
@@ -95,9 +106,9 @@ def test_a_report_tells_what_the_mask_would_keep_and_has_kept():
     assert sparsity_report(model, example=example).layers.kept[0] == 100
 
 
-def verdict(layer, target="tensorrt"):
+def verdict(layer, rules="tensorrt"):
     """Return the reasons against the weights of one layer."""
-    return [why_not_sparse(weight, target) for weight in layer_weights(layer).values()]
+    return [why_not_sparse(weight, rules) for weight in layer_weights(layer).values()]
 
 
 NO_KERNEL = "grouped: TensorRT has no sparse kernel"
@@ -107,11 +118,11 @@ NO_KERNEL = "grouped: TensorRT has no sparse kernel"
     ("layer", "reason"),
     [
         (nn.Linear(8, 3), ""),
-        (nn.Linear(6, 8), "6 input channels: no multiple of 4"),
+        (nn.Linear(6, 8), "6 input channels: not a multiple of 4"),
         (nn.Conv1d(4, 3, 3), ""),
         (nn.Conv2d(4, 3, 3), ""),
         (nn.Conv3d(4, 3, 3), ""),
-        (nn.Conv2d(1, 8, 3), "1 input channel: no multiple of 4"),
+        (nn.Conv2d(1, 8, 3), "1 input channel: not a multiple of 4"),
         (nn.Conv2d(8, 8, 3, groups=2), NO_KERNEL),
         (nn.Conv2d(8, 8, 3, groups=8), NO_KERNEL),
         (nn.ConvTranspose2d(8, 8, 3), "transposed: TensorRT has no sparse kernel"),
@@ -125,10 +136,10 @@ def test_tensorrt_gives_the_reason(layer, reason):
     ("layer", "reason"),
     [
         (nn.Linear(16, 8), ""),
-        (nn.Linear(16, 12), "12 output channels: no multiple of 8"),
-        (nn.Linear(24, 8), "24 input channels: no multiple of 16"),
+        (nn.Linear(16, 12), "12 output channels: not a multiple of 8"),
+        (nn.Linear(24, 8), "24 input channels: not a multiple of 16"),
         (nn.Conv2d(32, 8, 3, groups=2), ""),
-        (nn.Conv2d(32, 8, 3, groups=4), "8 input channels: no multiple of 16"),
+        (nn.Conv2d(32, 8, 3, groups=4), "8 input channels: not a multiple of 16"),
         (nn.ConvTranspose2d(16, 8, 3), "transposed: not among ASP's layers"),
     ],
 )
@@ -141,12 +152,12 @@ def test_asp_gives_the_reason(layer, reason):
     [
         (nn.Linear(16, 32), ""),
         (nn.Linear(16, 16, dtype=torch.bfloat16), ""),
-        (nn.Linear(16, 8), "8 rows, 16 columns: no multiples of 16"),
-        (nn.Linear(24, 16), "16 rows, 24 columns: no multiples of 16"),
+        (nn.Linear(16, 8), "8 rows, 16 columns: not multiples of 16"),
+        (nn.Linear(24, 16), "16 rows, 24 columns: not multiples of 16"),
         (nn.Conv2d(16, 32, 1, stride=2), ""),
-        (nn.Conv2d(16, 32, 3), "no matrix product"),
-        (nn.Conv2d(32, 32, 1, groups=2), "no matrix product"),
-        (nn.ConvTranspose2d(16, 16, 1), "no matrix product"),
+        (nn.Conv2d(16, 32, 3), "not a matrix product"),
+        (nn.Conv2d(32, 32, 1, groups=2), "not a matrix product"),
+        (nn.ConvTranspose2d(16, 16, 1), "not a matrix product"),
     ],
 )
 def test_cusparselt_gives_the_reason(layer, reason):
@@ -156,35 +167,35 @@ def test_cusparselt_gives_the_reason(layer, reason):
 def test_cusparselt_wants_more_of_eight_bit_types():
     layer = nn.Linear(16, 16)
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    assert verdict(layer, "cusparselt") == ["16 rows, 16 columns: no multiples of 32"]
+    assert verdict(layer, "cusparselt") == ["16 rows, 16 columns: not multiples of 32"]
 
 
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
         (nn.Conv2d(32, 8, 3, groups=4), ""),
-        (nn.Conv2d(12, 12, 3, groups=2), "6 input channels in a group: no multiple of 4"),
+        (nn.Conv2d(12, 12, 3, groups=2), "6 input channels in a group: not a multiple of 4"),
         (nn.ConvTranspose2d(4, 3, 3), ""),
-        (nn.ConvTranspose2d(4, 4, 3, groups=2), "2 input channels in a group: no multiple of 4"),
+        (nn.ConvTranspose2d(4, 4, 3, groups=2), "2 input channels in a group: not a multiple of 4"),
     ],
 )
 def test_any_takes_whatever_the_pattern_fits(layer, reason):
     assert verdict(layer, "any") == [reason]
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
-def test_attention_is_eligible_for_every_target(target):
-    assert verdict(nn.MultiheadAttention(16, 2), target) == ["", ""]
+@pytest.mark.parametrize("rules", ["tensorrt", "asp", "cusparselt", "any"])
+def test_attention_is_eligible_by_all_rules(rules):
+    assert verdict(nn.MultiheadAttention(16, 2), rules) == ["", ""]
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
-def test_a_computed_weight_is_not_eligible(target):
+@pytest.mark.parametrize("rules", ["tensorrt", "asp", "cusparselt", "any"])
+def test_a_computed_weight_is_not_eligible(rules):
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
-    assert verdict(layer, target) == ["computed from other parameters"]
-    assert eligible_weights(layer, target) == {}
+    assert verdict(layer, rules) == ["computed from other parameters"]
+    assert eligible_weights(layer, rules) == {}
 
 
-def test_an_unknown_target_is_refused_with_the_known_ones():
+def test_an_unknown_rules_are_refused_with_the_known_ones():
     with pytest.raises(HelpersError, match=r"'tensort'.*tensorrt, asp, cusparselt, any"):
         eligible_weights(nn.Linear(4, 4), "tensort")
 
@@ -265,3 +276,94 @@ def test_shares_and_ceiling_are_those_counted_by_hand():
 def test_a_network_without_eligible_weights_gets_no_faster():
     report = sparsity_report(nn.Sequential(nn.Conv2d(1, 4, 1)), (1, 3, 3))
     assert (report.parameters_share, report.macs_share, report.ceiling) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "layers"),
+    [
+        (nn.Sequential(nn.ReLU()), torch.zeros(1, 4), 0),
+        (nn.Sequential(nn.BatchNorm1d(4)), torch.zeros(1, 4), 0),
+        (nn.ModuleDict({"unused": nn.Linear(4, 4)}), None, 1),
+    ],
+    ids=["no parameters", "no layer that counts", "no MACs"],
+)
+def test_a_model_with_nothing_to_prune_has_a_report(model, example, layers):
+    if example is None:
+        model.forward = lambda x: x
+        example = torch.zeros(1, 4)
+    report = sparsity_report(model, example=example)
+    assert len(report.layers) == layers
+    assert report.macs_share == 0
+    assert report.ceiling == 1
+    assert report.facts()["sparse_layers"] == layers
+    assert f"{layers} of {layers} layers can be sparse" in report.summary
+    assert report.summary in repr(report)
+    assert report.summary in report._repr_html_()
+    assert list(report.layers.columns[-3:]) == ["reason", "eligible", "kept"]
+
+
+def test_no_parameters_have_no_share_of_sparse_ones():
+    assert sparsity_report(nn.Sequential(nn.ReLU()), example=torch.zeros(1)).parameters_share == 0
+
+
+# One pass.
+
+
+def test_a_candidate_carries_its_weight_and_its_reason():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(3, 4))
+    first, second, third = select_weights(model, exclude="0")
+    assert [c.name for c in (first, second, third)] == ["0.weight", "1.weight", "2.weight"]
+    assert (first.reason, first.eligible) == ("excluded", False)
+    assert (second.reason, second.eligible) == ("", True)
+    assert second.parameter is second.tensor is model[1].weight
+    assert third.reason == "3 input channels: not a multiple of 4"
+
+
+def test_rules_are_checked_in_a_model_without_weights_too():
+    with pytest.raises(HelpersError, match="no rules 'tensort'"):
+        select_weights(nn.ReLU(), "tensort")
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """Count how often the weights of a model are collected."""
+    models = []
+
+    def counted(model):
+        models.append(model)
+        return layer_weights(model)
+
+    for module in (layers, eligibility, prune):
+        monkeypatch.setattr(module, "layer_weights", counted)
+    return models
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        select_weights,
+        eligible_weights,
+        masks_2to4,
+        prune_2to4_,
+        lambda model: sparsity_report(model, example=torch.zeros(1, 4)),
+    ],
+    ids=["select_weights", "eligible_weights", "masks_2to4", "prune_2to4_", "sparsity_report"],
+)
+def test_the_weights_are_collected_once_in_a_call(call, walks):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    call(model)
+    assert walks == [model]
+
+
+def test_the_weights_are_collected_once_to_read_and_to_hold_masks(walks):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    masks = prune_2to4_(model)
+    walks.clear()
+    masks_of(model)
+    assert walks == [model]
+    walks.clear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold_masks(optimizer, model, masks, check_every=1)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert walks == [model]

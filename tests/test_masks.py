@@ -5,11 +5,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from helpers.errors import HelpersError
-from helpers.sparsity import is_2to4, mask_2to4, mask_2to4_transposable, mask_nm
-from helpers.sparsity.masks import _fill_, _fill_on_cpu_, groups_of_four
+from helpers.sparsity import (
+    is_2to4,
+    kept_magnitude,
+    mask_2to4,
+    mask_2to4_transposable,
+    mask_nm,
+)
+from helpers.sparsity.masks import (
+    _fill_,
+    _fill_on_cpu_,
+    groups_of_four,
+    holds_2to4,
+    kept_magnitude_2to4,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = [(), (3,), (2, 2), (1, 2, 2)]  # linear, and convolutions in one to three dimensions
@@ -128,6 +140,21 @@ def test_a_mask_can_be_written_to_memory_that_is_there():
     assert torch.equal(out, mask_2to4(weight))
 
 
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(16, 8, dtype=torch.bool).T,
+        torch.empty(8, 32, dtype=torch.bool)[:, ::2],
+        torch.empty(16, 8, dtype=torch.bool),
+        torch.empty(8, 16, dtype=torch.uint8),
+        torch.empty(8, 16, dtype=torch.bool, device="meta"),
+    ],
+)
+def test_memory_that_does_not_fit_the_mask_is_refused(out):
+    with pytest.raises(HelpersError, match=r"^The mask of fc cannot be written to `out`"):
+        mask_2to4(torch.randn(8, 16), "fc", out=out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("shape", [(64, 8), (64, 8, 3, 3)])
@@ -156,13 +183,72 @@ def test_a_transposed_convolution_has_its_groups_along_the_first_dimension(weigh
     assert is_2to4(swapped * mask_2to4(swapped, dim=0), dim=0)
 
 
+@given(weights(), st.integers(0, 4))
+def test_a_negative_dimension_counts_from_the_last(weight, dim):
+    dim %= weight.dim()
+    moved = weight.movedim(1, dim)
+    for back in (dim, dim - moved.dim()):
+        assert torch.equal(mask_2to4(moved, dim=back), mask_2to4(weight).movedim(1, dim))
+        assert torch.equal(mask_nm(moved, 1, 4, dim=back), mask_nm(weight, 1, 4).movedim(1, dim))
+        assert torch.equal(groups_of_four(moved, dim=back), groups_of_four(moved, dim=dim))
+        pruned = moved * mask_2to4(moved, dim=back)
+        assert is_2to4(pruned, dim=back)
+        kept = kept_magnitude(moved, mask_2to4(moved, dim=dim))
+        assert kept_magnitude_2to4(moved, dim=back) == pytest.approx(kept)
+
+
+def test_a_pattern_along_the_wrong_dimension_is_noticed_at_a_negative_one():
+    weight = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    assert is_2to4(weight, dim=-1)
+    assert not is_2to4(weight, dim=-2)
+
+
+@pytest.mark.parametrize("dim", [2, -3])
+def test_a_dimension_that_does_not_exist_is_refused(dim):
+    weight = torch.zeros(4, 4)
+    for function in (mask_2to4, is_2to4, groups_of_four, kept_magnitude_2to4):
+        with pytest.raises(HelpersError, match=rf"has shape \(4, 4\), and so no dimension {dim}"):
+            function(weight, dim=dim)
+    with pytest.raises(HelpersError, match=f"no dimension {dim}"):
+        mask_nm(weight, 2, 4, dim=dim)
+
+
+# INT8.
+
+
+@st.composite
+def integers(draw):
+    shape = (4 * draw(st.integers(1, 2)), 8, *draw(st.sampled_from(KERNELS)))
+    values = st.one_of(st.sampled_from([-128, -127, 127, 0]), st.integers(-128, 127))
+    return torch.from_numpy(draw(arrays(np.int8, shape, elements=values)))
+
+
+@given(integers())
+def test_int8_is_ranked_like_the_same_numbers_in_fp64(weight):
+    exact = weight.double()
+    assert torch.equal(mask_2to4(weight), mask_2to4(exact))
+    assert torch.equal(mask_nm(weight, 3, 8), mask_nm(exact, 3, 8))
+    assert torch.equal(mask_2to4_transposable(weight), mask_2to4_transposable(exact))
+    assert is_2to4(weight * mask_2to4(weight))
+    kept = kept_magnitude(weight, mask_2to4(weight))
+    assert kept == pytest.approx(kept_magnitude(exact, mask_2to4(exact)))
+    assert kept_magnitude_2to4(weight) == pytest.approx(kept)
+
+
+def test_the_most_negative_int8_has_the_largest_magnitude():
+    weight = torch.tensor([[127, -128, 1, 126]], dtype=torch.int8)
+    assert mask_2to4(weight).tolist() == [[True, True, False, False]]
+    assert mask_nm(weight, 1, 4).tolist() == [[False, True, False, False]]
+    assert kept_magnitude(weight, mask_nm(weight, 1, 4)) == pytest.approx(100 * 128 / 382)
+
+
 def test_a_weight_without_channels_has_an_empty_mask():
     for shape in ((0, 4), (4, 0), (0, 4, 3, 3)):
         assert mask_2to4(torch.zeros(shape)).shape == shape
         assert is_2to4(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn])
 def test_a_type_that_is_not_ranked_is_refused_by_name(dtype):
     with pytest.raises(HelpersError, match=r"^fc\.weight is of type .*\.float\(\)"):
         mask_2to4(torch.zeros(4, 4).to(dtype), "fc.weight")
@@ -206,6 +292,8 @@ def test_more_than_all_cannot_be_kept(n, m):
 
 
 def test_n_of_m_refuses_what_2to4_refuses():
+    with pytest.raises(HelpersError, match=r"^fc is of type torch\.int32"):
+        mask_nm(torch.zeros(4, 8, dtype=torch.int32), 4, 8, "fc")
     with pytest.raises(HelpersError, match=r"^fc has shape .*multiple of 8"):
         mask_nm(torch.zeros(4, 12), 4, 8, "fc")
     with pytest.raises(HelpersError, match=r"^fc has NaN"):
@@ -307,3 +395,34 @@ def test_the_pattern_is_found_in_any_data_type(dtype):
 def test_the_pattern_is_at_most_two_non_zeros_in_every_four(values):
     weight = torch.from_numpy(values)
     assert is_2to4(weight) == bool(((fours(weight) != 0).sum(1) <= 2).all())
+
+
+@given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=4, max_side=8)))
+def test_a_tensor_and_an_array_of_non_zeros_are_tested_alike(nonzero):
+    expected = nonzero.shape[1] % 4 == 0 and is_2to4(torch.from_numpy(nonzero))
+    assert holds_2to4(nonzero) is holds_2to4(torch.from_numpy(nonzero)) is expected
+
+
+# The magnitude that is kept.
+
+
+@given(weights())
+def test_the_magnitude_kept_by_2to4_is_that_of_the_mask(weight):
+    kept = kept_magnitude(weight, mask_2to4(weight))
+    assert kept_magnitude_2to4(weight) == pytest.approx(kept, rel=1e-6)
+    assert kept_magnitude_2to4(weight * mask_2to4(weight)) == 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 8), (64, 8, 3, 3)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_has_diverged_keeps_no_magnitude(dtype, shape, value):
+    weight = torch.ones(shape, dtype=dtype)
+    weight.view(-1)[77] = value
+    with pytest.raises(HelpersError, match=r"^fc has NaN"):
+        kept_magnitude_2to4(weight, "fc")
+
+
+def test_of_zeros_all_is_kept():
+    assert kept_magnitude_2to4(torch.zeros(2, 8)) == 100
+    assert kept_magnitude_2to4(torch.zeros(0, 8)) == 100

@@ -105,7 +105,7 @@ def test_layers_are_coloured_by_the_verdict_and_its_reason():
     assert legend(axis) == [
         "can be sparse (12)",
         "grouped: TensorRT has no sparse kernel (4)",
-        "1 input channel: no multiple of 4 (1)",
+        "1 input channel: not a multiple of 4 (1)",
     ]
 
 

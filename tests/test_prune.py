@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,6 +126,30 @@ def test_pruning_keeps_the_stock_keys():
     hold_masks(torch.optim.SGD(model.parameters()), model, masks)
     assert list(model.state_dict()) == keys
     assert list(create_model("resnext14_8x4d", 10).state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("model", "selection", "message"),
+    [
+        (
+            nn.Conv2d(3, 8, 3),
+            {},
+            r"no weight of Conv2d .*weight: 3 input channels.*sparsity_report",
+        ),
+        (nn.Linear(8, 8), {"exclude": nn.Linear}, r"\(weight: excluded\)"),
+        (nn.BatchNorm2d(8), {}, r"BatchNorm2d has no linear layer"),
+    ],
+)
+def test_pruning_warns_when_nothing_is_eligible(model, selection, message, caplog):
+    assert prune_2to4_(model, **selection) == {}
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("helpers.sparsity.prune", "WARNING")
+    assert re.search(f"^Nothing was pruned: .*{message}", record.getMessage())
+
+
+def test_pruning_says_nothing_when_something_is_eligible(caplog):
+    prune_2to4_(network())
+    assert not caplog.records
 
 
 def test_the_masks_of_a_pruned_network_are_read_from_its_zeros():
@@ -411,6 +437,58 @@ def test_masks_of_another_network_are_refused():
     assert (model[5].weight != 0).all(), "nothing is changed before all is checked"
 
 
+@pytest.mark.parametrize("check_every", [0, 1])
+def test_without_masks_nothing_is_held(check_every):
+    model = nn.Sequential(nn.Linear(6, 6))
+    masks = prune_2to4_(model)
+    assert masks == {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model[0].weight.detach().clone()
+    with hold_masks(optimizer, model, masks, check_every):
+        model(torch.ones(1, 6)).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.1)
+
+
+def test_an_optimizer_without_step_hooks_is_refused_at_the_call():
+    class Wrapper(torch.optim.Optimizer):
+        """As Accelerate's: an optimizer by type that has not been set up as one."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = network()
+    masks = prune_2to4_(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong in (Wrapper(inner), None):
+        with pytest.raises(HelpersError, match=r"no hooks around its steps.*optimizer\.optimizer"):
+            hold_masks(wrong, model, masks)
+    hold_masks(Wrapper(inner).optimizer, model, masks)
+    train(model, inner, steps=1)
+    assert zeros_are_held(model, masks)
+
+
+def test_a_negative_number_of_steps_is_refused_at_the_call():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(HelpersError, match=r"^check_every is -1"):
+        hold_masks(optimizer, model, {}, check_every=-1)
+
+
+def test_masks_that_are_not_boolean_are_refused():
+    model = network()
+    masks = {name: mask.byte() for name, mask in masks_2to4(model).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (
+        lambda: apply_masks_(model, masks),
+        lambda: hold_masks(optimizer, model, masks),
+        lambda: removed_weights(model, masks),
+        lambda: restore_weights_(model, masks, {}),
+    ):
+        with pytest.raises(HelpersError, match=r"^The mask of 3\.weight is of type torch\.uint8"):
+            call()
+
+
 # Without changing anything, and back again.
 
 
@@ -470,7 +548,7 @@ def test_values_of_other_masks_are_not_restored():
     removed = removed_weights(model, masks)
     before = model[3].weight.clone()
     for wrong in ({"3.weight": removed["3.weight"]}, removed | {"5.weight": torch.ones(3)}):
-        with pytest.raises(HelpersError, match=r"^5\.weight has lost 192 values"):
+        with pytest.raises(HelpersError, match=r"^The mask of 5\.weight removes 192 values"):
             restore_weights_(model, masks, wrong)
         assert torch.equal(model[3].weight, before)
 
@@ -529,16 +607,16 @@ class OwnNetwork(nn.Module):
         return self.head(x.mean(1) + self.embed(word))
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "asp", "cusparselt", "any"])
-def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(target, tmp_path):
+@pytest.mark.parametrize("rules", ["tensorrt", "asp", "cusparselt", "any"])
+def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(rules, tmp_path):
     torch.manual_seed(0)
     model = OwnNetwork().bfloat16()
     example = torch.randn(2, 3, 4, 4).bfloat16(), torch.tensor([1, 2])
     keys = list(model.state_dict())
-    masks = prune_2to4_(model, target)
+    masks = prune_2to4_(model, rules)
     assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= masks.keys()
-    assert ("body.weight" in masks) == (target != "cusparselt")
-    assert ("grouped.weight" in masks, "up.weight" in masks) == 2 * (target == "any",)
+    assert ("body.weight" in masks) == (rules != "cusparselt")
+    assert ("grouped.weight" in masks, "up.weight" in masks) == 2 * (rules == "any",)
     assert "stem.weight" not in masks
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -554,8 +632,8 @@ def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(target, tm
     loaded = OwnNetwork().bfloat16()
     loaded.load_state_dict(torch.load(tmp_path / "own.pt"))
     assert torch.equal(loaded(*example), model(*example))
-    read = masks_of(loaded, target)
+    read = masks_of(loaded, rules)
     assert read.keys() == masks.keys()
     assert all(torch.equal(read[name], masks[name]) for name in masks)
-    report = sparsity_report(loaded, example=example, target=target)
+    report = sparsity_report(loaded, example=example, rules=rules)
     assert (report.eligible.kept == 100).all()

@@ -174,7 +174,7 @@ def test_progress_is_told_of_every_round_and_every_escape():
 @pytest.mark.parametrize("shape", [(4, 6), (4,), (2, 4, 4)])
 def test_a_matrix_without_whole_fours_is_refused(shape):
     for function in (search_permutation, kept_2to4):
-        with pytest.raises(HelpersError, match="multiple of four columns"):
+        with pytest.raises(HelpersError, match="columns in a multiple of four"):
             function(np.ones(shape, dtype=np.float32))
 
 

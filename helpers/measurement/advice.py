@@ -23,12 +23,11 @@ from helpers.layers import (
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
 from helpers.measurement.trace import Kernel, LayerKernel, trace_kernels
-from helpers.sparsity.eligibility import why_not_cusparselt, why_not_sparse
+from helpers.sparsity.eligibility import NOT_A_PRODUCT, why_not_cusparselt, why_not_sparse
 
 LAYER_COLUMNS = [
     "layer", "kind", "m", "n", "k", "groups", "dense_ms", "sparse_ms", "gain", "bound", "reason",
 ]  # fmt: skip
-NOT_A_PRODUCT = "not a matrix product"
 LEAST_GAIN = 1.01  # a layer that gains less is reported as no gain
 
 

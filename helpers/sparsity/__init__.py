@@ -1,16 +1,20 @@
 """2:4 structured sparsity: of every four weights along the input channels, two are zero.
 
     masks        the mask by magnitude, and the test of the pattern
-    eligibility  which weights a target can run sparse, and why not the others
-    prune        masks over a network, holding them while it trains, and back to dense
+    eligibility  which weights can run sparse, and why the others cannot
+    prune        masks over a model, holding them while it trains, and back to dense
     sparsegpt    one-shot pruning that corrects the weights it keeps
-    permute      an order of the channels in which pruning cuts less
-    compressed   values and 2-bit metadata, the form the GPU stores; a whole network in one file
-    verify       is every eligible weight of a file or a network 2:4?
+    permute      an order of the channels in which pruning removes less
+    compressed   values and 2-bit metadata, the form the GPU stores; a whole model in one file
+    verify       is every eligible weight of a file or a model 2:4?
 
-`permute` stands on `graph` (which channels may change places) and `search` (which
-order keeps the most). Explained in `02_prune_2_4.ipynb`.
+`permute` is built on `graph` (which channels may be exchanged) and `search` (which order
+keeps the most); `compiled` holds the loops that numba compiles. Explained in
+`02_prune_2_4.ipynb`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from helpers.sparsity.compressed import (
     Compressed,
@@ -27,7 +31,6 @@ from helpers.sparsity.masks import (
     mask_2to4_transposable,
     mask_nm,
 )
-from helpers.sparsity.permute import PermutationReport, permute_channels_
 from helpers.sparsity.prune import (
     HeldMasks,
     apply_masks_,
@@ -40,8 +43,11 @@ from helpers.sparsity.prune import (
     restore_weights_,
     unpack_masks,
 )
-from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
-from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
+
+if TYPE_CHECKING:
+    from helpers.sparsity.permute import PermutationReport, permute_channels_
+    from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
+    from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
 
 __all__ = [
     "Compressed",
@@ -76,3 +82,25 @@ __all__ = [
     "verify_model",
     "verify_onnx",
 ]
+
+# These modules import pandas, numba or ONNX; each is loaded when one of its names is used.
+_LOADED_ON_USE = {
+    "PermutationReport": "permute",
+    "permute_channels_": "permute",
+    "prune_sparsegpt_": "sparsegpt",
+    "sparsegpt_2to4": "sparsegpt",
+    "verify_checkpoint": "verify",
+    "verify_file": "verify",
+    "verify_model": "verify",
+    "verify_onnx": "verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LOADED_ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LOADED_ON_USE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LOADED_ON_USE})

@@ -1,7 +1,8 @@
-"""The form in which the GPU keeps a 2:4 weight: half the values, and where they stood.
+"""The form in which the GPU keeps a 2:4 weight: half the values, and their positions.
 
-`compress_2to4` makes it of one weight; `save_compressed` writes a whole network with
-every 2:4 weight in it. Explained in `02_prune_2_4.ipynb`.
+`compress_2to4` compresses one weight; `save_compressed` writes a whole model with every
+2:4 weight compressed; `read_checkpoint` reads any safetensors file. Explained in
+`02_prune_2_4.ipynb`.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Compressed:
 
     @property
     def positions(self) -> Tensor:
-        """Where each value stood in its group of four, 0 to 3, as indices, shaped as `values`."""
+        """The index, 0 to 3, of each value in its group of four, shaped as `values`."""
         shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=self.metadata.device)
         positions = (self.metadata[:, None] >> shifts & 3).flatten().long()
         return positions[: self.values.numel()].view(self.values.shape)
@@ -53,7 +53,7 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
     """Store a 2:4 weight as half its values and two bits for each.
 
     In FP16 the result takes 9/16 of the dense bytes, in INT8 5/8. Values keep all
-    their bits, those of a NaN too; -0.0 is a zero like any other and comes back as 0.0.
+    their bits, those of a NaN too; -0.0 is a zero like any other and is restored as 0.0.
 
     Args:
         weight: (out, in) or (out, in, *kernel), already 2:4, of any type up to 64 bits
@@ -61,9 +61,9 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
         name: what to call it in an error.
 
     Raises:
-        InputError: the weight is not 2:4, or `in` is no multiple of four.
+        InputError: the weight is not 2:4, or `in` is not a multiple of four.
 
-    Source: Mishra et al., arXiv 2104.08378, section 3. Explained in `02_prune_2_4.ipynb`.
+    Source: Mishra et al., arXiv 2104.08378, section 3.
     """
     compressed = _compressed(weight, name)
     if compressed is None:
@@ -75,12 +75,17 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
 
 
 def _compressed(weight: Tensor, name: str) -> Compressed | None:
-    """Return the compressed form of a weight; None if it is not 2:4."""
+    """Return the compressed form of a weight; None if it is not 2:4.
+
+    The loop notices that by itself: a call of `is_2to4` before it would read the weight twice.
+    """
+    from helpers.sparsity.compiled import keep_two_
+
     groups = groups_of_four(_bits(weight), name).contiguous()
     out, fours, _, kernel = groups.shape
     values = groups.new_empty(out, fours, 2, kernel)
     metadata = torch.zeros(-(-values.numel() // 4), dtype=torch.uint8)
-    if not _keep_two(groups.numpy(), _magnitude(weight.dtype), values.numpy(), metadata.numpy()):
+    if not keep_two_(groups.numpy(), _magnitude(weight.dtype), values.numpy(), metadata.numpy()):
         return None
     values = values.view(weight.dtype).reshape(out, 2 * fours, *weight.shape[2:])
     return Compressed(values.to(weight.device), metadata.to(weight.device))
@@ -92,6 +97,8 @@ def decompress_2to4(compressed: Compressed) -> Tensor:
     Raises:
         InputError: values and metadata do not belong together.
     """
+    from helpers.sparsity.compiled import put_back_
+
     values, metadata = compressed.values, compressed.metadata
     if metadata.numel() != -(-values.numel() // 4):
         raise InputError(
@@ -101,16 +108,16 @@ def decompress_2to4(compressed: Compressed) -> Tensor:
     out, half, *kernel = values.shape
     pairs = _bits(values).reshape(out, half // 2, 2, math.prod(kernel)).contiguous()
     dense = pairs.new_zeros(out, half // 2, 4, math.prod(kernel))
-    _put_back(pairs.numpy(), metadata.cpu().numpy(), dense.numpy())
+    put_back_(pairs.numpy(), metadata.cpu().numpy(), dense.numpy())
     return dense.view(values.dtype).reshape(out, 2 * half, *kernel).to(values.device)
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """View numbers as integers: NumPy knows neither bfloat16 nor the 8-bit floats."""
+    """View numbers as integers: NumPy has neither bfloat16 nor the 8-bit floats."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if tensor.dtype.itemsize not in integers:
         raise InputError(
-            f"A weight of {tensor.dtype} cannot be compressed: it takes numbers of at most "
+            f"A weight of {tensor.dtype} cannot be compressed: its numbers must have at most "
             "64 bits. Convert it first."
         )
     return tensor.detach().cpu().view(integers[tensor.dtype.itemsize])
@@ -124,69 +131,34 @@ def _magnitude(dtype: torch.dtype) -> np.integer:
     return bits.dtype.type(bits.max if signed else -1)
 
 
-@njit(cache=True)
-def _keep_two(
-    groups: np.ndarray, magnitude: np.integer, values: np.ndarray, metadata: np.ndarray
-) -> bool:
-    """Fill `values` and `metadata` from groups of four; return False if one is not 2:4."""
-    out, fours, _, kernel = groups.shape
-    for row, four, k in np.ndindex(out, fours, kernel):
-        first = second = count = 0
-        for lane in range(4):
-            if groups[row, four, lane, k] & magnitude:
-                first, second = second, lane
-                count += 1
-        if count > 2:
-            return False
-        second = max(second, 1)  # fewer than two non-zeros: zeros fill up
-        for slot, lane in enumerate((first, second)):
-            value = groups[row, four, lane, k]
-            values[row, four, slot, k] = value if value & magnitude else 0
-            place = ((row * fours + four) * 2 + slot) * kernel + k
-            metadata[place // 4] |= lane << 2 * (place % 4)
-    return True
-
-
-@njit(cache=True)
-def _put_back(values: np.ndarray, metadata: np.ndarray, groups: np.ndarray) -> None:
-    """Undo `_keep_two`; `groups` comes filled with zeros."""
-    out, fours, _, kernel = groups.shape
-    for row, four, slot, k in np.ndindex(out, fours, 2, kernel):
-        place = ((row * fours + four) * 2 + slot) * kernel + k
-        lane = metadata[place // 4] >> 2 * (place % 4) & 3
-        groups[row, four, lane, k] = values[row, four, slot, k]
-
-
-# --- a whole network in one file ---
+# --- a whole model in one file ---
 
 
 _HEADER, _VERSION = "compressed_2to4", 1
-_AGAIN = "Copy it anew, or write it again with save_compressed."
+_AGAIN = "Copy it again, or write it again with save_compressed."
 
 
 def save_compressed(
     network: nn.Module | Mapping[str, Tensor], path: Path, model: str | None = None
 ) -> list[str]:
-    """Write a network as one safetensors file with its 2:4 weights compressed.
+    """Write a model as one safetensors file with its 2:4 weights compressed.
 
-    Compressed is every tensor of two or more dimensions that is 2:4 along the second one,
-    as `name.values` and `name.metadata`: the input channels of all but transposed
-    convolutions. Everything else is stored as it is, and tied weights once. The same weights
-    give the same bytes.
+    Every tensor of two or more dimensions that is 2:4 along the second one (the input
+    channels of all but transposed convolutions) is compressed, and stored as `name.values`
+    and `name.metadata`. Everything else is stored unchanged, and tied weights once. The same
+    weights give the same bytes.
 
     Args:
-        network: a network or its `state_dict`, on any device.
+        network: a model or its `state_dict`, on any device.
         path: file to write, in one piece or not at all.
-        model: the network's name, for `helpers.models.create_model`; kept in the header.
+        model: the network's name, such as `resnet18`; kept in the header.
 
     Returns:
         The names of the compressed weights.
 
     Raises:
-        InputError: an entry is no tensor that safetensors can hold, or two entries
+        InputError: an entry is not a tensor that safetensors can hold, or two entries
             would have the same name; nothing is written.
-
-    Explained in `02_prune_2_4.ipynb`.
     """
     state = network.state_dict() if isinstance(network, nn.Module) else network
     stored: dict[str, Tensor] = {}
@@ -205,43 +177,41 @@ def save_compressed(
         for key in parts:
             if key != name and key in state:
                 raise InputError(
-                    f"{key} is the name of a tensor of the network and of a part of a compressed "
+                    f"{key} is the name of a tensor of the model and of a part of a compressed "
                     "one. Rename the tensor."
                 )
         stored |= parts
     header = {"version": _VERSION, "model": model, "sparse": sparse, "tied": tied}
-    header["sha256"] = _checksum(stored, header)
+    header["sha256"] = state_checksum(stored, header)
     with atomic_write(path) as part:
         # One entry: with two safetensors writes them in a random order.
         save_file(stored, part, metadata={_HEADER: json.dumps(header)})
     return sparse
 
 
-def load_compressed(path: Path) -> dict[str, Tensor]:
-    """Return the dense `state_dict` that `save_compressed` wrote, on the CPU.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a safetensors file holds.
 
-    `model.load_state_dict` takes it as it is. Nothing is ever unpickled.
-
-    Raises:
-        InputError: the file is missing, damaged or of another kind.
-
-    Explained in `02_prune_2_4.ipynb`.
+    `state` is the dense `state_dict`, on the CPU; `model` the network's name in the header,
+    if it has one; `compressed` whether `save_compressed` wrote the file.
     """
-    return read_checkpoint(path, only_compressed=True)[0]
+
+    state: dict[str, Tensor]
+    model: str | None
+    compressed: bool
 
 
-def read_checkpoint(
-    path: Path, only_compressed: bool = False
-) -> tuple[dict[str, Tensor], str | None]:
-    """Return the weights of a safetensors file, dense, and the network's name in its header.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a safetensors file, compressed or not. Nothing is ever unpickled.
 
     Args:
         path: a file of `save_compressed`, or any other safetensors file.
-        only_compressed: refuse a file that `save_compressed` did not write.
 
     Raises:
         InputError: the file is missing, damaged or of another kind.
     """
+    path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -250,18 +220,28 @@ def read_checkpoint(
         raise InputError(f"{shown(path)} is not a readable safetensors file ({error}).") from error
     if _HEADER in metadata:
         return _restore(stored, metadata[_HEADER], path)
-    if only_compressed:
+    return Checkpoint(stored, metadata.get("model"), compressed=False)
+
+
+def load_compressed(path: Path) -> dict[str, Tensor]:
+    """Return the dense `state_dict` that `save_compressed` wrote, on the CPU.
+
+    `model.load_state_dict` takes it unchanged. Nothing is ever unpickled.
+
+    Raises:
+        InputError: the file is missing, damaged or of another kind.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.compressed:
         raise InputError(
             f"{shown(path)} was not written by save_compressed: its weights are dense. "
-            "Read it with helpers.models.load_checkpoint or safetensors."
+            "Read it with helpers.training.networks.load_checkpoint or safetensors."
         )
-    return stored, metadata.get("model")
+    return checkpoint.state
 
 
-def _restore(
-    stored: dict[str, Tensor], text: str, path: Path
-) -> tuple[dict[str, Tensor], str | None]:
-    """Return the dense weights and the network's name, if the checksum is right."""
+def _restore(stored: dict[str, Tensor], text: str, path: Path) -> Checkpoint:
+    """Return what a compressed file holds, if its checksum is right."""
     try:
         header = json.loads(text)
         version, recorded = header["version"], header.pop("sha256")
@@ -269,16 +249,16 @@ def _restore(
         raise InputError(f"The header of {shown(path)} is damaged. {_AGAIN}") from error
     if version != _VERSION:
         raise InputError(
-            f"{shown(path)} is in version {version} of the compressed form, and this program "
+            f"{shown(path)} is in version {version} of the compressed form, and this release "
             f"reads version {_VERSION}. Use the release that wrote it."
         )
-    if _checksum(stored, header) != recorded:
+    if state_checksum(stored, header) != recorded:
         raise InputError(f"{shown(path)} is damaged: its checksum is wrong. {_AGAIN}")
     for name in header["sparse"]:
         parts = Compressed(stored.pop(f"{name}.values"), stored.pop(f"{name}.metadata"))
         stored[name] = decompress_2to4(parts)
     state = stored | {name: stored[holder] for name, holder in header["tied"].items()}
-    return state, header["model"]
+    return Checkpoint(state, header["model"], compressed=True)
 
 
 def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -295,28 +275,35 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _require_storable(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise InputError(
-            f"{name} is no plain dense tensor but {_kind(tensor)}, which safetensors cannot hold. "
-            "Convert it to one, or leave it out of the state_dict."
+            f"{name} is not a plain dense tensor but {_kind(tensor)}, which safetensors cannot "
+            "hold. Convert it to one, or leave it out of the state_dict."
         )
 
 
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return f"of type {type(value).__name__}"
+        return f"an object of type {type(value).__name__}"
     return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"
 
 
 def _memory(tensor: Tensor) -> tuple:
-    """Return what two tensors have in common only if they are one, as tied weights are."""
+    """Return what two tensors share only if they are one tensor, as tied weights are."""
     return (
         tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
     )  # fmt: skip
 
 
-def _checksum(stored: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all that a file holds: header, names, types, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(stored.items()):
+def state_checksum(state: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of tensors.
+
+    Args:
+        state: a `state_dict`, in any order and on any device.
+        header: whatever else the checksum is to cover, as JSON.
+    """
+    text = "" if header is None else json.dumps(header, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        bytes_ = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(bytes_.numpy().data)
     return digest.hexdigest()

@@ -1,18 +1,23 @@
-"""Which weights a target can run sparse, and why not the others.
+"""Which weights can run sparse, by the rules of TensorRT, ASP or cuSPARSELt, and which cannot.
 
-Explained in `02_prune_2_4.ipynb`.
+Each one that cannot has its reason. Explained in `02_prune_2_4.ipynb`.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import Tensor, nn
 
 from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_table, layer_weights
-from helpers.sparsity.masks import kept_magnitude, mask_2to4
+from helpers.sparsity.masks import kept_magnitude_2to4
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOT_A_PRODUCT = "not a matrix product"
 
 Selection = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -27,7 +32,7 @@ def _why_not_in_fours(channels: int, groups: int) -> str:
         return ""
     in_group = " in a group" if groups > 1 else ""
     plural = "s" if channels > 1 else ""
-    return f"{channels} input channel{plural}{in_group}: no multiple of 4"
+    return f"{channels} input channel{plural}{in_group}: not a multiple of 4"
 
 
 def _tensorrt(weight: LayerWeight) -> str:
@@ -56,9 +61,9 @@ def _asp(weight: LayerWeight) -> str:
         return "transposed: not among ASP's layers"
     outputs, inputs = weight.tensor.shape[:2]
     if outputs % 8:
-        return f"{outputs} output channels: no multiple of 8"
+        return f"{outputs} output channels: not a multiple of 8"
     if inputs % 16:
-        return f"{inputs} input channels: no multiple of 16"
+        return f"{inputs} input channels: not a multiple of 16"
     return ""
 
 
@@ -66,7 +71,7 @@ def _cusparselt(weight: LayerWeight) -> str:
     """Take the matrix products that cuSPARSELt takes, in the type that the weight has."""
     rows, columns, *kernel = weight.tensor.shape
     if weight.transposed or weight.groups > 1 or any(size > 1 for size in kernel):
-        return "no matrix product"
+        return NOT_A_PRODUCT
     return why_not_cusparselt(rows, columns, weight.tensor.element_size())
 
 
@@ -80,11 +85,11 @@ def why_not_cusparselt(rows: int, columns: int, element_size: int = 2) -> str:
     """
     step = 32 if element_size == 1 else 16
     if rows % step or columns % step:
-        return f"{rows} rows, {columns} columns: no multiples of {step}"
+        return f"{rows} rows, {columns} columns: not multiples of {step}"
     return ""
 
 
-_TARGETS: dict[str, Callable[[LayerWeight], str]] = {
+RULES: dict[str, Callable[[LayerWeight], str]] = {
     "tensorrt": _tensorrt,
     "asp": _asp,
     "cusparselt": _cusparselt,
@@ -92,48 +97,69 @@ _TARGETS: dict[str, Callable[[LayerWeight], str]] = {
 }
 
 
-def why_not_sparse(weight: LayerWeight, target: str = "tensorrt") -> str:
-    """Return why a target will not run a weight sparse; empty if it may.
+def why_not_sparse(weight: LayerWeight, rules: str = "tensorrt") -> str:
+    """Return why a weight cannot run sparse by some rules; empty if it can.
 
     Args:
         weight: as `helpers.layers.layer_weights` returns it.
-        target: `tensorrt`; `asp`, the layers that NVIDIA's ASP prunes; `cusparselt`, matrix
-            products in PyTorch (FP32 weights are taken for FP16 ones); `any`, whatever has its
+        rules: `tensorrt`; `asp`, the layers that NVIDIA's ASP prunes; `cusparselt`, matrix
+            products in PyTorch (FP32 weights are treated as FP16); `any`, whatever has its
             input channels in fours.
 
     Raises:
-        InputError: there is no such target.
+        InputError: there are no such rules.
 
     Source: TensorRT documentation, "Structured Sparsity" (groups of four input channels,
     FP16 or INT8), and NVIDIA/TensorRT#4054 (no sparse kernels for grouped convolutions);
     ASP in NVIDIA/apex, apex/contrib/sparsity; torch.sparse.semi_structured (cuSPARSELt).
-    Explained in `02_prune_2_4.ipynb`.
     """
-    if target not in _TARGETS:
-        raise InputError(f"There is no target {target!r}; there are {', '.join(_TARGETS)}.")
-    if not weight.is_parameter:
-        return "computed from other parameters"
-    return _TARGETS[target](weight)
+    why_not = _rules(rules)
+    return why_not(weight) if weight.is_parameter else "computed from other parameters"
 
 
-def why_not_each(
-    model: nn.Module, target: str = "tensorrt", include: Selection = (), exclude: Selection = ()
-) -> dict[str, str]:
-    """Return why each weight stays dense, by its name; empty where it can be sparse.
+def _rules(name: str) -> Callable[[LayerWeight], str]:
+    if name not in RULES:
+        raise InputError(f"There are no rules {name!r}. Choose one of {', '.join(RULES)}.")
+    return RULES[name]
 
-    Arguments and errors are those of `eligible_weights`.
+
+@dataclass(frozen=True)
+class Candidate(LayerWeight):
+    """A weight with its verdict: `reason` says why it stays dense, and is empty if it need not."""
+
+    reason: str
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the weight can run sparse and was selected."""
+        return not self.reason
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as a parameter of its layer; an eligible weight is always one."""
+        return self.layer.get_parameter(self.attribute)
+
+
+def select_weights(
+    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+) -> list[Candidate]:
+    """Return every weight of a model with its verdict, in the order of the layers.
+
+    The model is walked through once. Arguments and errors are those of `eligible_weights`.
     """
+    _rules(rules)  # a mistake shows in a model without weights too
     weights = layer_weights(model)
-    include, exclude = _items(include, weights), _items(exclude, weights)
-    reasons = {}
-    for name, weight in weights.items():
-        reason = why_not_sparse(weight, target)
-        if any(_matches(item, weight) for item in exclude):
+    included, excluded = _items(include, weights), _items(exclude, weights)
+    candidates = []
+    for weight in weights.values():
+        if any(_matches(item, weight) for item in excluded):
             reason = "excluded"
-        elif include and not any(_matches(item, weight) for item in include):
+        elif included and not any(_matches(item, weight) for item in included):
             reason = "not included"
-        reasons[name] = reason
-    return reasons
+        else:
+            reason = why_not_sparse(weight, rules)
+        candidates.append(Candidate(weight.name, weight.layer, weight.attribute, reason))
+    return candidates
 
 
 def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | type[nn.Module]]:
@@ -143,7 +169,7 @@ def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | 
         if isinstance(item, str) and not any(_matches(item, each) for each in weights.values()):
             raise InputError(
                 f"No weight and no layer is called {item!r}. "
-                f"The network has {', '.join(list(weights)[:5])}, ..."
+                f"The model has {', '.join(list(weights)[:5])}, ..."
             )
     return items
 
@@ -155,69 +181,65 @@ def _matches(item: str | type[nn.Module], weight: LayerWeight) -> bool:
 
 
 def eligible_weights(
-    model: nn.Module, target: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
 ) -> dict[str, nn.Parameter]:
-    """Return the weights that a target may run sparse, by the names of the parameters.
+    """Return the weights that can run sparse, by the names of the parameters.
 
-    Looked at are linear layers, convolutions in one to three dimensions, transposed or not,
-    and attention's projections, of subclasses too. A weight that layers share comes once.
+    Considered are linear layers, convolutions in one to three dimensions, transposed or not,
+    and attention's projections, and their subclasses. A weight that layers share comes once.
 
     Args:
-        model: any network.
-        target: `tensorrt`, `asp`, `cusparselt` or `any`; see `why_not_sparse`.
+        model: any model.
+        rules: `tensorrt`, `asp`, `cusparselt` or `any`; see `why_not_sparse`.
         include: only these of them: name patterns such as `layer4.*`, for a weight or a layer,
             and types of layers.
         exclude: not these, in the same form.
 
     Raises:
-        InputError: there is no such target, or a pattern fits no weight.
-
-    Explained in `02_prune_2_4.ipynb`.
+        InputError: there are no such rules, or a pattern fits no weight.
     """
-    reasons = why_not_each(model, target, include, exclude)
-    return {
-        name: weight.tensor for name, weight in layer_weights(model).items() if not reasons[name]
-    }
+    candidates = select_weights(model, rules, include, exclude)
+    return {weight.name: weight.parameter for weight in candidates if weight.eligible}
 
 
 @dataclass(frozen=True, repr=False)
 class SparsityReport:
-    """A target's verdict on every weight of a network, and what it allows at the most.
+    """The verdict on every weight of a model, and the speed-up that it allows at most.
 
     `layers` is the table of `helpers.layers.layer_table` with the columns `eligible`,
-    `reason` (empty for an eligible weight) and `kept`, how much of its magnitude in per cent
-    the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already); `parameters` counts
-    all parameters of the network, batch norms and biases too.
+    `reason` (empty for an eligible weight) and `kept`, the share of its magnitude, in per
+    cent, that the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already);
+    `parameters` counts all parameters of the model, batch norms and biases too.
     """
 
-    layers: pd.DataFrame
+    layers: "pd.DataFrame"
     parameters: int
-    target: str = "tensorrt"
+    rules: str = "tensorrt"
 
     @property
-    def eligible(self) -> pd.DataFrame:
-        """The rows of the weights that the target may run sparse."""
+    def eligible(self) -> "pd.DataFrame":
+        """The rows of the weights that can run sparse."""
         return self.layers[self.layers.eligible]
 
     @property
     def parameters_share(self) -> float:
-        """Eligible weights in per cent of all parameters."""
-        return 100 * float(self.eligible.parameters.sum()) / self.parameters
+        """Eligible weights in per cent of all parameters; 0 if there are none."""
+        return _per_cent(self.eligible.parameters.sum(), self.parameters)
 
     @property
     def macs_share(self) -> float:
-        """MACs with eligible weights in per cent of all MACs."""
-        return 100 * float(self.eligible.macs.sum() / self.layers.macs.sum())
+        """MACs with eligible weights in per cent of all MACs; 0 if there are none."""
+        return _per_cent(self.eligible.macs.sum(), self.layers.macs.sum())
 
     @property
     def ceiling(self) -> float:
-        """The speed-up if sparse layers took half the time and only MACs cost any."""
+        """The speed-up if sparse layers took half the time, and time were spent on MACs only."""
         return 1 / (1 - self.macs_share / 100 / 2)
 
     def facts(self) -> dict[str, float | str]:
         """Return the totals, as an artifact's sidecar records them."""
         return {
-            "target": self.target,
+            "rules": self.rules,
             "layers": len(self.layers),
             "sparse_layers": len(self.eligible),
             "parameters_share": self.parameters_share,
@@ -229,13 +251,15 @@ class SparsityReport:
     def summary(self) -> str:
         """The totals in one line."""
         return (
-            f"{len(self.eligible)} of {len(self.layers)} layers can be sparse ({self.target}): "
+            f"{len(self.eligible)} of {len(self.layers)} layers can be sparse ({self.rules}): "
             f"{self.parameters_share:.2f} % of the parameters, {self.macs_share:.2f} % of the "
             f"MACs, at most {self.ceiling:.2f}x faster"
         )
 
-    def _table(self) -> pd.DataFrame:
+    def _table(self) -> "pd.DataFrame":
         """Return the rows as they are shown."""
+        import pandas as pd
+
         kept = self.layers.kept.map("{:.1f}".format).where(self.layers.kept.notna(), "")
         return pd.DataFrame(
             {
@@ -250,50 +274,54 @@ class SparsityReport:
         )
 
     def __repr__(self) -> str:
+        if self.layers.empty:
+            return self.summary
         return f"{self.summary}\n\n{self._table().to_string(index=False)}"
 
     def _repr_html_(self) -> str:
+        if self.layers.empty:
+            return f"<p>{self.summary}</p>"
         return f"<p>{self.summary}</p>" + self._table().to_html(index=False)
+
+
+def _per_cent(part: float, whole: float) -> float:
+    return 100 * float(part) / float(whole) if whole else 0.0
 
 
 def sparsity_report(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
     example: Tensor | tuple[Tensor, ...] | None = None,
-    target: str = "tensorrt",
+    rules: str = "tensorrt",
     include: Selection = (),
     exclude: Selection = (),
 ) -> SparsityReport:
-    """Return which weights of a network a target may run sparse, and why not the others.
+    """Return which weights of a model can run sparse, and why the others cannot.
 
     Args:
-        model: any network; on the device `meta` too, where magnitudes are left out.
+        model: any model; on the device `meta` too, where magnitudes are left out.
         image_shape: channels, height and width of an input image.
-        example: instead of an image, what to call the network with to count its MACs.
-        target: `tensorrt`, `asp`, `cusparselt` or `any`; see `why_not_sparse`.
+        example: instead of an image, what to call the model with to count its MACs.
+        rules: `tensorrt`, `asp`, `cusparselt` or `any`; see `why_not_sparse`.
         include: as `eligible_weights` takes it.
         exclude: as `eligible_weights` takes it.
 
     Raises:
-        InputError: there is no such target, a pattern fits no weight, an eligible weight
+        InputError: there are no such rules, a pattern fits no weight, an eligible weight
             has NaN or infinite values, or neither or both inputs are given.
-
-    Explained in `02_prune_2_4.ipynb`.
     """
-    reasons = why_not_each(model, target, include, exclude)
-    weights = layer_weights(model)
-    table = layer_table(model, image_shape, example)
-    table["reason"] = [reasons[name] for name in table.weight]
-    table["eligible"] = table.reason == ""
-    table["kept"] = [
-        _kept(weights[name]) if eligible else float("nan")
-        for name, eligible in zip(table.weight, table.eligible, strict=True)
-    ]
-    return SparsityReport(table, sum(p.numel() for p in model.parameters()), target)
+    candidates = {c.name: c for c in select_weights(model, rules, include, exclude)}
+    table = layer_table(model, image_shape, example, candidates)
+    in_order = [candidates[name] for name in table.weight]
+    table["reason"] = [weight.reason for weight in in_order]
+    table["eligible"] = [weight.eligible for weight in in_order]
+    table["kept"] = [_kept(weight) for weight in in_order]
+    if table.empty:  # pandas takes a column of nothing for one of objects
+        table = table.astype({"parameters": int, "macs": int, "eligible": bool, "kept": float})
+    return SparsityReport(table, sum(p.numel() for p in model.parameters()), rules)
 
 
-def _kept(weight: LayerWeight) -> float:
-    if weight.tensor.is_meta:
+def _kept(weight: Candidate) -> float:
+    if not weight.eligible or weight.tensor.is_meta:
         return float("nan")
-    tensor = weight.tensor.detach()
-    return kept_magnitude(tensor, mask_2to4(tensor, weight.name, weight.input_dim))
+    return kept_magnitude_2to4(weight.tensor, weight.name, weight.input_dim)

@@ -2,10 +2,10 @@
 
 from functools import cache
 from itertools import combinations, product
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,26 +26,53 @@ def groups_of_four(weight: Tensor, name: str = "the weight", dim: int = 1) -> Te
     Args:
         weight: (out, in) of a linear layer or (out, in, *kernel) of a convolution.
         name: what to call it in an error.
-        dim: the dimension of the input channels; 0 for a transposed convolution.
+        dim: the dimension of the input channels; 0 for a transposed convolution. Negative
+            dimensions count from the last.
 
     Returns:
         A view of shape (before, in / 4, 4, after), where `before` and `after` are the
         sizes of the dimensions on either side of the input channels.
 
     Raises:
-        InputError: fewer than two dimensions, or `in` is no multiple of four.
+        InputError: the weight has fewer than two dimensions, there is no dimension `dim`,
+            or `in` is not a multiple of four.
     """
     return _groups(weight, 4, name, dim)
 
 
 def _groups(weight: Tensor, m: int, name: str, dim: int) -> Tensor:
-    if weight.dim() < 2 or weight.shape[dim] % m:
-        raise InputError(
-            f"{name} has shape {tuple(weight.shape)}: the pattern needs input channels "
-            f"(dimension {dim}) in a multiple of {m}. Leave this layer dense."
-        )
+    dim = _input_dim(weight, m, name, dim)
     before, after = weight.shape[:dim].numel(), weight.shape[dim + 1 :].numel()
     return weight.reshape(before, weight.shape[dim] // m, m, after)
+
+
+def _input_dim(weight: Tensor, m: int, name: str, dim: int) -> int:
+    """Return the dimension of the input channels, 0 or more, if it holds whole groups of m."""
+    shape = tuple(weight.shape)
+    if len(shape) >= 2 and not -len(shape) <= dim < len(shape):
+        raise InputError(
+            f"{name} has shape {shape}, and so no dimension {dim}. Give the dimension of its "
+            "input channels: 1, or 0 for a transposed convolution."
+        )
+    if len(shape) < 2 or shape[dim] % m:
+        raise InputError(
+            f"{name} has shape {shape}: the pattern needs input channels (dimension {dim}) in "
+            f"a multiple of {m}. Leave this layer dense."
+        )
+    return dim % len(shape)
+
+
+def _rankable(weight: Tensor, name: str) -> Tensor:
+    """Return a weight, without its gradient, in a floating-point type."""
+    weight = weight.detach()
+    if weight.dtype == torch.int8:
+        return weight.half()  # exact, and unlike INT8 it has a number for the magnitude of -128
+    if weight.dtype not in _BITS:
+        raise InputError(
+            f"{name} is of type {weight.dtype}, and only FP64, FP32, FP16, BF16 and INT8 can be "
+            "ranked by magnitude. Convert it first, for example with .float()."
+        )
+    return weight
 
 
 def mask_2to4(
@@ -57,112 +84,65 @@ def mask_2to4(
     every four survive.
 
     Args:
-        weight: (out, in) or (out, in, *kernel) in FP64, FP32, FP16 or BF16, on any device.
+        weight: (out, in) or (out, in, *kernel) in FP64, FP32, FP16, BF16 or INT8, on any
+            device.
         name: what to call it in an error.
         dim: the dimension of the input channels; 0 for a transposed convolution.
-        out: where to write the mask, a contiguous boolean tensor of the same shape.
+        out: where to write the mask, a contiguous boolean tensor of the same shape on the
+            same device.
 
     Returns:
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        InputError: `in` is no multiple of four, a value is NaN or infinite, or the
-            data type is another one.
+        InputError: `in` is not a multiple of four, a value is NaN or infinite, the weight
+            has another data type, or the mask cannot be written to `out`.
 
-    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv
-    2104.08378. Explained in `02_prune_2_4.ipynb`.
+    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378.
     """
-    if weight.dtype not in _BITS:
-        raise InputError(
-            f"{name} is of type {weight.dtype}, whose magnitudes are not ranked here. "
-            "Convert it first, for example with .float()."
-        )
-    groups = groups_of_four(weight.detach(), name, dim)
-    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if out is None else out
+    groups = groups_of_four(_rankable(weight, name), name, dim)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    else:
+        _require_fitting(out, weight, name)
     fill_ = _fill_on_cpu_ if weight.device.type == "cpu" else _fill_
-    if not fill_(mask.view(groups.shape), groups):
+    if not fill_(out.view(groups.shape), groups):
         raise diverged(name)
-    return mask
+    return out
+
+
+def _require_fitting(out: Tensor, weight: Tensor, name: str) -> None:
+    same = (out.dtype, out.shape, out.device) == (torch.bool, weight.shape, weight.device)
+    if not (same and out.is_contiguous()):
+        raise InputError(
+            f"The mask of {name} cannot be written to `out`: it must be a contiguous boolean "
+            f"tensor of shape {tuple(weight.shape)} on {weight.device}, and is of type "
+            f"{out.dtype}, shape {tuple(out.shape)} and strides {out.stride()} on {out.device}."
+        )
 
 
 def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
     """Fill the mask of groups (before, n, 4, after); return whether all values are finite."""
+    from helpers.sparsity.compiled import mask_adjacent_, mask_strided_
+
     integer, magnitude, infinite = _BITS[groups.dtype]
     bits = groups.contiguous().view(integer).numpy()
     keep = mask.view(torch.uint8).numpy()
     magnitude = bits.dtype.type(magnitude)
     before, n, _, after = bits.shape
     if after == 1:
-        largest = _mask_adjacent_(bits.reshape(-1), keep.reshape(-1), magnitude)
+        largest = mask_adjacent_(bits.reshape(-1), keep.reshape(-1), magnitude)
     else:
         shape = (before * n, 4, after)
-        largest = _mask_strided_(bits.reshape(shape), keep.reshape(shape), magnitude)
+        largest = mask_strided_(bits.reshape(shape), keep.reshape(shape), magnitude)
     return bool(largest < infinite)
 
 
-# The compiled kernels take floats as integers of the same width. With the sign bit
-# cleared, a larger integer is a larger magnitude, and the largest of all tells whether
-# every value was finite: infinity and NaN have all exponent bits set and rank above the
-# rest. They are compiled at first use and kept on disk.
-@njit(inline="always")
-def _two_largest(a, b, c, d):
-    """Return 1 for the two largest of four, 0 for the others; of equals the first."""
-    one = np.uint8(1)
-    ab, ac, ad = np.uint8(a >= b), np.uint8(a >= c), np.uint8(a >= d)
-    bc, bd, cd = np.uint8(b >= c), np.uint8(b >= d), np.uint8(c >= d)
-    ba, ca, da, cb, db, dc = one ^ ab, one ^ ac, one ^ ad, one ^ bc, one ^ bd, one ^ cd
-    # A weight survives if it beats two of its three neighbours.
-    return (
-        (ab & ac) | (ad & (ab | ac)),
-        (ba & bc) | (bd & (ba | bc)),
-        (ca & cb) | (cd & (ca | cb)),
-        (da & db) | (dc & (da | db)),
-    )
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _mask_adjacent_(bits: NDArray, mask: NDArray, magnitude: np.integer) -> np.integer:
-    """Fill the mask of groups whose four weights lie side by side; LLVM vectorises this loop.
-
-    Args:
-        bits: the weights, flat, as signed integers.
-        mask: uint8 of the same length, to be filled with 0 and 1.
-        magnitude: the integer with all bits set but the sign.
-
-    Returns:
-        The largest magnitude.
-    """
-    largest = magnitude & 0
-    for i in range(bits.size // 4):
-        a, b = bits[4 * i] & magnitude, bits[4 * i + 1] & magnitude
-        c, d = bits[4 * i + 2] & magnitude, bits[4 * i + 3] & magnitude
-        mask[4 * i], mask[4 * i + 1], mask[4 * i + 2], mask[4 * i + 3] = _two_largest(a, b, c, d)
-        largest = max(largest, max(max(a, b), max(c, d)))
-    return largest
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _mask_strided_(bits: NDArray, mask: NDArray, magnitude: np.integer) -> np.integer:
-    """Fill the mask of groups along the middle dimension, as `_mask_adjacent_` does.
-
-    Args:
-        bits: (groups, 4, positions) weights as signed integers.
-        mask: uint8 of the same shape, to be filled with 0 and 1.
-        magnitude: the integer with all bits set but the sign.
-    """
-    largest = magnitude & 0
-    for i in range(bits.shape[0]):
-        for r in range(bits.shape[2]):
-            a, b = bits[i, 0, r] & magnitude, bits[i, 1, r] & magnitude
-            c, d = bits[i, 2, r] & magnitude, bits[i, 3, r] & magnitude
-            keep = _two_largest(a, b, c, d)
-            mask[i, 0, r], mask[i, 1, r], mask[i, 2, r], mask[i, 3, r] = keep
-            largest = max(largest, max(max(a, b), max(c, d)))
-    return largest
-
-
 def _fill_(mask: Tensor, groups: Tensor) -> bool:
-    """Do the same with torch's own operations, on whatever device the groups are."""
+    """Do the same with torch's own operations, on whatever device the groups are.
+
+    On a CPU this takes 4 times (3x3 convolution) to 20 times (matrix) as long as the loops.
+    """
     a, b, c, d = groups.abs().unbind(2)
     # Six comparisons decide every rank. `>=` lets the lower channel win a tie; a
     # weight survives if it beats at least two of its three neighbours.
@@ -188,7 +168,8 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
     for two of four, and faster.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16 or BF16, on any device.
+        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16, BF16 or INT8, on any
+            device.
         n: how many weights of a group are kept, from 0 to `m`.
         m: size of a group.
         name: what to call it in an error.
@@ -198,15 +179,15 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        InputError: `n` is not from 0 to `m`, `in` is no multiple of `m`, or a value is
-            NaN or infinite.
+        InputError: `n` is not from 0 to `m`, `in` is not a multiple of `m`, a value is NaN
+            or infinite, or the weight has another data type.
 
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks",
-    arXiv 2102.04010. The pattern is explained in `02_prune_2_4.ipynb`.
+    arXiv 2102.04010.
     """
     if not (m > 0 and 0 <= n <= m):
         raise InputError(f"{n} of every {m} weights cannot be kept: n:m needs 0 <= n <= m.")
-    groups = _groups(weight.detach(), m, name, dim)
+    groups = _groups(_rankable(weight, name), m, name, dim)
     if not torch.isfinite(groups).all():
         raise diverged(name)
     largest = groups.abs().sort(dim=2, descending=True, stable=True).indices[:, :, :n]
@@ -222,29 +203,30 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
     (out, in) gets the one that keeps the largest sum of magnitudes.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16 or BF16, on any device; a
-            convolution is masked at each position of its kernel.
+        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16, BF16 or INT8, on any
+            device; a convolution is masked at each position of its kernel.
         name: what to call it in an error.
 
     Returns:
         A boolean mask of the same shape; true where the weight is kept.
 
     Raises:
-        InputError: `out` or `in` is no multiple of four, or a value is NaN or infinite.
+        InputError: `out` or `in` is not a multiple of four, a value is NaN or infinite, or
+            the weight has another data type.
 
     Source: Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient
-    Method to Find N:M Transposable Masks", arXiv 2102.08124. The pattern is explained in
-    `02_prune_2_4.ipynb`.
+    Method to Find N:M Transposable Masks", arXiv 2102.08124.
     """
     if weight.dim() < 2 or weight.shape[0] % 4 or weight.shape[1] % 4:
         raise InputError(
             f"{name} has shape {tuple(weight.shape)}: a mask that can be transposed needs "
             "output and input channels in multiples of four. Leave this layer dense."
         )
+    weight = _rankable(weight, name)
     if not torch.isfinite(weight).all():
         raise diverged(name)
     rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
-    by_tile = weight.detach().reshape(rows, 4, columns, 4, -1).permute(0, 2, 4, 1, 3)
+    by_tile = weight.reshape(rows, 4, columns, 4, -1).permute(0, 2, 4, 1, 3)
     tiles = by_tile.reshape(-1, 16).abs()
     patterns = _transposable_patterns().to(weight.device)
     # In FP64, so that no sum is rounded to that of another pattern, and in pieces, because
@@ -279,18 +261,65 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
         dim: the dimension of the input channels; 0 for a transposed convolution.
 
     Raises:
-        InputError: fewer than two dimensions, or `in` is no multiple of four.
+        InputError: the weight has fewer than two dimensions, there is no dimension `dim`,
+            or `in` is not a multiple of four.
     """
-    a, b, c, d = (groups_of_four(weight.detach(), dim=dim) != 0).unbind(2)
-    three_or_more = (a & b & (c | d)) | (c & d & (a | b))
+    dim = _input_dim(weight, 4, "the weight", dim)
+    return holds_2to4((weight.detach() != 0).swapaxes(dim, 1))
+
+
+_Nonzero = TypeVar("_Nonzero", Tensor, NDArray[np.bool_])
+
+
+def holds_2to4(nonzero: _Nonzero) -> bool:
+    """Return whether every four along dimension 1 hold at most two non-zeros.
+
+    Args:
+        nonzero: where a weight (out, in, *kernel) is not zero, as a tensor or a NumPy array.
+            If `in` is not a multiple of four the weight is not 2:4.
+    """
+    if nonzero.shape[1] % 4:
+        return False
+    a, b, c, d = (nonzero[:, lane::4] for lane in range(4))
+    three_or_more: Any = (a & b & (c | d)) | (c & d & (a | b))
     return not three_or_more.any()
 
 
 def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
     """Return the share of the summed magnitude that survives a mask, in per cent.
 
-    Of a weight that is zero throughout, all survives.
+    If the whole weight is zero, all of it survives.
     """
-    total = torch.linalg.vector_norm(weight.detach(), 1, dtype=torch.float64)
-    kept = torch.linalg.vector_norm(weight.detach() * mask, 1, dtype=torch.float64)
+    weight = weight.detach()
+    if not weight.is_floating_point():
+        weight = weight.double()
+    total = torch.linalg.vector_norm(weight, 1, dtype=torch.float64)
+    kept = torch.linalg.vector_norm(weight * mask, 1, dtype=torch.float64)
     return 100 * float(kept / total) if total else 100.0
+
+
+def kept_magnitude_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) -> float:
+    """Return `kept_magnitude` of a weight under its own 2:4 mask, in per cent.
+
+    On a CPU no mask is made, and it takes a third of the time. A weight that is 2:4 already
+    keeps exactly 100.
+
+    Args:
+        weight: as `mask_2to4` takes it.
+        name: what to call it in an error.
+        dim: the dimension of the input channels; 0 for a transposed convolution.
+
+    Raises:
+        InputError: as `mask_2to4`.
+    """
+    if weight.device.type != "cpu":
+        return kept_magnitude(weight, mask_2to4(weight, name, dim))
+    from helpers.sparsity.compiled import kept_and_removed
+
+    groups = groups_of_four(_rankable(weight, name), name, dim).flatten(0, 1)
+    if groups.dtype in (torch.float16, torch.bfloat16):
+        groups = groups.float()
+    kept, removed, total = kept_and_removed(groups.contiguous().numpy())
+    if not np.isfinite(total):
+        raise diverged(name)
+    return 100 * kept / (kept + removed) if removed else 100.0

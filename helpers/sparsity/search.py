@@ -1,10 +1,10 @@
 """Find an order of the input channels under which 2:4 keeps more of the magnitude.
 
-Channels may stand in any order as long as the layer before delivers them in it. Another
-order puts other weights together in fours, and a good one spreads the large weights
-over them. Explained in `02_prune_2_4.ipynb`.
+Channels may be in any order as long as the layer before delivers them in that order.
+Another order groups other weights in fours, and a good one spreads the large weights
+over the groups. Explained in `02_prune_2_4.ipynb`.
 
-The columns of a matrix stand in stripes of four. Two stripes are eight columns, and
+The columns of a matrix form stripes of four. Two stripes are eight columns, and
 there are 35 ways to split eight into two fours: the search applies the best splits
 of all pairs of stripes until none gains anything. Source: Pool and Yu, "Channel
 Permutations for N:M Sparsity", NeurIPS 2021; it is the search of NVIDIA's ASP.
@@ -16,10 +16,11 @@ import numpy as np
 from numba import njit, prange
 
 from helpers.errors import InputError
+from helpers.sparsity.compiled import kept_and_removed
 
-# Each word lays eight columns out in four pairs. The same four pairs make three splits
-# into fours, so that these 13 words make all 35 splits (four of them twice), and the
-# sum and the maximum of a pair serve three splits. The first leaves all where it is.
+# Each word arranges eight columns in four pairs. The same four pairs make three splits
+# into fours, so these 13 words make all 35 splits (four of them twice), and the sum and
+# the maximum of a pair serve three splits. The first split leaves all columns in place.
 _WORDS = (
     "01234567", "05132746", "06152437", "04172536", "01263457", "03162745", "06142357",
     "03172456", "07123546", "02143567", "05132647", "02153647", "04123756",
@@ -28,13 +29,13 @@ _PAIRINGS = np.array([[int(column) for column in word] for word in _WORDS])
 _PAIRS_OF_SPLIT = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 4, 5, 2, 3, 6, 7], [0, 1, 6, 7, 2, 3, 4, 5]]
 _SPLITS = _PAIRINGS[:, _PAIRS_OF_SPLIT].reshape(-1, 8)
 
-# Rows in a tile. Eight columns of a tile fit the fastest memory of any processor, and
+# Rows in a tile. Eight columns of a tile fit the first cache of any processor, and
 # their sum in float32 is exact to about 1e-7.
 _TILE = 64
 
-# What must be gained, as a share of what is kept: by a split of two stripes, summed up
-# in float32, and by an escape, summed up in float64. Both lie above the rounding, so that
-# every step is a true gain and the search comes to an end.
+# What must be gained, as a share of what is kept: by a split of two stripes, summed in
+# float32, and by an escape, summed in float64. Both lie above the rounding error, so that
+# every step is a true gain and the search ends.
 _LEAST_BY_SPLIT = 2e-6
 _LEAST_BY_ESCAPE = 1e-9
 
@@ -51,14 +52,14 @@ def search_permutation(
 ) -> np.ndarray:
     """Return an order of the columns under which 2:4 keeps at least as much magnitude.
 
-    First comes the greedy search of the paper. Where it is stuck, an escape moves one
-    column of each of three random stripes on to the next and searches on from there; it
-    goes back unless more is kept. (No split of two stripes undoes a rotation of three.)
+    The greedy search of the paper comes first. Where it is stuck, an escape rotates one
+    column of each of three random stripes and continues the search from there; it is
+    undone unless more is kept. (No split of two stripes undoes a rotation of three.)
 
     Args:
         matrix: (rows, columns) weights or their magnitudes, read as float32. The columns
-            are the input channels, the rows all that reads them: output channels and
-            kernel positions of every layer behind.
+            are the input channels, the rows everything that reads them: the output channels
+            and kernel positions of every following layer.
         escapes: how many to try; with 0 this is the plain greedy search.
         seed: of the escapes' random choices; the same seed finds the same order.
         progress: called after every round of the greedy search and every escape.
@@ -67,8 +68,8 @@ def search_permutation(
         (columns,) int64: `matrix[:, order]` is the permuted matrix.
 
     Raises:
-        InputError: the matrix is not 2-D, has NaN or Inf, or the number of its
-            columns is no multiple of four.
+        InputError: the matrix is not 2-D, has NaN or infinite values, or the number of
+            its columns is not a multiple of four.
     """
     matrix = _checked(matrix)
     stripes = np.arange(matrix.shape[1]).reshape(-1, 4)
@@ -94,7 +95,7 @@ def search_permutation(
     if kept_2to4(matrix[:, order]) < kept_2to4(matrix):
         raise InputError(
             f"The search lost magnitude on a matrix of shape {matrix.shape}, which it must "
-            "never do. Please report it with the matrix, and leave its channels where they are."
+            "never do. Please report it with the matrix, and leave its channels in place."
         )
     return order
 
@@ -108,29 +109,30 @@ def kept_2to4(matrix: np.ndarray) -> float:
     Raises:
         InputError: as `search_permutation`.
     """
-    return _kept_in_rows(_checked(matrix))
+    kept, _, _ = kept_and_removed(_checked(matrix).reshape(-1, 4, 1))
+    return kept
 
 
 def _checked(matrix: np.ndarray) -> np.ndarray:
     """Return a matrix as contiguous float32, or say why it cannot be searched."""
     if matrix.ndim != 2 or matrix.shape[1] % 4:
         raise InputError(
-            f"A matrix of shape {matrix.shape} has no groups of four input channels: it takes "
-            "rows and a multiple of four columns. Leave this layer's channels where they are."
+            f"A matrix of shape {matrix.shape} has no groups of four input channels: it needs two "
+            "dimensions, and columns in a multiple of four. Leave this layer's channels in place."
         )
     matrix = np.ascontiguousarray(matrix, dtype=np.float32)
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0]
         raise InputError(
-            f"Row {row}, column {column} of the matrix is {matrix[row, column]}: magnitudes "
-            "cannot be compared with it. Load the weights again, or look for the training step "
-            "that diverged."
+            f"Row {row}, column {column} of the matrix is {matrix[row, column]}, which has no "
+            "magnitude to compare. Load the weights again, or find the training step that "
+            "diverged."
         )
     return matrix
 
 
 def _tiled_columns(matrix: np.ndarray) -> np.ndarray:
-    """Return the magnitudes as (columns, rows), the rows filled up with zeros to whole tiles.
+    """Return the magnitudes as (columns, rows), the rows padded with zeros to whole tiles.
 
     They are scaled by a power of two, which is exact, so that no sum can overflow.
     """
@@ -149,10 +151,10 @@ def _tiled_columns(matrix: np.ndarray) -> np.ndarray:
 #   changed  (n,)             stripes whose gains are out of date
 @njit(cache=True)
 def _improve_(stripes, columns, changed, gains, splits):
-    """Do a round of the greedy search and return how many pairs of stripes it split anew.
+    """Do a round of the greedy search and return how many pairs of stripes it has split again.
 
     Pairs with a changed stripe are rated again. Then the best splits are applied, each
-    to two stripes that this round has not touched yet; `changed` holds these afterwards.
+    to two stripes that this round has not changed yet; `changed` holds these afterwards.
     """
     count = len(stripes)
     pairs = [
@@ -184,7 +186,7 @@ def _improve_(stripes, columns, changed, gains, splits):
 
 @njit(cache=True)
 def _escape_(stripes, columns, three, places, gains, splits):
-    """Rotate a column of each of three stripes and search on; go back unless it gains."""
+    """Rotate a column of each of three stripes and search on; undo it unless that gains."""
     before = stripes.copy(), gains.copy(), splits.copy()
     kept = _kept_in_columns(stripes, columns)
     moved = [stripes[three[i], places[i]] for i in range(3)]
@@ -200,14 +202,14 @@ def _escape_(stripes, columns, three, places, gains, splits):
 
 @njit(parallel=True, cache=True)
 def _rate_in_threads_(pairs, stripes, columns, gains, splits):
-    """Do `_rate_` for many pairs."""
+    """Call `_rate_` for many pairs, in threads."""
     for i in prange(len(pairs)):
         _rate_(pairs[i], stripes, columns, gains, splits)
 
 
 @njit(cache=True)
 def _rate_(pair, stripes, columns, gains, splits):
-    """Note the best split of a pair of stripes, and what it gains (0 if too little).
+    """Record the best split of a pair of stripes, and what it gains (0 if too little).
 
     A pair is one number, `first * n + second`.
     """
@@ -219,10 +221,20 @@ def _rate_(pair, stripes, columns, gains, splits):
     splits[first, second] = best
 
 
+# The two functions below do what `compiled.kept_and_removed` does with four numbers, on what
+# the loops here already have. They are in this file because numba's cache notices changes only
+# in the file of the function that it has compiled.
 @njit(inline="always")
 def _top_two(sum_1, max_1, sum_2, max_2):
     """Return the sum of the larger two of four numbers from sum and maximum of two pairs."""
     return max(max(sum_1, sum_2), max_1 + max_2)
+
+
+@njit(inline="always")
+def _top_two_of(first, second, third, fourth):
+    """Return the sum of the larger two of four numbers in float64, where it is exact."""
+    a, b, c, d = np.float64(first), np.float64(second), np.float64(third), np.float64(fourth)
+    return _top_two(a + b, max(a, b), c + d, max(c, d))
 
 
 @njit(cache=True, fastmath=True)
@@ -254,7 +266,7 @@ def _kept_by_split(eight, columns):
 
 @njit(cache=True, fastmath=True)
 def _kept_in_columns(stripes, columns):
-    """Return the magnitude that 2:4 keeps of the columns as they stand in their stripes."""
+    """Return the magnitude that 2:4 keeps of the columns in their present stripes."""
     kept = 0.0
     for i in range(len(stripes)):
         first, second = columns[stripes[i, 0]], columns[stripes[i, 1]]
@@ -262,22 +274,3 @@ def _kept_in_columns(stripes, columns):
         for row in range(columns.shape[1]):
             kept += _top_two_of(first[row], second[row], third[row], fourth[row])
     return kept
-
-
-@njit(cache=True, fastmath=True)
-def _kept_in_rows(matrix):
-    """Return the magnitude that 2:4 keeps of a matrix along its rows."""
-    kept = 0.0
-    for row in range(matrix.shape[0]):
-        for i in range(0, matrix.shape[1], 4):
-            first, second = abs(matrix[row, i]), abs(matrix[row, i + 1])
-            third, fourth = abs(matrix[row, i + 2]), abs(matrix[row, i + 3])
-            kept += _top_two_of(first, second, third, fourth)
-    return kept
-
-
-@njit(inline="always")
-def _top_two_of(first, second, third, fourth):
-    """Return the sum of the larger two of four numbers in float64, where it is exact."""
-    a, b, c, d = np.float64(first), np.float64(second), np.float64(third), np.float64(fourth)
-    return _top_two(a + b, max(a, b), c + d, max(c, d))

@@ -90,7 +90,8 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
         InputError: the file is missing or damaged, holds the weights of another model, or names
             a network while no model is given.
     """
-    state, network = read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    state, network = checkpoint.state, checkpoint.model
     if model is None and network is not None:
         raise InputError(
             f"{shown(path)} is a checkpoint of {network}, whose layers decide which weights are "

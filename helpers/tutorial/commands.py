@@ -121,7 +121,7 @@ def prune(
     accuracy = loop.evaluate(model, inputs.load_splits(settings).test)
     facts = {
         "test": accuracy,
-        **sparsity_report(model, settings.image_shape, target=target).facts(),
+        **sparsity_report(model, settings.image_shape, rules=target).facts(),
     }
     with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], facts) as path:
         networks.save_checkpoint(model, path, settings.model)
@@ -134,7 +134,7 @@ def retrain() -> None:
     settings = Settings.load()
     artifacts = Artifacts(settings)
     model = networks.load_checkpoint(artifacts.require("02_pruned.safetensors"))
-    target = artifacts.facts("02_pruned.safetensors")["target"]
+    target = artifacts.facts("02_pruned.safetensors")["rules"]
     splits = inputs.load_splits(settings)
     history = loop.train(
         model,
