@@ -1,9 +1,6 @@
 import errno
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from helpers import files
-from helpers.files import atomic_write, sha256, write_json
+from helpers.files import atomic_write, sha256
 from helpers.machine import versions
 from helpers.training.networks import resnext14_8x4d, save_checkpoint
+from helpers.tutorial import artifacts as module
 from helpers.tutorial.artifacts import NOTEBOOKS, ArtifactError, Artifacts
 from helpers.tutorial.settings import project_root
 
@@ -100,7 +97,7 @@ def test_a_sidecar_with_damaged_parents_is_refused(chain, change):
     assert refusal(chain, PRUNED).startswith("02_pruned.safetensors.json is damaged")
 
 
-def test_a_child_is_outdated_when_its_parent_is_made_anew_with_other_bytes(chain):
+def test_a_child_is_outdated_when_its_parent_is_made_again_with_other_bytes(chain):
     write(chain, DENSE, "dense, trained again")
     message = refusal(chain, PRUNED)
     assert message.startswith("02_pruned.safetensors is out of date: 01_dense.safetensors")
@@ -114,7 +111,7 @@ def test_a_grandchild_sends_the_reader_to_the_first_step_to_repeat(chain):
     assert "Run 02_prune_2_4.ipynb" in message
 
 
-def test_a_child_stays_good_when_its_parent_is_made_anew_with_the_same_bytes(chain):
+def test_a_child_stays_good_when_its_parent_is_made_again_with_the_same_bytes(chain):
     write(chain, DENSE, "dense")
     assert chain.require(RETRAINED) == chain.path(RETRAINED)
 
@@ -174,63 +171,7 @@ def test_dataclasses_are_written_as_objects(artifacts):
     assert artifacts.facts(DENSE) == {"points": [{"x": 1, "y": 2.5}]}
 
 
-def test_json_keeps_letters_readable(tmp_path):
-    path = write_json(tmp_path / "facts.json", {"accuracy": "91.97 % ± 0.27"})
-    assert "±" in path.read_text()
-    assert json.loads(path.read_text()) == {"accuracy": "91.97 % ± 0.27"}
-
-
-def test_what_was_not_measured_is_null_at_any_depth(tmp_path):
-    nan = float("nan")
-    path = write_json(tmp_path / "facts.json", {"a": nan, "rows": [{"b": nan}, Point(1, nan), 2.5]})
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
-        "a": None,
-        "rows": [{"b": None}, {"x": 1, "y": None}, 2.5],
-    }
-
-
-@pytest.mark.parametrize("value", [object(), float("inf")])
-def test_what_json_cannot_hold_leaves_the_old_file(tmp_path, value):
-    path = write_json(tmp_path / "facts.json", {"a": 1})
-    with pytest.raises((TypeError, ValueError)):
-        write_json(path, {"a": value})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert names(tmp_path) == ["facts.json"]
-
-
 # In one piece or not at all.
-
-
-def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
-    target = tmp_path / "deep" / "folder" / "file"
-    for content in ("old", "new"):
-        with atomic_write(target) as part:
-            part.write_text(content)
-        assert target.read_text() == content
-    assert names(target.parent) == ["file"]
-
-
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-    with atomic_write(target) as part:
-        part.write_text("new")
-        assert target.read_text() == "old"
-        assert part.parent == target.parent  # one file system, so that replacing is atomic
-    assert target.read_text() == "new"
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("no"), OSError(errno.EIO, "broken"), KeyboardInterrupt(), SystemExit(1)]
-)
-def test_any_exception_leaves_the_old_file_and_no_other(tmp_path, error):
-    target = tmp_path / "file"
-    target.write_text("old")
-    with pytest.raises(type(error)), atomic_write(target) as part:
-        part.write_text("half of the new")
-        raise error
-    assert target.read_text() == "old"
-    assert names(tmp_path) == ["file"]
 
 
 def test_a_failed_step_leaves_its_artifact_as_it_was(chain):
@@ -261,57 +202,10 @@ def test_a_full_disk_is_told_in_one_sentence(chain, error):
     message = str(caught.value)
     assert message.startswith("02_pruned.safetensors could not be written to")
     assert "the disk is full; free some space" in message
+    assert "TUTORIAL_ARTIFACTS names another folder" in message
     assert "\n" not in message
     assert chain.require(PRUNED).read_text() == "pruned"
     assert names(chain.folder) == listing
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_device_that_is_full_is_told_so(tmp_path):
-    with (
-        pytest.raises(ArtifactError, match="the disk is full"),
-        atomic_write(tmp_path / "file"),
-        open("/dev/full", "w") as device,
-    ):
-        device.write("anything")
-    assert names(tmp_path) == []
-
-
-ON_A_FULL_DISK = """
-import sys
-from pathlib import Path
-from helpers.artifacts import ArtifactError, atomic_write
-from helpers.models import resnext14_8x4d, save_checkpoint
-
-target = Path(sys.argv[1]) / "01_dense.safetensors"
-target.write_text("old")
-try:
-    with atomic_write(target) as part:
-        save_checkpoint(resnext14_8x4d(), part, "resnext14_8x4d")
-except ArtifactError as error:
-    print(error)
-assert target.read_text() == "old"
-assert [path.name for path in target.parent.iterdir()] == [target.name]
-"""
-
-
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path):
-    mount = f"mount -t tmpfs -o size=200k tmpfs '{tmp_path}'"
-    own_mounts = [shutil.which("unshare") or "unshare", "--mount", "sh", "-c"]
-    try:
-        subprocess.run([*own_mounts, mount], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system is not permitted here")
-    script = f'{mount} && exec "$0" -c "$1" "$2"'
-    run = subprocess.run(
-        [*own_mounts, script, sys.executable, ON_A_FULL_DISK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=project_root(),
-    )
-    assert run.returncode == 0, run.stderr
-    assert "01_dense.safetensors could not be written" in run.stdout
-    assert "the disk is full" in run.stdout
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
@@ -327,7 +221,8 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
         write(artifacts, DENSE, "dense")
     message = str(caught.value)
     assert "01_dense.safetensors could not be written" in message
-    assert "change its permissions, or set TUTORIAL_ARTIFACTS" in message
+    assert "change its permissions" in message
+    assert "TUTORIAL_ARTIFACTS names another folder" in message
     assert "\n" not in message
 
 
@@ -337,13 +232,75 @@ def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, mon
             raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", full)
+        patch.setattr(module, "write_json", full)
         with pytest.raises(ArtifactError, match="disk is full"):
-            write(chain, PRUNED, "pruned anew", [DENSE])
+            write(chain, PRUNED, "pruned again", [DENSE])
     assert "Run 02_prune_2_4.ipynb" in refusal(chain, PRUNED)
 
 
-def test_sha256_is_that_of_the_content(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+# The name says which notebook makes an artifact.
+
+
+@pytest.mark.parametrize("name", ["report.json", "08_report.json", "", "1_dense.safetensors"])
+def test_a_name_without_the_number_of_a_notebook_is_refused_before_the_work(artifacts, name):
+    with (
+        pytest.raises(ArtifactError, match="begin it with the two digits of the notebook"),
+        artifacts.writing(name),
+    ):
+        pytest.fail("the work was begun")
+    assert not artifacts.folder.exists()
+    assert refusal(artifacts, name).startswith(f"{name!r} is not a name for an artifact")
+
+
+# A checksum is taken once while its file is unchanged.
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """The names of the files whose checksums are taken, in order."""
+    names = []
+
+    def counted(path: Path) -> str:
+        names.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(module, "sha256", counted)
+    return names
+
+
+def test_a_checksum_is_taken_once_while_the_file_is_unchanged(chain, settings, taken):
+    artifacts = Artifacts(settings)
+    for _ in range(3):
+        artifacts.require(RETRAINED)
+        artifacts.facts(PRUNED)
+    assert sorted(taken) == [DENSE, PRUNED, RETRAINED]
+
+
+def test_writing_takes_the_checksum_of_each_parent_once_and_of_the_new_file(chain, settings, taken):
+    with Artifacts(settings).writing("04_dense_fp32.onnx", [RETRAINED, PRUNED, DENSE]) as path:
+        path.write_text("exported")
+    assert sorted(taken)[-3:] == [DENSE, PRUNED, RETRAINED]
+    assert len(taken) == 4
+
+
+def test_a_file_that_has_changed_since_is_found(chain):
+    chain.require(RETRAINED)
+    chain.path(DENSE).write_text("another one")
+    assert refusal(chain, RETRAINED).startswith("01_dense.safetensors is damaged")
+
+
+def test_a_file_of_the_same_size_and_time_that_took_the_place_of_another_is_found(chain):
+    chain.require(DENSE)
+    old = chain.path(DENSE).stat()
+    with atomic_write(chain.path(DENSE)) as part:
+        part.write_text("DENSE")
+    os.utime(chain.path(DENSE), ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert refusal(chain, DENSE).startswith("01_dense.safetensors is damaged")
+
+
+def test_a_file_that_is_repaired_is_taken_again(chain):
+    content = chain.path(DENSE).read_bytes()
+    chain.path(DENSE).write_text("damaged")
+    refusal(chain, DENSE)
+    chain.path(DENSE).write_bytes(content)
+    assert chain.require(DENSE).read_bytes() == content

@@ -47,7 +47,7 @@ def check_answer(answer: Any, expected: Any, tolerance: float = 0.0) -> None:
         print("Replace the ... with your answer and run this cell again.")
         return
     try:
-        right, shown = _agrees(answer, expected, tolerance), str(answer)
+        right, shown = _agrees(answer, expected, tolerance), f"{answer}"
     except Exception:  # objects of other types may fail to compare, in whatever way
         right, shown = False, f"this object of type {type(answer).__name__}"
     if right:
