@@ -171,9 +171,6 @@ def test_dataclasses_are_written_as_objects(artifacts):
     assert artifacts.facts(DENSE) == {"points": [{"x": 1, "y": 2.5}]}
 
 
-# In one piece or not at all.
-
-
 def test_a_failed_step_leaves_its_artifact_as_it_was(chain):
     before = chain.describe(PRUNED)
     listing = names(chain.folder)
@@ -202,7 +199,7 @@ def test_a_full_disk_is_told_in_one_sentence(chain, error):
     message = str(caught.value)
     assert message.startswith("02_pruned.safetensors could not be written to")
     assert "the disk is full; free some space" in message
-    assert "TUTORIAL_ARTIFACTS names another folder" in message
+    assert "TUTORIAL_ARTIFACTS sets the folder" in message
     assert "\n" not in message
     assert chain.require(PRUNED).read_text() == "pruned"
     assert names(chain.folder) == listing
@@ -222,7 +219,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
     message = str(caught.value)
     assert "01_dense.safetensors could not be written" in message
     assert "change its permissions" in message
-    assert "TUTORIAL_ARTIFACTS names another folder" in message
+    assert "TUTORIAL_ARTIFACTS sets the folder" in message
     assert "\n" not in message
 
 

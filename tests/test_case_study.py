@@ -97,7 +97,9 @@ def test_an_engine_of_it_is_built_without_a_gpu(sparse_file):
     builder = engine.Builder("TensorRT-RTX", trt, trt.__version__, "the test asks for it")
     plan = sparse_file.with_suffix(".engine")
     batches = (1, 256, 256)  # those of the presets workshop and full
-    report = engine.build_engine(sparse_file, plan, SHAPE, batches, target="8.6", builder=builder)
+    report = engine.build_engine(
+        sparse_file, plan, SHAPE, batches, compute_capability="8.6", builder=builder
+    )
     weights = 88.8e6 * 2  # parameters of the network, two bytes each
     assert plan.stat().st_size > 0.9 * weights
-    assert report.target == "compute capability 8.6"
+    assert report.built_for == "compute capability 8.6"

@@ -16,7 +16,7 @@ from helpers.tutorial.artifacts import ArtifactError, Artifacts
 from helpers.tutorial.summary import summary
 
 PRUNING = {"sparse_layers": 9, "layers": 14, "parameters_share": 90.5, "macs_share": 80.25}
-BUILT = {"megabytes": 1.5, "builder": "TensorRT-RTX", "version": "1.7", "target": "8.6"}
+BUILT = {"megabytes": 1.5, "builder": "TensorRT-RTX", "version": "1.7", "built_for": "8.6"}
 RUN = {
     "01_dense.safetensors": {"test": {"correct": 92, "total": 100}},
     "02_pruned.safetensors": {"test": {"correct": 50, "total": 100}, **PRUNING},

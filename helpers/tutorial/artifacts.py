@@ -98,7 +98,7 @@ class Artifacts:
             self._write_sidecar(name, made_by, checksum, checksums, facts or {})
         except WriteError as error:
             raise ArtifactError(
-                f"{error} The environment variable TUTORIAL_ARTIFACTS names another folder."
+                f"{error} The environment variable TUTORIAL_ARTIFACTS sets the folder."
             ) from error
 
     def _write_sidecar(

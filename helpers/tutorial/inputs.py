@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNeXt101_32X8D_Weights
 
 from helpers.files import sha256, shown
-from helpers.training.data import Splits, make_splits
+from helpers.training.data import DataError, Splits, make_splits
 from helpers.training.networks import (
     CheckpointError,
     create_model,
@@ -87,14 +87,19 @@ def load_splits(settings: Settings) -> Splits:
     Raises:
         DataError: the data set is missing, truncated or too small for the split.
     """
-    return make_splits(
-        settings.dataset,
-        settings.data_dir,
-        settings.validation_images,
-        train_batch_size=settings.recipe.batch_size,
-        # An engine takes no batch above the largest of its profile, so test batches stay
-        # within it.
-        batch_size=max(settings.batch_sizes),
-        workers=settings.workers,
-        seed=settings.seed,
-    )
+    try:
+        return make_splits(
+            settings.dataset,
+            settings.data_dir,
+            settings.validation_images,
+            train_batch_size=settings.recipe.batch_size,
+            # An engine takes no batch above the largest of its profile, so test batches stay
+            # within it.
+            batch_size=max(settings.batch_sizes),
+            workers=settings.workers,
+            seed=settings.seed,
+        )
+    except DataError as error:
+        raise DataError(
+            f"{error} The environment variable TUTORIAL_DATA sets the folder of the images."
+        ) from error

@@ -74,7 +74,8 @@ def summary(settings: Settings) -> dict[str, str]:
     for name in NETWORKS:
         built = artifacts.facts(f"05_{name}.engine")
         rows[f"engine, {name}"] = (
-            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, {built['target']}"
+            f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, "
+            f"{built['built_for']}"
         )
     benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
     rows["measured with"] = benchmark["runner"]
@@ -82,7 +83,7 @@ def summary(settings: Settings) -> dict[str, str]:
 
 
 def _gains(table: pd.DataFrame) -> dict[str, str]:
-    """Return for each batch size what sparse gains, beside what chance alone gives."""
+    """Return, for each batch size, what sparse gains, beside what chance alone gives."""
     measures = {"latency p50": ("p50", " ms", speedup)}
     if "images_per_joule" in table:
         measures["images per joule"] = ("images_per_joule", "", perf_per_watt)
