@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.errors import InputError
 from helpers.inference import engine, sparse_torch
-from helpers.inference.engine import Builder, EngineError
-from helpers.inference.runners import OnnxRunner, RunnerError
+from helpers.inference.engine import Builder
+from helpers.inference.errors import EngineError, RunnerError
+from helpers.inference.runners import OnnxRunner
 from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.sparsity import prune_2to4_
 from helpers.training.networks import create_model, save_checkpoint
@@ -140,7 +142,7 @@ def test_a_file_that_does_not_run_names_the_notebook_that_makes_it(no_gpu, tiny_
     assert message.endswith(" Run 04_export_onnx.ipynb again.")
 
 
-@pytest.mark.parametrize("error", [EngineError, RunnerError])
+@pytest.mark.parametrize("error", [EngineError, RunnerError, InputError])
 def test_an_engine_of_another_gpu_names_the_notebook_that_builds_it(
     monkeypatch, tiny_settings, error
 ):

@@ -196,6 +196,28 @@ def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
     assert table.splitlines()[-1] == "12 of 12 eligible weights are 2:4"
 
 
+def test_verify_refuses_a_network_for_a_file_that_is_not_a_checkpoint(run, exported):
+    status, _, errors = run("verify", "--model", "resnet50", exported[1]["fp16"])
+    assert status == 1
+    assert "only those need --model: leave it out" in errors
+
+
+def test_verify_refuses_the_checkpoint_of_another_network(run, tmp_path):
+    model = create_model("resnet50", 10)
+    prune_2to4_(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                weight.fill_(1)  # in resnext50_32x4d these are grouped, and stay dense
+    save_compressed(model, tmp_path / "half.safetensors")
+    status, table, _ = run("verify", "--model", "resnet50", tmp_path / "half.safetensors")
+    assert status == 1
+    assert "37 of 53 eligible weights" in table
+    status, _, errors = run("verify", "--model", "resnext50_32x4d", tmp_path / "half.safetensors")
+    assert status == 1
+    assert "does not hold the weights of" in errors
+
+
 def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"no")
     status, _, errors = run("verify", tmp_path / "x.onnx")
@@ -261,10 +283,10 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
         (("m.pt",), "TutorialError: m.pt is not a checkpoint: those end in .safetensors"),
         (("resnet50", "--gpu", ""), "TutorialError: There is no datasheet ''"),
         (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
-        (("resnet50", "--batch", 10**17), "AdviceError: The network does not run on these"),
+        (("resnet50", "--batch", 10**17), "AdviceError: The model does not run on these"),
         (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
         (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
-        (("resnet50", "--image-size", 10**9), "AdviceError: The network does not run on these"),
+        (("resnet50", "--image-size", 10**9), "AdviceError: The model does not run on these"),
         (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
         (("resnet50", "--gpu", "b200"), "TutorialError: There is no datasheet 'b200'"),
         (("resnet50", "--gpu", "a100", "--rates", "x.json"), "TutorialError: Give either --gpu"),
@@ -272,7 +294,7 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
         (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
         (
             ("vit_b_16", "--image-size", 384),
-            "AdviceError: The network does not run on these shapes (AssertionError: Wrong image "
+            "AdviceError: The model does not run on these shapes (AssertionError: Wrong image "
             "height! Expected 224 but got 384!)",
         ),
     ],

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from helpers.errors import HelpersError
 from helpers.inference import engine
 from helpers.inference.cusparselt import why_no_sparse_gemms
-from helpers.inference.engine import EngineError
-from helpers.inference.runners import OnnxRunner, Runner, RunnerError, TensorRTRunner, why_no_engine
+from helpers.inference.errors import EngineError, RunnerError
+from helpers.inference.runners import OnnxRunner, Runner, TensorRTRunner, why_no_engine
 from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.training.networks import load_checkpoint
 from helpers.tutorial.artifacts import NETWORKS, Artifacts, notebook_of
@@ -111,7 +112,7 @@ def find_runner(artifacts: Artifacts, network: str, backend: str | None = None) 
     path = artifacts.require(file)
     try:
         return chosen.make(network, path)
-    except (RunnerError, EngineError) as error:
+    except HelpersError as error:  # the file is damaged, or of another GPU or version
         raise RunnerError(f"{error} Run {notebook_of(file)} again.") from error
 
 

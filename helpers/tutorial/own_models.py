@@ -6,8 +6,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import nn
 from torchvision.models import get_model_weights
 
@@ -16,17 +14,31 @@ from helpers.measurement.advice import advise as advise_one
 from helpers.measurement.advice import advise_batches
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS
+from helpers.sparsity.compressed import read_checkpoint
 from helpers.sparsity.verify import verify_file
 from helpers.training import networks
 from helpers.tutorial.checks import TutorialError
 
 
-def verify(path: Path, model: str | None) -> bool:
+def verify(path: Path, name: str | None) -> bool:
     """Print whether each weight is 2:4; return whether all eligible ones are.
 
+    Args:
+        path: an ONNX file or a safetensors checkpoint.
+        name: the network of a checkpoint that does not name it.
+
     Raises:
-        TutorialError: no weight of the file is eligible.
+        TutorialError: no weight of the file is eligible, or a network is named for a file that
+            is not a checkpoint.
     """
+    model = None
+    if path.suffix == ".safetensors":
+        model = networks.checkpoint_model(path, name)
+    elif name is not None:
+        raise TutorialError(
+            f"{shown(path)} is not a .safetensors checkpoint, and only those need --model: "
+            "leave it out."
+        )
     table = verify_file(path, model)
     print(table.to_string(index=False))
     eligible = table[table.eligible]
@@ -76,16 +88,16 @@ def _load(name: str) -> tuple[nn.Module, int, int]:
                 f"{name} is not a checkpoint: those end in .safetensors. Write one with "
                 "helpers.training.networks.save_checkpoint, or name a network."
             )
-        network = networks.load_checkpoint(Path(name))
-        with safe_open(name, framework="pt") as file:
-            name = file.metadata()["model"]
+        stored = read_checkpoint(Path(name)).model
+        if stored is None:
+            raise TutorialError(
+                f"{name} does not name its network in the header. Write it with "
+                "helpers.training.networks.save_checkpoint, or name a network."
+            )
+        network, name = networks.load_checkpoint(Path(name)), stored
     else:
         classes = 10 if name == "resnext14_8x4d" else 1000
-        try:
-            with torch.device("meta"):  # only its shapes matter
-                network = networks.create_model(name, classes)
-        except NotImplementedError:  # RegNets look at numbers while they are made
-            network = networks.create_model(name, classes)
+        network = networks.create_on_meta(name, classes)  # only its shapes matter
     if isinstance(network, networks.SmallResNeXt):
         return network, 1, 28
     return network, 3, _image_size(name)
