@@ -161,7 +161,8 @@ def test_pruning_and_retraining_go_by_the_rules(run, tiny_settings):
     status, _, errors = run("prune", "--rules", "nobodys")
     assert status == 1
     assert errors.startswith("InputError: ")
-    assert "'nobodys'; there are tensorrt, asp" in errors
+    assert "'nobodys'" in errors
+    assert "tensorrt, asp, cusparselt, any" in errors
     for command in (("prune", "--rules", "any"), ("retrain",)):
         status, *said = run(*command)
         assert status == 0, said
@@ -278,23 +279,23 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("resnet51",), "InputError: There is no classification network 'resnet51'"),
-        (("fcn_resnet50",), "InputError: There is no classification network 'fcn_resnet50'"),
-        (("m.pt",), "TutorialError: m.pt is not a checkpoint: those end in .safetensors"),
-        (("resnet50", "--gpu", ""), "TutorialError: There is no datasheet ''"),
-        (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
-        (("resnet50", "--batch", 10**17), "AdviceError: The model does not run on these"),
-        (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
-        (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
-        (("resnet50", "--image-size", 10**9), "AdviceError: The model does not run on these"),
-        (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
-        (("resnet50", "--gpu", "b200"), "TutorialError: There is no datasheet 'b200'"),
-        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "TutorialError: Give either --gpu"),
-        (("resnet50", "--rates", "x.json"), "AdviceError: x.json cannot be read"),
-        (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
+        (("resnet51",), "There is no classification network 'resnet51'"),
+        (("fcn_resnet50",), "There is no classification network 'fcn_resnet50'"),
+        (("m.pt",), "m.pt is not a checkpoint: those end in .safetensors"),
+        (("resnet50", "--gpu", ""), "There is no datasheet ''"),
+        (("resnet50", "--batch", 0), "There are no images of shape (3, 224, 224)"),
+        (("resnet50", "--batch", 10**17), "The model does not run on these"),
+        (("resnet50", "--image-size", 0), "There are no images of shape (3, 0, 0)"),
+        (("resnet50", "--image-size", -5), "There are no images of shape (3, -5"),
+        (("resnet50", "--image-size", 10**9), "The model does not run on these"),
+        (("resnet50", "--datatype", "fp17"), "There is no 2:4 in 'FP17'"),
+        (("resnet50", "--gpu", "b200"), "There is no datasheet 'b200'"),
+        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "Give either --gpu"),
+        (("resnet50", "--rates", "x.json"), "x.json cannot be read"),
+        (("resnet50", "--datatype", "TF32"), "There is no 2:4 in 'TF32'"),
         (
             ("vit_b_16", "--image-size", 384),
-            "AdviceError: The model does not run on these shapes (AssertionError: Wrong image "
+            "The model does not run on these shapes (AssertionError: Wrong image "
             "height! Expected 224 but got 384!)",
         ),
     ],
@@ -303,7 +304,9 @@ def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, 
     status, _, errors = run("advise", *arguments)
     assert status == 1
     (line,) = errors.splitlines()
-    assert line.startswith(complaint)
+    kind, _, sentence = line.partition(": ")
+    assert kind in ("AdviceError", "InputError", "TutorialError")
+    assert sentence.startswith(complaint)
 
 
 def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(tmp_path):

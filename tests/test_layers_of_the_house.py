@@ -78,10 +78,8 @@ def origins(module: str, name: str | None) -> set[str]:
     if name in imported_names(module):
         return passed | origins(*imported_names(module)[name])
     thing = getattr(importlib.import_module(module), name)  # perhaps by a lazy `__getattr__`
-    if isinstance(thing, ModuleType):
-        return passed | {thing.__name__}
-    defined = getattr(thing, "__module__", None)
-    return passed | {defined if str(defined).startswith("helpers.") else module}
+    defined = getattr(thing, "__name__" if isinstance(thing, ModuleType) else "__module__", "")
+    return passed | {defined if defined.startswith("helpers.") else module}
 
 
 def needs(module: str) -> set[str]:

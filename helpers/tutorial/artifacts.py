@@ -1,6 +1,6 @@
 """Files that one step leaves and the next one needs, each with its provenance.
 
-Beside every artifact lies a JSON sidecar: who made it, when, with which versions
+Beside every artifact is a JSON sidecar: who made it, when, with which versions
 and seed, its checksum, and the checksums of the artifacts it was made from. A
 step asks for its input with `Artifacts.require`, which refuses a missing, damaged
 or outdated file in one sentence. Used by every notebook.

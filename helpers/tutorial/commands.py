@@ -1,10 +1,8 @@
-"""2:4 sparsity from the command line: the steps of the notebooks, and tools for any model.
+"""The command line, `python -m helpers`: it is only read here.
 
-python -m helpers evaluate    # then prune, retrain, export, build, benchmark, one at a time
+Each command imports what it does when it is called, so that `--help` need not wait for
+PyTorch: the steps of the case study from `steps`, the tools for any model from `own_models`.
 """
-
-# This module only reads the command line. Each command imports its work when it is called, so
-# that `--help` need not wait for PyTorch.
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,14 +37,14 @@ class OneSentence(TyperGroup):
 
 app = typer.Typer(
     cls=OneSentence,
-    help=__doc__,
+    help="2:4 sparsity: the steps of the notebooks without Jupyter, and tools for any model.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-@app.callback(help=__doc__)
+@app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
