@@ -95,31 +95,21 @@ class Artifacts:
             with atomic_write(self.path(name)) as part:
                 yield part
                 checksum = sha256(part)
-            self._write_sidecar(name, made_by, checksum, checksums, facts or {})
+            sidecar = {
+                "made_by": made_by,
+                "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "preset": self.settings.preset,
+                "seed": self.settings.seed,
+                "sha256": checksum,
+                "parents": checksums,
+                "versions": versions(),
+                "facts": facts or {},
+            }
+            write_json(self.sidecar(name), sidecar)
         except WriteError as error:
             raise ArtifactError(
                 f"{error} The environment variable TUTORIAL_ARTIFACTS sets the folder."
             ) from error
-
-    def _write_sidecar(
-        self,
-        name: str,
-        made_by: str,
-        checksum: str,
-        parents: dict[str, str],
-        facts: dict[str, Any],
-    ) -> None:
-        sidecar = {
-            "made_by": made_by,
-            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "preset": self.settings.preset,
-            "seed": self.settings.seed,
-            "sha256": checksum,
-            "parents": parents,
-            "versions": versions(),
-            "facts": facts,
-        }
-        write_json(self.sidecar(name), sidecar)
 
     def sidecar(self, name: str) -> Path:
         """Return the path of the JSON file that describes the artifact `name`."""
