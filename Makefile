@@ -23,6 +23,7 @@ lab: $(READY)  ## open JupyterLab
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 notebooks: $(READY)  ## run the notebooks and save their outputs
 	rm -f artifacts/quick/03_progress.pt  # so that notebook 03 shows a whole training

@@ -1,7 +1,8 @@
-"""The steps of 2:4 structured sparsity, one module for each.
+"""2:4 structured sparsity: prune, retrain, export, build, measure.
 
-docs/helpers.md lists them in the order of reading, each with its notebook; a module knows
-only those above it.
+The foundation is `errors`, `files`, `machine`, `products`, `layers` and `metrics`; on it stands a
+package for each step, `sparsity`, `training`, `inference` and `measurement`, and over them the
+course, `tutorial`. Imports go down only: docs/helpers.md shows every module in its place.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m helpers`: the case study from the command line."""
+"""`python -m helpers`: the case study, and tools for any model, from the command line."""
 
 from helpers.tutorial.commands import main
 

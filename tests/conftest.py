@@ -150,9 +150,9 @@ def tiny_settings(monkeypatch, tmp_path) -> Settings:
     tiny = replace(
         quick,
         recipe=replace(quick.recipe, epochs=2, batch_size=32),
-        batches=(1, 4),
-        best_batch=4,
-        seconds_per_batch=0.01,
+        batch_sizes=(1, 4),
+        best_batch_size=4,
+        seconds_per_batch_size=0.01,
     )
     monkeypatch.setitem(PRESETS, "quick", tiny)
     monkeypatch.delenv("TUTORIAL_PRESET", raising=False)

@@ -1,15 +1,17 @@
 import errno
 import json
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from helpers.errors import WriteError
 from helpers.files import atomic_write, sha256
 from helpers.machine import versions
 from helpers.training.networks import resnext14_8x4d, save_checkpoint
+from helpers.tutorial import artifacts as module
 from helpers.tutorial.artifacts import NOTEBOOKS, ArtifactError, Artifacts
 from helpers.tutorial.settings import project_root
 
@@ -95,7 +97,7 @@ def test_a_sidecar_with_damaged_parents_is_refused(chain, change):
     assert refusal(chain, PRUNED).startswith("02_pruned.safetensors.json is damaged")
 
 
-def test_a_child_is_outdated_when_its_parent_is_made_anew_with_other_bytes(chain):
+def test_a_child_is_outdated_when_its_parent_is_made_again_with_other_bytes(chain):
     write(chain, DENSE, "dense, trained again")
     message = refusal(chain, PRUNED)
     assert message.startswith("02_pruned.safetensors is out of date: 01_dense.safetensors")
@@ -109,7 +111,7 @@ def test_a_grandchild_sends_the_reader_to_the_first_step_to_repeat(chain):
     assert "Run 02_prune_2_4.ipynb" in message
 
 
-def test_a_child_stays_good_when_its_parent_is_made_anew_with_the_same_bytes(chain):
+def test_a_child_stays_good_when_its_parent_is_made_again_with_the_same_bytes(chain):
     write(chain, DENSE, "dense")
     assert chain.require(RETRAINED) == chain.path(RETRAINED)
 
@@ -191,15 +193,34 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors", "other"])
 def test_a_full_disk_is_told_in_one_sentence(chain, error):
     listing = names(chain.folder)
-    with pytest.raises(WriteError) as caught, chain.writing(PRUNED, [DENSE]) as path:
+    with pytest.raises(ArtifactError) as caught, chain.writing(PRUNED, [DENSE]) as path:
         path.write_text("half")
         raise error
     message = str(caught.value)
-    assert message.startswith(f"{chain.path(PRUNED)} could not be written: ")
+    assert "02_pruned.safetensors could not be written" in message
     assert "the disk is full; free some space" in message
+    assert "TUTORIAL_ARTIFACTS sets the folder" in message
     assert "\n" not in message
     assert chain.require(PRUNED).read_text() == "pruned"
     assert names(chain.folder) == listing
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("call", ["mkdir", "mkstemp"])
+def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
+    artifacts, monkeypatch, call, code
+):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "mkstemp": (tempfile, "mkstemp")}[call], refuse)
+    with pytest.raises(ArtifactError) as caught:
+        write(artifacts, DENSE, "dense")
+    message = str(caught.value)
+    assert "01_dense.safetensors could not be written" in message
+    assert "change its permissions" in message
+    assert "TUTORIAL_ARTIFACTS sets the folder" in message
+    assert "\n" not in message
 
 
 def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, monkeypatch):
@@ -208,7 +229,75 @@ def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, mon
             raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("helpers.tutorial.artifacts.write_json", full)
-        with pytest.raises(WriteError, match="disk is full"):
-            write(chain, PRUNED, "pruned anew", [DENSE])
+        patch.setattr(module, "write_json", full)
+        with pytest.raises(ArtifactError, match="disk is full"):
+            write(chain, PRUNED, "pruned again", [DENSE])
     assert "Run 02_prune_2_4.ipynb" in refusal(chain, PRUNED)
+
+
+# The name says which notebook makes an artifact.
+
+
+@pytest.mark.parametrize("name", ["report.json", "08_report.json", "", "1_dense.safetensors"])
+def test_a_name_without_the_number_of_a_notebook_is_refused_before_the_work(artifacts, name):
+    with (
+        pytest.raises(ArtifactError, match="begin it with the two digits of the notebook"),
+        artifacts.writing(name),
+    ):
+        pytest.fail("the work was begun")
+    assert not artifacts.folder.exists()
+    assert refusal(artifacts, name).startswith(f"{name!r} is not a name for an artifact")
+
+
+# A checksum is taken once while its file is unchanged.
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """The names of the files whose checksums are taken, in order."""
+    names = []
+
+    def counted(path: Path) -> str:
+        names.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(module, "sha256", counted)
+    return names
+
+
+def test_a_checksum_is_taken_once_while_the_file_is_unchanged(chain, settings, taken):
+    artifacts = Artifacts(settings)
+    for _ in range(3):
+        artifacts.require(RETRAINED)
+        artifacts.facts(PRUNED)
+    assert sorted(taken) == [DENSE, PRUNED, RETRAINED]
+
+
+def test_writing_takes_the_checksum_of_each_parent_once_and_of_the_new_file(chain, settings, taken):
+    with Artifacts(settings).writing("04_dense_fp32.onnx", [RETRAINED, PRUNED, DENSE]) as path:
+        path.write_text("exported")
+    assert sorted(taken)[-3:] == [DENSE, PRUNED, RETRAINED]
+    assert len(taken) == 4
+
+
+def test_a_file_that_has_changed_since_is_found(chain):
+    chain.require(RETRAINED)
+    chain.path(DENSE).write_text("another one")
+    assert refusal(chain, RETRAINED).startswith("01_dense.safetensors is damaged")
+
+
+def test_a_file_of_the_same_size_and_time_that_took_the_place_of_another_is_found(chain):
+    chain.require(DENSE)
+    old = chain.path(DENSE).stat()
+    with atomic_write(chain.path(DENSE)) as part:
+        part.write_text("DENSE")
+    os.utime(chain.path(DENSE), ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert refusal(chain, DENSE).startswith("01_dense.safetensors is damaged")
+
+
+def test_a_file_that_is_repaired_is_taken_again(chain):
+    content = chain.path(DENSE).read_bytes()
+    chain.path(DENSE).write_text("damaged")
+    refusal(chain, DENSE)
+    chain.path(DENSE).write_bytes(content)
+    assert chain.require(DENSE).read_bytes() == content

@@ -4,15 +4,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.errors import InputError
 from helpers.inference import engine, sparse_torch
-from helpers.inference.engine import Builder, EngineError
-from helpers.inference.runners import OnnxRunner, RunnerError
+from helpers.inference.engine import Builder
+from helpers.inference.errors import EngineError, RunnerError
+from helpers.inference.runners import OnnxRunner
 from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.sparsity import prune_2to4_
 from helpers.training.networks import create_model, save_checkpoint
 from helpers.tutorial import backends
 from helpers.tutorial.artifacts import ArtifactError, Artifacts
-from helpers.tutorial.backends import BACKENDS, backend_status, find_runners, network_files
+from helpers.tutorial.backends import (
+    BACKENDS,
+    backend_status,
+    find_runner,
+    find_runners,
+    network_files,
+)
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def test_on_a_cpu_a_missing_onnx_file_names_its_notebook(no_gpu, tiny_settings, 
         find_runners(artifacts)
 
 
-def test_without_a_gpu_each_kind_but_one_has_its_reason(no_gpu):
+def test_without_a_gpu_each_backend_but_one_has_its_reason(no_gpu):
     reasons = backend_status()
     assert list(reasons) == ["TensorRT", "cuSPARSELt", "TensorRT-RTX", "ONNX Runtime"]
     assert reasons.pop("ONNX Runtime") == ""
@@ -76,8 +84,8 @@ def test_tensorrt_comes_first_where_it_builds(monkeypatch, tiny_settings):
 @pytest.mark.parametrize("cusparselt", ["", "PyTorch was built without it."])
 def test_tensorrt_rtx_which_ignores_sparsity_comes_after_cusparselt(monkeypatch, cusparselt):
     build_with("TensorRT-RTX", monkeypatch)
-    kind = replace(BACKENDS["cuSPARSELt"], why_not=lambda: cusparselt)
-    monkeypatch.setitem(BACKENDS, "cuSPARSELt", kind)
+    backend = replace(BACKENDS["cuSPARSELt"], why_not=lambda: cusparselt)
+    monkeypatch.setitem(BACKENDS, "cuSPARSELt", backend)
     files = network_files()
     assert files["sparse"] == ("05_sparse.engine" if cusparselt else "03_retrained.safetensors")
 
@@ -108,8 +116,44 @@ def test_cusparselt_runs_the_checkpoints_of_both_networks(monkeypatch, no_gpu, t
     assert all(list(layer.kernels)[-1] == "sparse GEMM" for layer in sparse.layers)
 
 
-def test_a_kind_that_is_asked_for_must_run_here(no_gpu, tiny_settings):
+def test_a_backend_that_is_asked_for_must_run_here(no_gpu, tiny_settings):
     with pytest.raises(RunnerError, match="No NVIDIA GPU was found, so cuSPARSELt's"):
         find_runners(Artifacts(tiny_settings), "cuSPARSELt")
-    with pytest.raises(RunnerError, match=r"no kind of runner .ORT.; there are TensorRT, "):
+    with pytest.raises(RunnerError, match=r"^There is no backend .ORT.; there are TensorRT, "):
         find_runners(Artifacts(tiny_settings), "ORT")
+
+
+def test_one_network_is_made_without_the_other(no_gpu, tiny_settings, exported):
+    artifacts = Artifacts(tiny_settings)
+    put(artifacts, "04_dense_fp32.onnx", exported[1]["fp32"].read_bytes())
+    first, second = (find_runner(artifacts, "dense") for _ in range(2))
+    assert first is not second
+    images = torch.randn(2, 1, 28, 28)
+    assert torch.equal(first(images), second(images))
+
+
+def test_a_file_that_does_not_run_names_the_notebook_that_makes_it(no_gpu, tiny_settings):
+    artifacts = Artifacts(tiny_settings)
+    put(artifacts, "04_dense_fp32.onnx", b"not an ONNX file")
+    with pytest.raises(RunnerError) as raised:
+        find_runner(artifacts, "dense")
+    message = str(raised.value)
+    assert "04_dense_fp32.onnx cannot be loaded" in message
+    assert message.endswith(" Run 04_export_onnx.ipynb again.")
+
+
+@pytest.mark.parametrize("error", [EngineError, RunnerError, InputError])
+def test_an_engine_of_another_gpu_names_the_notebook_that_builds_it(
+    monkeypatch, tiny_settings, error
+):
+    def refuse(_: object) -> None:
+        raise error("This engine is of another GPU.")
+
+    build_with("TensorRT", monkeypatch)
+    monkeypatch.setattr(backends, "TensorRTRunner", refuse)
+    artifacts = Artifacts(tiny_settings)
+    put(artifacts, "05_sparse.engine", b"an engine")
+    with pytest.raises(
+        RunnerError, match=r"^This engine is of another GPU\. Run 05_build_engine\.ipynb again\.$"
+    ):
+        find_runner(artifacts, "sparse", "TensorRT")

@@ -62,7 +62,7 @@ def test_every_class_is_in_every_split_about_equally_often(splits):
 
 
 def test_no_batch_of_the_test_is_larger_than_the_engine_takes(splits):
-    assert max(Settings.load("quick").batches) >= next(iter(splits.test))[0].shape[0]
+    assert max(Settings.load("quick").batch_sizes) >= next(iter(splits.test))[0].shape[0]
 
 
 def test_the_seed_determines_order_and_augmentation(splits):
@@ -225,7 +225,7 @@ def write_photos(folder, classes, count):
 def photo_settings(preset, folder):
     preset = Settings.load(preset)
     recipe = replace(preset.recipe, batch_size=4)
-    small = {"validation_images": 8, "batches": (1, 4), "workers": 0}
+    small = {"validation_images": 8, "batch_sizes": (1, 4), "workers": 0}
     return replace(preset, data_dir=folder, recipe=recipe, **small)
 
 

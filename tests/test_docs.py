@@ -1,16 +1,17 @@
 """The documentation against the code: names, modules and examples."""
 
-import ast
 import re
 
 import pytest
+import typer.main
 
 from helpers import sparsity
+from helpers.tutorial import commands
 from helpers.tutorial.settings import project_root
 
 DOCS = project_root() / "docs"
 API = (DOCS / "sparsity.md").read_text()
-MODULES = (DOCS / "helpers.md").read_text()
+HELPERS = (DOCS / "helpers.md").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in sparsity.__all__ if name[0].islower()])
@@ -30,22 +31,20 @@ def test_the_example_of_the_api_page_runs(tmp_path, monkeypatch):
     assert (tmp_path / "sparse.safetensors").exists()
 
 
-def test_every_module_is_in_the_table_of_modules():
-    package = project_root() / "helpers"
-    for path in package.rglob("*.py"):
-        name = ".".join(path.relative_to(package).with_suffix("").parts)
-        if not path.name.startswith("_") or path.stem == "__main__":
-            assert f"`{name}`" in MODULES, name
+@pytest.mark.parametrize("path", re.findall(r"`(helpers/[\w/]+\.py)`", HELPERS))
+def test_the_files_to_edit_exist(path):
+    assert (project_root() / path).is_file()
 
 
-def test_a_module_knows_only_those_above_it_in_the_table():
-    order = re.findall(r"^\| `([\w.]+)` \|", MODULES.partition("\n## ")[0], re.M)
-    package = project_root() / "helpers"
-    for path in package.rglob("*.py"):
-        name = ".".join(path.relative_to(package).with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if name in order and isinstance(node, ast.ImportFrom) and node.module:
-                for known in {node.module, *(f"{node.module}.{each.name}" for each in node.names)}:
-                    known = known.removeprefix("helpers.")
-                    if known in order:
-                        assert order.index(known) < order.index(name), f"{name} knows {known}"
+def test_the_three_common_changes_name_one_file_each():
+    rows = HELPERS.partition("\n## Three common changes\n")[2].partition("\n## ")[0]
+    changes = re.findall(r"^\| a (.*)$", rows, re.M)
+    assert len(changes) == 3
+    assert all(len(re.findall(r"`helpers/[\w/]+\.py`", change)) == 1 for change in changes)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "docs/sparsity.md"])
+def test_the_commands_of_the_documents_exist(page):
+    text = (project_root() / page).read_text()
+    known = set(typer.main.get_command(commands.app).commands)
+    assert set(re.findall(r"python -m helpers ([a-z][\w-]*)", text)) <= known

@@ -1,8 +1,8 @@
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from helpers.errors import HelpersError
+from helpers.tutorial.checks import TutorialError
 from helpers.tutorial.settings import PRESETS, Settings, project_root, relative
 
 
@@ -57,7 +57,7 @@ def test_every_preset_writes_to_a_folder_of_its_own():
 @pytest.mark.parametrize("preset", ["Quick", "large"])
 def test_an_unknown_preset_is_answered_with_their_names(monkeypatch, preset):
     monkeypatch.setenv("TUTORIAL_PRESET", preset)
-    with pytest.raises(HelpersError) as error:
+    with pytest.raises(TutorialError) as error:
         Settings.load()
     message = str(error.value)
     assert repr(preset) in message
@@ -74,12 +74,21 @@ def test_settings_cannot_be_changed():
         settings.recipe.epochs = 1
 
 
+def test_workshop_is_full_with_other_images_and_a_short_recipe():
+    workshop, full = PRESETS["workshop"], PRESETS["full"]
+    own = ("preset", "dataset", "num_classes", "validation_images", "recipe")
+    assert workshop == replace(full, **{name: getattr(workshop, name) for name in own})
+    assert (workshop.num_classes, full.num_classes) == (10, 1000)
+    assert (workshop.recipe.epochs, full.recipe.epochs) == (5, 100)
+    assert (workshop.recipe.step_epochs, full.recipe.step_epochs) == (None, 30)
+
+
 def test_the_preset_is_keyed_by_its_own_name():
     assert all(name == preset.preset for name, preset in PRESETS.items())
 
 
 def test_the_tuned_batch_is_one_that_is_measured():
-    assert all(preset.best_batch in preset.batches for preset in PRESETS.values())
+    assert all(preset.best_batch_size in preset.batch_sizes for preset in PRESETS.values())
 
 
 def test_html_shows_no_absolute_path(monkeypatch, tmp_path):

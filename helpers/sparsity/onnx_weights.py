@@ -35,7 +35,7 @@ _DENSE_OPS = {
     "RNN": (1, 2),
 }
 _RANDOM_OPS = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
-_STANDARD_DOMAINS = ("", "ai.onnx")
+STANDARD_DOMAINS = ("", "ai.onnx")
 _FLOATS = (AttributeProto.FLOAT, AttributeProto.FLOATS)
 
 _Stored = TensorProto | onnx.SparseTensorProto
@@ -107,7 +107,7 @@ def node_weights(path: Path) -> Iterator[NodeWeight]:
 
 def _weights(node: NodeProto, scope: "_Scope") -> Iterator[NodeWeight]:
     """Yield the weights of one node; most nodes have none."""
-    if node.domain not in _STANDARD_DOMAINS:
+    if node.domain not in STANDARD_DOMAINS:
         return
     sides = _SPARSE_OPS.get(node.op_type) or _DENSE_OPS.get(node.op_type, ())
     candidates = [side for side in sides if side < len(node.input) and node.input[side]]
@@ -284,7 +284,7 @@ class _Scope:
 def _key(item: NodeProto | FunctionProto) -> tuple[str, str, str]:
     """Return what a call and its function have in common: domain, name, overload."""
     name = item.op_type if isinstance(item, NodeProto) else item.name
-    return "" if item.domain in _STANDARD_DOMAINS else item.domain, name, item.overload
+    return "" if item.domain in STANDARD_DOMAINS else item.domain, name, item.overload
 
 
 def _initializers(graph: GraphProto) -> dict[str, _Stored]:

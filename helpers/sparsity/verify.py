@@ -17,6 +17,7 @@ from helpers.files import shown
 from helpers.layers import LayerWeight, layer_weights
 from helpers.sparsity.compressed import read_checkpoint
 from helpers.sparsity.eligibility import why_not_sparse, why_not_tensorrt
+from helpers.sparsity.masks import holds_2to4
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +160,7 @@ class _Verdict:
 def _judged(kept: np.ndarray, groups: int, reason: str) -> _Verdict:
     """Return the verdict on a weight (out, in, ...), given where it is not zero."""
     zeros = 100 * (1 - np.count_nonzero(kept) / kept.size) if kept.size else float("nan")
-    is_2to4 = _is_2to4_mask(kept)
+    is_2to4 = holds_2to4(kept)
     return _Verdict(kept.shape, groups, not reason, is_2to4, round(zeros, 2), reason)
 
 
@@ -176,14 +177,6 @@ def _judged_node(weight: "NodeWeight") -> _Verdict:
         return replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
     reason = why_not_tensorrt(weight.value.shape[1], weight.groups)
     return _judged(weight.value != 0, weight.groups, reason)
-
-
-def _is_2to4_mask(kept: np.ndarray) -> bool:
-    """Return what `masks.is_2to4` does, of a NumPy mask: twice as fast on a whole model."""
-    if kept.shape[1] % 4:
-        return False
-    a, b, c, d = (kept[:, lane::4] for lane in range(4))
-    return not ((a & b & (c | d)) | (c & d & (a | b))).any()
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> "pd.DataFrame":

@@ -1,7 +1,6 @@
 """Train, retrain (fine-tune) and evaluate a model. Explained in `03_retrain.ipynb`."""
 
 import copy
-import hashlib
 import logging
 import math
 import time
@@ -23,6 +22,7 @@ from helpers.files import atomic_write, shown
 from helpers.layers import in_mode
 from helpers.machine import device
 from helpers.metrics import Accuracy, Comparison, predictions
+from helpers.sparsity.compressed import state_checksum
 from helpers.sparsity.prune import Masks, hold_masks
 from helpers.training.data import Splits
 from helpers.training.recipe import Recipe, schedule
@@ -165,7 +165,7 @@ def train(
     )
     scheduler = LambdaLR(optimizer, schedule(recipe, len(splits.train)))
     masks = {name: mask.to(where) for name, mask in (masks or {}).items()}
-    progress = _Progress(f"{recipe} {seed} {sorted(masks)}", _checksum(model.state_dict()))
+    progress = _Progress(f"{recipe} {seed} {sorted(masks)}", state_checksum(model.state_dict()))
     if progress_file is not None and progress_file.exists():
         progress = _resume(progress_file, progress, trained, optimizer, scheduler)
 
@@ -219,14 +219,6 @@ def _train_epoch(
     return mean
 
 
-def _checksum(state: dict[str, Tensor]) -> str:
-    """Return a checksum of all weights of a model."""
-    digest = hashlib.sha256()
-    for value in state.values():
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _resume(
     path: Path, fresh: _Progress, model: nn.Module, optimizer: SGD, scheduler: LambdaLR
 ) -> _Progress:
@@ -241,7 +233,7 @@ def _resume(
     # A finished training may be asked for again with a model that already has its weights.
     if stored.procedure != fresh.procedure or fresh.start not in (
         stored.start,
-        _checksum(stored.best),
+        state_checksum(stored.best),
     ):
         _logger.warning(
             "%s is of another training (weights, recipe or seed); starting at epoch 1.", path.name

@@ -20,7 +20,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from helpers.errors import InputError
 from helpers.files import shown
-from helpers.sparsity.compressed import read_checkpoint
+from helpers.sparsity.compressed import Checkpoint, read_checkpoint
 
 
 class CheckpointError(InputError):
@@ -144,7 +144,8 @@ def load_checkpoint(path: Path) -> nn.Module:
         CheckpointError: the file is missing or damaged, names no network, holds the weights of
             another one, or has NaN or infinite weights.
     """
-    state, name = _read(path)
+    checkpoint = _read(path)
+    state, name = checkpoint.state, checkpoint.model
     if name is None:
         raise CheckpointError(
             f"{shown(path)} does not name its network in the header. Write checkpoints with "
@@ -174,14 +175,14 @@ def checkpoint_model(path: Path, name: str | None = None) -> nn.Module | None:
         InputError: no network has that name.
         CheckpointError: the file is missing or damaged, or of another network.
     """
-    state, stored = _read(path)
-    name = name or stored
+    checkpoint = _read(path)
+    name = name or checkpoint.model
     if name is None:
         return None
-    return create_on_meta(name, _number_of_classes(path, name, state))
+    return create_on_meta(name, _number_of_classes(path, name, checkpoint.state))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read(path: Path) -> Checkpoint:
     try:
         return read_checkpoint(path)
     except InputError as error:

@@ -7,33 +7,31 @@ shows an error of `helpers` as one sentence, and prints what the library logs;
 
 import logging
 import sys
-from typing import TextIO
 
 from helpers.errors import HelpersError
 
 
-def _sentence(error: HelpersError, *_: object, **__: object) -> list[str]:
+def _sentence(error: HelpersError) -> list[str]:
     return [f"{type(error).__name__}: {error}"]
 
 
 def show_sentences() -> None:
     """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it."""
     # IPython asks an exception for this method before it formats a traceback.
-    HelpersError._render_traceback_ = _sentence  # type: ignore[attr-defined]
+    HelpersError._render_traceback_ = _sentence  # type: ignore[attr-defined]  # not in the class
 
 
 def show_tracebacks() -> None:
     """Let notebooks show the whole traceback of every error again."""
     if "_render_traceback_" in vars(HelpersError):
-        del HelpersError._render_traceback_  # type: ignore[attr-defined]
+        del HelpersError._render_traceback_  # type: ignore[attr-defined]  # as above
 
 
 class _Printer(logging.Handler):
-    """Prints messages wherever standard output goes at the time, a cell or a test."""
+    """Prints messages to wherever `print` writes at the time, such as the current cell."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        out: TextIO = sys.stdout
-        out.write(self.format(record) + "\n")
+        print(self.format(record))
 
 
 def print_log() -> None:
@@ -44,6 +42,12 @@ def print_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-if "IPython" in sys.modules:
+def _in_notebook() -> bool:
+    # Whoever runs IPython has imported it; a program that merely has it has no shell.
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+if _in_notebook():
     show_sentences()
     print_log()

@@ -1,68 +1,72 @@
-"""The dense and the sparse network on the best runner of this machine.
+"""The dense and the sparse network on the best backend of this machine.
 
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from helpers.errors import HelpersError
 from helpers.inference import engine
 from helpers.inference.cusparselt import why_no_sparse_gemms
-from helpers.inference.runners import OnnxRunner, Runner, RunnerError, TensorRTRunner, why_no_engine
+from helpers.inference.errors import EngineError, RunnerError
+from helpers.inference.runners import OnnxRunner, Runner, TensorRTRunner, why_no_engine
 from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.training.networks import load_checkpoint
-from helpers.tutorial.artifacts import NETWORKS, Artifacts
-
-Make = Callable[[Path], Runner]
+from helpers.tutorial.artifacts import NETWORKS, Artifacts, notebook_of
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run both networks: what it needs of this machine and of the steps before."""
+    """A way to run networks: what it needs of this machine and of the steps before."""
 
     why_not: Callable[[], str]  # in one sentence; empty if it runs here
-    files: tuple[str, str]  # the artifacts of the dense and the sparse network
-    make: tuple[Make, Make]
+    files: Mapping[str, str]  # the artifact that it takes, by network
+    make: Callable[[str, Path], Runner]  # of a network and the path of its artifact
 
 
-def _why_no_engine_of(builder: str) -> str:
+def _why_not_built_with(builder: str) -> str:
+    """Return why engines of this builder do not run here; empty if they do."""
     if reason := why_no_engine():
         return reason
     try:
         found = engine.find_builder()
-    except engine.EngineError as error:
+    except EngineError as error:
         return str(error)
     return "" if found.name == builder else f"Engines are {found.name}'s here: {found.why}."
 
 
-def _torch_dense(path: Path) -> Runner:
-    # With the same choice of dense kernels, so that only sparsity tells them apart.
-    return SparseTorchRunner(load_checkpoint(path), "dense")
+def _engine_runner(_: str, path: Path) -> Runner:
+    return TensorRTRunner(path)
 
 
-def _torch_sparse(path: Path) -> Runner:
-    return SparseTorchRunner(load_checkpoint(path))
+def _torch_runner(network: str, path: Path) -> Runner:
+    # The dense network has the same choice of dense kernels, so only sparsity differs.
+    return SparseTorchRunner(
+        load_checkpoint(path), "cusparselt" if network == "sparse" else "dense"
+    )
 
 
-_CHECKPOINTS = tuple(NETWORKS.values())
-_ENGINES = tuple(f"05_{name}.engine" for name in NETWORKS)
-_ONNX = tuple(f"04_{name}_fp32.onnx" for name in NETWORKS)
+def _onnx_runner(_: str, path: Path) -> Runner:
+    return OnnxRunner(path)
 
-# The best one first. TensorRT-RTX ignores sparsity, so cuSPARSELt in PyTorch is before it.
+
+_ENGINES = {network: f"05_{network}.engine" for network in NETWORKS}
+_ONNX = {network: f"04_{network}_fp32.onnx" for network in NETWORKS}
+
+# The best one first. TensorRT-RTX ignores sparsity, so cuSPARSELt in PyTorch precedes it.
 BACKENDS = {
-    "TensorRT": Backend(partial(_why_no_engine_of, "TensorRT"), _ENGINES, (TensorRTRunner,) * 2),
-    "cuSPARSELt": Backend(why_no_sparse_gemms, _CHECKPOINTS, (_torch_dense, _torch_sparse)),
-    "TensorRT-RTX": Backend(
-        partial(_why_no_engine_of, "TensorRT-RTX"), _ENGINES, (TensorRTRunner,) * 2
-    ),
-    "ONNX Runtime": Backend(lambda: "", _ONNX, (OnnxRunner,) * 2),
+    "TensorRT": Backend(partial(_why_not_built_with, "TensorRT"), _ENGINES, _engine_runner),
+    "cuSPARSELt": Backend(why_no_sparse_gemms, NETWORKS, _torch_runner),
+    "TensorRT-RTX": Backend(partial(_why_not_built_with, "TensorRT-RTX"), _ENGINES, _engine_runner),
+    "ONNX Runtime": Backend(str, _ONNX, _onnx_runner),  # runs anywhere
 }
 
 
 def backend_status() -> dict[str, str]:
-    """Return why each backend of runner does not run here, in one sentence; empty if it does.
+    """Return why each backend does not run here, in one sentence; empty if it does.
 
     The best backend comes first: TensorRT, cuSPARSELt in PyTorch, TensorRT-RTX (which ignores
     sparsity), and ONNX Runtime on the CPU, which runs anywhere.
@@ -71,7 +75,7 @@ def backend_status() -> dict[str, str]:
 
 
 def network_files(backend: str | None = None) -> dict[str, str]:
-    """Return the artifacts that a backend of runner takes, of the dense and the sparse network.
+    """Return the artifacts that a backend takes, by network.
 
     Args:
         backend: as `find_runners` takes it.
@@ -79,13 +83,13 @@ def network_files(backend: str | None = None) -> dict[str, str]:
     Raises:
         RunnerError: there is no such backend.
     """
-    return dict(zip(NETWORKS, _backend(backend).files, strict=True))
+    return dict(_find(backend).files)
 
 
 def find_runners(artifacts: Artifacts, backend: str | None = None) -> dict[str, Runner]:
-    """Return the dense and the sparse network on the best runner of this machine.
+    """Return a runner of the dense and one of the sparse network, on the best backend.
 
-    Both always run on the same backend of runner, in the same precision.
+    Both always run on the same backend, in the same precision.
 
     Args:
         artifacts: where the networks are.
@@ -96,21 +100,26 @@ def find_runners(artifacts: Artifacts, backend: str | None = None) -> dict[str, 
         RunnerError: there is no such backend, or it does not run here; or an engine was built
             for another GPU or version.
     """
-    chosen = _backend(backend)
-    if backend is not None and (reason := chosen.why_not()):
+    return {network: find_runner(artifacts, network, backend) for network in NETWORKS}
+
+
+def find_runner(artifacts: Artifacts, network: str, backend: str | None = None) -> Runner:
+    """Return a new runner of one network, `dense` or `sparse`; see `find_runners`."""
+    chosen = _find(backend)
+    if reason := chosen.why_not():
         raise RunnerError(reason)
-    return {
-        name: make(artifacts.require(file))
-        for name, make, file in zip(NETWORKS, chosen.make, chosen.files, strict=True)
-    }
+    file = chosen.files[network]
+    path = artifacts.require(file)
+    try:
+        return chosen.make(network, path)
+    except HelpersError as error:  # the file is damaged, or of another GPU or version
+        raise RunnerError(f"{error} Run {notebook_of(file)} again.") from error
 
 
-def _backend(name: str | None) -> Backend:
-    """Return a backend of runner by its name, or the best one that runs here."""
+def _find(name: str | None) -> Backend:
+    """Return the backend of this name, or the best one that runs here."""
     if name is None:
         return next(backend for backend in BACKENDS.values() if not backend.why_not())
     if name not in BACKENDS:
-        raise RunnerError(
-            f"There is no backend of runner {name!r}; there are {', '.join(BACKENDS)}."
-        )
+        raise RunnerError(f"There is no backend {name!r}; there are {', '.join(BACKENDS)}.")
     return BACKENDS[name]

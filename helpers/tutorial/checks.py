@@ -1,4 +1,4 @@
-"""Checks in plain words, for the reader to see and for the notebooks to rest on.
+"""Checks in plain words, which the reader sees and the notebooks assert.
 
 Every step of the tutorial ends in an executed check; every exercise is compared
 with its answer. Introduced in `00_check_your_setup.ipynb`.
@@ -10,7 +10,7 @@ from helpers.errors import HelpersError
 
 
 class TutorialError(HelpersError, RuntimeError):
-    """A step of the tutorial cannot go on; the message says what to do."""
+    """A step of the tutorial cannot go on; the message says what to do next."""
 
 
 class CheckError(TutorialError):
@@ -35,30 +35,42 @@ def check(holds: Any, statement: str) -> None:
 def check_answer(answer: Any, expected: Any, tolerance: float = 0.0) -> None:
     """Compare the reader's answer to an exercise with the expected one.
 
-    An answer that is still `...` is left alone, so that an untouched notebook runs
-    from top to bottom; a wrong one is told so and stops nothing either.
+    Nothing stops the notebook: an answer that is still `...` is asked for, so that an
+    untouched notebook runs from top to bottom, and a wrong one, of any type, is reported.
 
     Args:
-        answer: a number, text or list; lists compare in any order.
+        answer: a number, text or list, a tensor or an array; lists compare in any order.
         expected: the right answer.
         tolerance: largest difference at which a number still counts as right.
     """
     if answer is ...:
         print("Replace the ... with your answer and run this cell again.")
-    elif _agrees(answer, expected, tolerance):
-        print(f"[OK] {answer} is right.")
+        return
+    try:
+        right, shown = _agrees(answer, expected, tolerance), f"{answer}"
+    except Exception:  # objects of other types may fail to compare, in whatever way
+        right, shown = False, f"this object of type {type(answer).__name__}"
+    if right:
+        print(f"[OK] {shown} is right.")
     else:
-        print(f"Not yet: {answer} is not the answer. The hint below may help.")
+        print(f"Not yet: {shown} is not the answer. The hint below may help.")
 
 
 def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
-    if hasattr(answer, "item"):  # a number as PyTorch or NumPy hold it
-        answer = answer.item()
+    answer, expected = _plain(answer), _plain(expected)
     if isinstance(expected, int | float) and isinstance(answer, int | float):
         return abs(answer - expected) <= tolerance
-    if isinstance(expected, list | tuple | set) and isinstance(answer, list | tuple | set):
-        answer, expected = list(answer), list(expected)
+    if isinstance(expected, list) and isinstance(answer, list):
         return len(answer) == len(expected) and all(
             answer.count(item) == expected.count(item) for item in expected
         )
-    return answer == expected
+    return bool(answer == expected)
+
+
+def _plain(value: Any) -> Any:
+    """Return tensors, arrays and their numbers as Python's own, and collections as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple | set):
+        return [_plain(each) for each in value]
+    return value

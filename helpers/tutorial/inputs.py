@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torchvision.models import ResNeXt101_32X8D_Weights
 
-from helpers.files import sha256
-from helpers.training.data import Splits, make_splits
+from helpers.files import sha256, shown
+from helpers.training.data import DataError, Splits, make_splits
 from helpers.training.networks import (
     CheckpointError,
     create_model,
@@ -19,11 +19,11 @@ from helpers.training.networks import (
     load_checkpoint,
     restrict_head_,
 )
-from helpers.tutorial.settings import Settings, relative
+from helpers.tutorial.settings import Settings
 
 
 def pretrained_path(settings: Settings) -> Path:
-    """Return where the quick preset's pretrained checkpoint lies in the repository."""
+    """Return the path of the quick preset's pretrained checkpoint in the repository."""
     name = f"{settings.model}_{settings.dataset.lower()}.safetensors"
     return settings.data_dir / "pretrained" / name
 
@@ -52,8 +52,8 @@ def load_pretrained(settings: Settings) -> nn.Module:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"torchvision's weights {name} could not be downloaded or read ({reason}). Put the "
-            f"whole file into hub/checkpoints/ below TORCH_HOME, which is now "
-            f"{relative(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
+            "whole file into hub/checkpoints/ below TORCH_HOME, which is now "
+            f"{shown(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
             "no network."
         ) from error
     if settings.dataset == "Imagenette":
@@ -68,16 +68,16 @@ def _require_shipped(path: Path) -> None:
     if not path.exists() or not card.exists():
         missing = card if path.exists() else path
         raise CheckpointError(
-            f"{relative(missing)} is missing. {restore} "
+            f"{shown(missing)} is missing. {restore} "
             "Or train the network again with `python -m helpers pretrain`."
         )
     try:
         recorded = json.loads(card.read_text())["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{relative(card)} is damaged. {restore}") from error
+        raise CheckpointError(f"{shown(card)} is damaged. {restore}") from error
     if sha256(path) != recorded:
         raise CheckpointError(
-            f"{relative(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
+            f"{shown(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
         )
 
 
@@ -87,14 +87,19 @@ def load_splits(settings: Settings) -> Splits:
     Raises:
         DataError: the data set is missing, truncated or too small for the split.
     """
-    return make_splits(
-        settings.dataset,
-        settings.data_dir,
-        settings.validation_images,
-        train_batch_size=settings.recipe.batch_size,
-        # An engine takes no batch above the largest of its profile, so test batches
-        # stay within it.
-        batch_size=max(settings.batches),
-        workers=settings.workers,
-        seed=settings.seed,
-    )
+    try:
+        return make_splits(
+            settings.dataset,
+            settings.data_dir,
+            settings.validation_images,
+            train_batch_size=settings.recipe.batch_size,
+            # An engine takes no batch above the largest of its profile, so test batches stay
+            # within it.
+            batch_size=max(settings.batch_sizes),
+            workers=settings.workers,
+            seed=settings.seed,
+        )
+    except DataError as error:
+        raise DataError(
+            f"{error} The environment variable TUTORIAL_DATA sets the folder of the images."
+        ) from error

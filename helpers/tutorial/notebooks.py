@@ -1,4 +1,4 @@
-"""Run the notebooks in order, and sum up what they left behind.
+"""Run the notebooks in order, and keep their outputs.
 
 What `make tutorial` and `make notebooks` call.
 """
@@ -19,7 +19,7 @@ from helpers.tutorial.settings import Settings, project_root
 
 
 def source_digest(cells: Sequence[Any]) -> str:
-    """Return a checksum over the code of a notebook, to tell outputs of another source."""
+    """Return a checksum of a notebook's code, which shows whether outputs are of that code."""
     code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
     return digest(code.encode()).hexdigest()
 
@@ -35,45 +35,51 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
         TutorialError: Jupyter is not installed, or a cell failed.
     """
     try:
+        import nbclient  # noqa: F401  (so that nothing is run without it)
         import nbformat
-        from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError, DeadKernelError
-        from traitlets.config import Config
     except ImportError as error:
         raise TutorialError(
             f"Notebooks cannot be run here ({error}). Install the project with its notebooks: "
             "pip install -e '.[notebooks]'. `python -m helpers` runs the same steps without them."
         ) from error
     folder = project_root() / "notebooks"
-    os.environ["TUTORIAL_PRESET"] = settings.preset
+    copies = settings.artifacts_dir / "notebooks"
     for name in tqdm(NOTEBOOKS.values(), desc="notebooks"):
         notebook = nbformat.read(folder / name, as_version=4)
-        with tempfile.TemporaryDirectory() as sockets:
-            # Sockets in a private folder: over TCP anybody on the machine could listen.
-            ipc = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")})
-            client = NotebookClient(
-                notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
-            )
-            try:
-                client.execute()
-            except CellExecutionError as error:
-                raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
-            except DeadKernelError as error:
-                raise TutorialError(
-                    f"{name} stopped: its kernel died, as it does when the memory runs out."
-                ) from error
+        _execute(notebook, name, folder, settings.preset)
         tidy(notebook)
-        targets = [settings.artifacts_dir / "notebooks" / name]
-        for target in targets + [folder / name] * save:
-            with atomic_write(target) as part:
+        for target in [copies, folder] if save else [copies]:
+            with atomic_write(target / name) as part:
                 nbformat.write(notebook, part)
+
+
+def _execute(notebook: Any, name: str, folder: Path, preset: str) -> None:
+    """Run a notebook in place, in a kernel of its own."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory() as sockets:
+        # Sockets in a private folder: over TCP anybody on the machine could listen.
+        ipc = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")})
+        client = NotebookClient(
+            notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
+        )
+        try:
+            client.execute(env=os.environ | {"TUTORIAL_PRESET": preset})
+        except CellExecutionError as error:
+            raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
+        except DeadKernelError as error:
+            raise TutorialError(
+                f"{name} stopped: its kernel died, as it does when memory runs out."
+            ) from error
 
 
 def tidy(notebook: Any) -> None:
     """Drop from an executed notebook what only made sense while it ran, in place.
 
     That is: progress bars, timings of the cells, the kernel's version. The checksum of
-    the code is recorded, so that a test can tell outputs of an older source.
+    the code is recorded, so that a test finds outputs of older code.
     """
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -17,10 +17,10 @@ from helpers.tutorial.settings import Settings, relative
 
 
 def setup_report(settings: Settings) -> list[tuple[bool, str]]:
-    """Return what the tutorial needs of this machine: is it there, and which."""
+    """Return what the tutorial needs of this machine: whether it is there, and which."""
     found = versions()
     here = describe()
-    # An older one than 3.11 does not get here.
+    # Before 3.11 this package does not even import.
     lines = [(sys.version_info < (3, 14), f"Python {found['python']}")]
     lines += [
         (package in found, f"{package} {found.get(package, 'is not installed')}")
@@ -45,7 +45,10 @@ def check_setup(settings: Settings) -> None:
         print(f"[{'OK' if fine else 'FAIL'}] {line}")
     builder = engine.find_builder()
     print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
-    for kind, reason in backends.backend_status().items():
-        print(f"[{'--' if reason else 'OK'}] inference with {kind}" + f": {reason}" * bool(reason))
+    for backend, reason in backends.backend_status().items():
+        if reason:
+            print(f"[--] inference with {backend}: {reason}")
+        else:
+            print(f"[OK] inference with {backend}")
     with Artifacts(settings).writing("00_setup.json") as path:
         write_json(path, {"machine": machine.describe(), "builder": builder.name})

@@ -17,22 +17,25 @@ from helpers.tutorial.settings import Settings
 
 
 def save_benchmark(
-    artifacts: Artifacts, runners: dict[str, Runner], table: pd.DataFrame, kind: str | None = None
+    artifacts: Artifacts,
+    runners: dict[str, Runner],
+    table: pd.DataFrame,
+    backend: str | None = None,
 ) -> Path:
     """Write the measured table as JSON, with date, machine and versions.
 
     Args:
         artifacts: where it goes.
         runners: what was measured.
-        table: as `helpers.benchmark.sweep` returns it.
-        kind: of the runners, as `helpers.contenders.find_runners` took it.
+        table: as `helpers.measurement.benchmark.sweep` returns it.
+        backend: of the runners, as `helpers.tutorial.backends.find_runners` took it.
     """
     content = {
         "runner": runners["sparse"].name,
         **machine.provenance(),
         "rows": table.to_dict("records"),
     }
-    parents = list(backends.network_files(kind).values())
+    parents = list(backends.network_files(backend).values())
     with artifacts.writing("06_benchmark.json", parents) as path:
         write_json(path, content)
     return artifacts.path("06_benchmark.json")
@@ -42,7 +45,7 @@ def summary(settings: Settings) -> dict[str, str]:
     """Return the key figures of the last run, from the sidecars of its artifacts.
 
     Raises:
-        ArtifactError: a step has not been run; names its notebook.
+        ArtifactError: a step has not been run; the message names its notebook.
     """
     artifacts = Artifacts(settings)
     tests = {
@@ -61,8 +64,13 @@ def summary(settings: Settings) -> dict[str, str]:
         f"{pruning['macs_share']:.2f} % of the MACs"
     )
     for precision in ("fp32", "fp16"):
-        gaps = [artifacts.facts(f"04_{name}_{precision}.onnx")["gap"] for name in NETWORKS]
-        rows[f"ONNX gap to PyTorch, {precision.upper()}"] = f"{max(gaps):.1e} of the largest logit"
+        errors = [
+            artifacts.facts(f"04_{name}_{precision}.onnx")["max_relative_error"]
+            for name in NETWORKS
+        ]
+        rows[f"ONNX against PyTorch, {precision.upper()}"] = (
+            f"{max(errors):.1e} of the largest logit"
+        )
     for name in NETWORKS:
         built = artifacts.facts(f"05_{name}.engine")
         rows[f"engine, {name}"] = (
@@ -92,15 +100,15 @@ def _gains(table: pd.DataFrame) -> dict[str, str]:
     return rows
 
 
-def record(settings: Settings) -> Path:
+def save_reference(settings: Settings) -> Path:
     """Write the figures of the last run to `data/reference/`, with their provenance.
 
-    Notebook 06 shows them beside the reader's own, and the README's table is made of them.
+    Notebook 06 shows them beside the reader's own, and the README's table quotes them.
     """
     benchmark = json.loads(Artifacts(settings).require("06_benchmark.json").read_text())
-    where = "gpu" if machine.gpu() else "cpu"
+    device = "gpu" if machine.gpu() else "cpu"
     return write_json(
-        settings.data_dir / "reference" / f"{settings.preset}_{where}.json",
+        settings.data_dir / "reference" / f"{settings.preset}_{device}.json",
         {"summary": summary(settings), "benchmark": benchmark, **machine.provenance()},
     )
 

@@ -1,24 +1,27 @@
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
+from helpers.errors import HelpersError, InputError
 from helpers.files import sha256
+from helpers.inference.export import export_onnx
 from helpers.metrics import Comparison
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
-from helpers.training import data
 from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
-from helpers.tutorial import commands as cli
+from helpers.tutorial import commands, inputs, own_models, setup
 from helpers.tutorial.artifacts import NOTEBOOKS, Artifacts
 from helpers.tutorial.settings import project_root
 
 COMMANDS = [
-    "setup", "load", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
-    "pretrain", "control", "record", "tutorial", "advise",
+    "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
+    "pretrain", "dense-control", "save-reference", "tutorial", "advise",
 ]  # fmt: skip
 
 
@@ -34,26 +37,86 @@ def one_thread():
 @pytest.fixture
 def run(monkeypatch, capsys, tiny_settings, tiny_splits):
     """Run the command line in this process; return exit status, output and errors."""
-    monkeypatch.setattr(data, "load_splits", lambda _: tiny_splits)
+    monkeypatch.setattr(inputs, "load_splits", lambda _: tiny_splits)
 
     def main(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["helpers", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            commands.main()
         return (exit.value.code or 0, *capsys.readouterr())
 
     return main
 
 
 def test_help_lists_the_commands():
-    result = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "100"})
+    result = CliRunner().invoke(commands.app, ["--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0
     listed = [line.strip(" │").partition(" ")[0] for line in result.output.splitlines()]
     assert set(COMMANDS) <= set(listed)
-    assert {info.name or info.callback.__name__ for info in cli.app.registered_commands} == set(
-        COMMANDS
+    assert set(typer.main.get_command(commands.app).commands) == set(COMMANDS)
+
+
+HEAVY = {"torch", "pandas", "onnx", "onnxruntime", "torchvision", "numba", "matplotlib", "IPython"}
+
+HELP = """
+import runpy, sys
+try:
+    runpy.run_module("helpers", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(end.code, *sorted(set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["advise", "--help"], ["prune", "--help"]])
+def test_help_waits_for_no_heavy_module(arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, *arguments],
+        cwd=project_root(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    status, *loaded = result.stdout.splitlines()[-1].split()
+    assert status == "0"
+    assert "helpers.tutorial.commands" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def failing(_: object) -> None:
+    raise InputError("The weight is not a matrix. Give one with two dimensions.")
+
+
+def test_an_error_is_one_sentence_and_exit_1(run, monkeypatch):
+    monkeypatch.setattr(setup, "check_setup", failing)
+    status, _, errors = run("setup")
+    assert status == 1
+    assert errors == "InputError: The weight is not a matrix. Give one with two dimensions.\n"
+
+
+def test_debug_before_the_command_brings_the_traceback_back(run, monkeypatch):
+    monkeypatch.setattr(setup, "check_setup", failing)
+    monkeypatch.setattr(sys, "argv", ["helpers", "--debug", "setup"])
+    with pytest.raises(HelpersError) as raised:
+        commands.main()
+    assert raised.traceback[-1].name == "failing"
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(setup, "check_setup", lambda _: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["helpers", "setup"])
+    with pytest.raises(ZeroDivisionError):
+        commands.main()
+
+
+def test_what_the_library_logs_is_printed_once(run, monkeypatch):
+    def logs(_: object) -> None:
+        logging.getLogger("helpers.training.loop").info("going on after epoch %d", 2)
+        logging.getLogger("helpers.training.loop").debug("not for everybody")
+
+    monkeypatch.setattr(setup, "check_setup", logs)
+    for _ in range(2):
+        assert run("setup") == (0, "going on after epoch 2\n", "")
 
 
 def test_an_unknown_preset_is_one_sentence_and_exit_1():
@@ -79,7 +142,7 @@ def test_an_unknown_preset_is_one_sentence_and_exit_1():
         ("export", "01_dense.safetensors", "01"),
         ("build", "04_dense_fp16.onnx", "04"),
         ("summary", "01_dense.safetensors", "01"),
-        ("record", "06_benchmark.json", "06"),
+        ("save-reference", "06_benchmark.json", "06"),
     ],
 )
 def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, number):
@@ -91,14 +154,16 @@ def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, nu
     )
 
 
-def test_pruning_and_retraining_go_by_the_target(run, tiny_settings):
+def test_pruning_and_retraining_go_by_the_rules(run, tiny_settings):
     artifacts = Artifacts(tiny_settings)
     with artifacts.writing("01_dense.safetensors", facts={}) as path:
         save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
-    status, _, errors = run("prune", "--target", "nowhere")
+    status, _, errors = run("prune", "--rules", "nobodys")
     assert status == 1
-    assert errors.startswith("HelpersError: There is no target 'nowhere'; there are tensorrt, asp")
-    for command in (("prune", "--target", "any"), ("retrain",)):
+    assert errors.startswith("InputError: ")
+    assert "'nobodys'" in errors
+    assert "tensorrt, asp, cusparselt, any" in errors
+    for command in (("prune", "--rules", "any"), ("retrain",)):
         status, *said = run(*command)
         assert status == 0, said
     grouped = "layer1.0.conv2.weight"
@@ -113,7 +178,7 @@ def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tin
     assert status == 0
     assert "is_2to4" in table
     assert table.splitlines()[-1] == "2 of 2 eligible weights are 2:4"
-    cli.onnx_export.export_onnx(tiny_net, tmp_path / "dense.onnx", (1, 28, 28))
+    export_onnx(tiny_net, tmp_path / "dense.onnx", (1, 28, 28))
     status, table, errors = run("verify", tmp_path / "dense.onnx")
     assert status == 1
     assert "is_2to4" in table
@@ -132,12 +197,34 @@ def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
     assert table.splitlines()[-1] == "12 of 12 eligible weights are 2:4"
 
 
+def test_verify_refuses_a_network_for_a_file_that_is_not_a_checkpoint(run, exported):
+    status, _, errors = run("verify", "--model", "resnet50", exported[1]["fp16"])
+    assert status == 1
+    assert "only those need --model: leave it out" in errors
+
+
+def test_verify_refuses_the_checkpoint_of_another_network(run, tmp_path):
+    model = create_model("resnet50", 10)
+    prune_2to4_(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                weight.fill_(1)  # in resnext50_32x4d these are grouped, and stay dense
+    save_compressed(model, tmp_path / "half.safetensors")
+    status, table, _ = run("verify", "--model", "resnet50", tmp_path / "half.safetensors")
+    assert status == 1
+    assert "37 of 53 eligible weights" in table
+    status, _, errors = run("verify", "--model", "resnext50_32x4d", tmp_path / "half.safetensors")
+    assert status == 1
+    assert "does not hold the weights of" in errors
+
+
 def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"no")
     status, _, errors = run("verify", tmp_path / "x.onnx")
     assert status == 1
     (line,) = errors.splitlines()
-    assert line.startswith("HelpersError: x.onnx is not a valid ONNX model")
+    assert line.startswith(f"InputError: {tmp_path / 'x.onnx'} is not a valid ONNX model")
 
 
 def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
@@ -185,30 +272,30 @@ def test_advice_is_for_images_of_the_size_that_the_network_is_made_for(run, name
 def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, monkeypatch):
     model = create_model("resnet18", 10)
     save_checkpoint(model, tmp_path / "r.safetensors", "resnet18")
-    monkeypatch.setattr(cli, "_image_size", {"resnet18": 96}.get)
+    monkeypatch.setattr(own_models, "_image_size", {"resnet18": 96}.get)
     assert "at 96x96 in FP16" in run("advise", tmp_path / "r.safetensors", "--batch", 1)[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("resnet51",), "HelpersError: There is no classification network 'resnet51'"),
-        (("fcn_resnet50",), "HelpersError: There is no classification network 'fcn_resnet50'"),
-        (("m.pt",), "HelpersError: m.pt is no checkpoint: these end in .safetensors"),
-        (("resnet50", "--gpu", ""), "HelpersError: There is no datasheet ''"),
-        (("resnet50", "--batch", 0), "AdviceError: There are no images of shape (3, 224, 224)"),
-        (("resnet50", "--batch", 10**17), "AdviceError: The model does not run on these"),
-        (("resnet50", "--image-size", 0), "AdviceError: There are no images of shape (3, 0, 0)"),
-        (("resnet50", "--image-size", -5), "AdviceError: There are no images of shape (3, -5"),
-        (("resnet50", "--image-size", 10**9), "AdviceError: The model does not run on these"),
-        (("resnet50", "--datatype", "fp17"), "AdviceError: There is no 2:4 in 'FP17'"),
-        (("resnet50", "--gpu", "b200"), "HelpersError: There is no datasheet 'b200'"),
-        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "HelpersError: Give either --gpu"),
-        (("resnet50", "--rates", "x.json"), "AdviceError: x.json cannot be read"),
-        (("resnet50", "--datatype", "TF32"), "AdviceError: There is no 2:4 in 'TF32'"),
+        (("resnet51",), "There is no classification network 'resnet51'"),
+        (("fcn_resnet50",), "There is no classification network 'fcn_resnet50'"),
+        (("m.pt",), "m.pt is not a checkpoint: those end in .safetensors"),
+        (("resnet50", "--gpu", ""), "There is no datasheet ''"),
+        (("resnet50", "--batch", 0), "There are no images of shape (3, 224, 224)"),
+        (("resnet50", "--batch", 10**17), "The model does not run on these"),
+        (("resnet50", "--image-size", 0), "There are no images of shape (3, 0, 0)"),
+        (("resnet50", "--image-size", -5), "There are no images of shape (3, -5"),
+        (("resnet50", "--image-size", 10**9), "The model does not run on these"),
+        (("resnet50", "--datatype", "fp17"), "There is no 2:4 in 'FP17'"),
+        (("resnet50", "--gpu", "b200"), "There is no datasheet 'b200'"),
+        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "Give either --gpu"),
+        (("resnet50", "--rates", "x.json"), "x.json cannot be read"),
+        (("resnet50", "--datatype", "TF32"), "There is no 2:4 in 'TF32'"),
         (
             ("vit_b_16", "--image-size", 384),
-            "AdviceError: The model does not run on these shapes (AssertionError: Wrong image "
+            "The model does not run on these shapes (AssertionError: Wrong image "
             "height! Expected 224 but got 384!)",
         ),
     ],
@@ -217,7 +304,9 @@ def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, 
     status, _, errors = run("advise", *arguments)
     assert status == 1
     (line,) = errors.splitlines()
-    assert line.startswith(complaint)
+    kind, _, sentence = line.partition(": ")
+    assert kind in ("AdviceError", "InputError", "TutorialError")
+    assert sentence.startswith(complaint)
 
 
 def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(tmp_path):
@@ -227,13 +316,13 @@ def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(
     assert len({sha256(path) for path in tmp_path.iterdir()}) == 1
 
 
-def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings):
+def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settings):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
     artifacts = Artifacts(tiny_settings)
     said = {}
     for command in (
-        "setup", "pretrain", "load", "prune", "retrain", "control", "export", "build",
-        "benchmark", "summary", "record",
+        "setup", "pretrain", "evaluate", "prune", "retrain", "dense-control", "export", "build",
+        "benchmark", "summary", "save-reference",
     ):  # fmt: skip
         status, said[command], errors = run(command)
         assert status == 0, errors
@@ -252,23 +341,23 @@ def test_the_whole_case_study_from_pretraining_to_the_record(run, tiny_settings)
     assert gained == retrained["correct"] - recorded["test"]["correct"]
 
     assert "[OK] engines:" in said["setup"]
-    assert "dense:" in said["load"]
+    assert "dense:" in said["evaluate"]
     assert "pruned, 12 layers:" in said["prune"]
     assert "all 12 eligible weights of the ONNX file are 2:4" in said["export"]
     retrained = load_checkpoint(artifacts.require("03_retrained.safetensors"))
     assert all(map(is_2to4, eligible_weights(retrained).values()))
-    gaps = [artifacts.facts(f"04_{n}_fp32.onnx")["gap"] for n in ("dense", "sparse")]
-    assert max(gaps) < 1e-4
+    for name in ("dense", "sparse"):
+        assert artifacts.facts(f"04_{name}_fp32.onnx")["max_relative_error"] < 1e-4
     for name in ("dense", "sparse"):
         assert artifacts.facts(f"05_{name}.engine")["sparse_flag"]
         assert artifacts.require(f"05_{name}.engine").stat().st_size > 10_000
     rows = json.loads(artifacts.require("06_benchmark.json").read_text())["rows"]
     measured = {(row["network"], row["batch"]) for row in rows}
-    assert {(n, b) for n in ("dense", "sparse") for b in tiny_settings.batches} <= measured
+    assert {(n, b) for n in ("dense", "sparse") for b in tiny_settings.batch_sizes} <= measured
     assert all(row["speedup_low"] <= row["speedup_high"] for row in rows)
     assert (artifacts.figures / "06_case_study.png").exists()
     assert "latency p50, batch 4" in said["summary"]
-    assert (tiny_settings.data_dir / "reference" / said["record"].strip()).exists()
+    assert (tiny_settings.data_dir / "reference" / said["save-reference"].strip()).exists()
 
     # A second run over what is there changes nothing but dates and times.
     status, again, _ = run("retrain")

@@ -1,0 +1,120 @@
+"""Is a model 2:4, and what would that buy it? The commands for models of the reader's own.
+
+`python -m helpers verify` and `python -m helpers advise`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from torchvision.models import get_model_weights
+
+from helpers.files import shown
+from helpers.measurement.advice import advise as advise_one
+from helpers.measurement.advice import advise_batches
+from helpers.measurement.rates import Rates
+from helpers.measurement.roofline import DATASHEETS
+from helpers.sparsity.compressed import read_checkpoint
+from helpers.sparsity.verify import verify_file
+from helpers.training import networks
+from helpers.tutorial.checks import TutorialError
+
+
+def verify(path: Path, name: str | None) -> bool:
+    """Print whether each weight is 2:4; return whether all eligible ones are.
+
+    Args:
+        path: an ONNX file or a safetensors checkpoint.
+        name: the network of a checkpoint that does not name it.
+
+    Raises:
+        TutorialError: no weight of the file is eligible, or a network is named for a file that
+            is not a checkpoint.
+    """
+    model = None
+    if path.suffix == ".safetensors":
+        model = networks.checkpoint_model(path, name)
+    elif name is not None:
+        raise TutorialError(
+            f"{shown(path)} is not a .safetensors checkpoint, and only those need --model: "
+            "leave it out."
+        )
+    table = verify_file(path, model)
+    print(table.to_string(index=False))
+    eligible = table[table.eligible]
+    if eligible.empty:
+        raise TutorialError(f"{shown(path)} has no weight that could be 2:4.")
+    print(f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4")
+    return bool(eligible.is_2to4.all())
+
+
+def advise(
+    model: str,
+    gpu: str | None,
+    record: Path | None,
+    batch_sizes: Sequence[int],
+    datatype: str,
+    image_size: int | None,
+) -> None:
+    """Print what 2:4 will buy a network, by batch size and then layer by layer.
+
+    Args:
+        model: a network by its name, or a safetensors checkpoint.
+        gpu: the name of a datasheet.
+        record: what `benchmarks/gpu.py` measured, instead of a datasheet.
+        batch_sizes: the layers are shown for the largest.
+        datatype: of weights and activations.
+        image_size: height and width in pixels, unless the network's own.
+    """
+    network, channels, size = _load(model)
+    rates = _rates(gpu, record)
+    if image_size is not None:
+        size = image_size
+    shape = (channels, size, size)
+    sizes = sorted(set(batch_sizes))
+    table = advise_batches(network, rates, shape, sizes, datatype)
+    print(f"{model} at {size}x{size} in {datatype}, from {rates.source}")
+    if not rates.measured:
+        print("Floors, not measurements: at the published peaks, all operands from GPU memory.")
+    print(table.to_string(index=False, float_format="{:.3g}".format), end="\n\n")
+    print(advise_one(network, rates, shape, batch=sizes[-1], datatype=datatype))
+
+
+def _load(name: str) -> tuple[nn.Module, int, int]:
+    """Return a network, with the channels and the size of its images."""
+    if suffix := Path(name).suffix:
+        if suffix != ".safetensors":
+            raise TutorialError(
+                f"{name} is not a checkpoint: those end in .safetensors. Write one with "
+                "helpers.training.networks.save_checkpoint, or name a network."
+            )
+        stored = read_checkpoint(Path(name)).model
+        if stored is None:
+            raise TutorialError(
+                f"{name} does not name its network in the header. Write it with "
+                "helpers.training.networks.save_checkpoint, or name a network."
+            )
+        network, name = networks.load_checkpoint(Path(name)), stored
+    else:
+        classes = 10 if name == "resnext14_8x4d" else 1000
+        network = networks.create_on_meta(name, classes)  # only its shapes matter
+    if isinstance(network, networks.SmallResNeXt):
+        return network, 1, 28
+    return network, 3, _image_size(name)
+
+
+def _image_size(name: str) -> int:
+    """Return what torchvision's network takes as it is made; some weights want larger images."""
+    weights = get_model_weights(name)
+    return min(each.transforms().crop_size[0] for each in weights)
+
+
+def _rates(gpu: str | None, record: Path | None) -> Rates:
+    if gpu is not None and record is not None:
+        raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
+    if record is not None:
+        return Rates.from_record(record)
+    sheet = "a100" if gpu is None else gpu.lower()
+    if sheet not in DATASHEETS:
+        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
+    return Rates.from_datasheet(DATASHEETS[sheet])

@@ -1,0 +1,24 @@
+import json
+
+from helpers import machine
+from helpers.inference import engine
+from helpers.tutorial import backends, setup
+from helpers.tutorial.artifacts import Artifacts
+
+
+def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
+    found = engine.Builder("TensorRT-RTX", json, "1.7", "the test says so")
+    monkeypatch.setattr(engine, "find_builder", lambda: found)
+    monkeypatch.setattr(setup, "setup_report", lambda _: [(True, "Python"), (False, "onnx")])
+    reasons = {"TensorRT": "No GPU.", "ONNX Runtime": ""}
+    monkeypatch.setattr(backends, "backend_status", lambda: reasons)
+    setup.check_setup(tiny_settings)
+    assert capsys.readouterr().out.splitlines() == [
+        "[OK] Python",
+        "[FAIL] onnx",
+        "[OK] engines: TensorRT-RTX 1.7 (the test says so)",
+        "[--] inference with TensorRT: No GPU.",
+        "[OK] inference with ONNX Runtime",
+    ]
+    record = json.loads(Artifacts(tiny_settings).require("00_setup.json").read_text())
+    assert record == {"machine": machine.describe(), "builder": "TensorRT-RTX"}
