@@ -1,7 +1,8 @@
 """What several test modules share."""
 
+import logging
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -21,6 +22,15 @@ from helpers.tutorial.settings import PRESETS, Settings
 # The first call into torch is slow, and a test suite should not depend on the day.
 hypothesis.settings.register_profile("tutorial", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tutorial")
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """Take away what a test, or a command that it ran, has let print the log."""
+    logger = logging.getLogger("helpers")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = handlers, level
 
 
 @pytest.fixture

@@ -311,21 +311,21 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
 
 def test_the_name_of_the_network_is_kept(tmp_path):
     save_compressed(network(), tmp_path / "net.safetensors", model="resnet18")
-    assert read_checkpoint(tmp_path / "net.safetensors").model == "resnet18"
+    assert read_checkpoint(tmp_path / "net.safetensors").network == "resnet18"
 
 
 def test_any_safetensors_file_is_read_as_a_checkpoint(tmp_path):
     save_file({"w": torch.ones(2, 2)}, tmp_path / "net.safetensors", {"model": "resnet18"})
     checkpoint = read_checkpoint(tmp_path / "net.safetensors")
     assert checkpoint.state["w"].tolist() == [[1, 1], [1, 1]]
-    assert (checkpoint.model, checkpoint.compressed) == ("resnet18", False)
+    assert (checkpoint.network, checkpoint.compressed) == ("resnet18", False)
 
 
 def test_a_checkpoint_says_whether_it_was_compressed(tmp_path):
     save_compressed(network(), tmp_path / "net.safetensors")
     checkpoint = read_checkpoint(tmp_path / "net.safetensors")
     assert checkpoint.compressed
-    assert checkpoint.model is None
+    assert checkpoint.network is None
     assert checkpoint.state.keys() == network().state_dict().keys()
 
 

@@ -16,6 +16,7 @@ from helpers.sparsity import (
     verify_model,
     verify_onnx,
 )
+from helpers.sparsity.compressed import Checkpoint
 from helpers.training.networks import create_model, create_on_meta, save_checkpoint
 
 COLUMNS = ["layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason"]
@@ -154,7 +155,9 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_a_checkpoint_of_a_deeper_network_is_refused(monkeypatch):
     """Of ResNet-152 it has every weight of ResNet-101, and more that would not be verified."""
     state = create_on_meta("resnet152", 10).state_dict()
-    monkeypatch.setattr("helpers.sparsity.verify.read_checkpoint", lambda _: (state, None))
+    monkeypatch.setattr(
+        "helpers.sparsity.verify.read_checkpoint", lambda _: Checkpoint(state, None, False)
+    )
     with pytest.raises(InputError, match=r"layer2\.4\.conv1\.weight is not in the model"):
         verify_checkpoint("net.safetensors", create_on_meta("resnet101", 10))
 

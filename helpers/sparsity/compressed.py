@@ -193,12 +193,12 @@ def save_compressed(
 class Checkpoint:
     """What a safetensors file holds.
 
-    `state` is the dense `state_dict`, on the CPU; `model` the network's name in the header,
+    `state` is the dense `state_dict`, on the CPU; `network` the network's name in the header,
     if it has one; `compressed` whether `save_compressed` wrote the file.
     """
 
     state: dict[str, Tensor]
-    model: str | None
+    network: str | None
     compressed: bool
 
 

@@ -92,7 +92,7 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
             a network while no model is given.
     """
     checkpoint = read_checkpoint(path)
-    state, network = checkpoint.state, checkpoint.model
+    state, network = checkpoint.state, checkpoint.network
     if model is None and network is not None:
         raise InputError(
             f"{shown(path)} is a checkpoint of {network}, whose layers decide which weights are "

@@ -145,7 +145,7 @@ def load_checkpoint(path: Path) -> nn.Module:
             another one, or has NaN or infinite weights.
     """
     checkpoint = _read(path)
-    state, name = checkpoint.state, checkpoint.model
+    state, name = checkpoint.state, checkpoint.network
     if name is None:
         raise CheckpointError(
             f"{shown(path)} does not name its network in the header. Write checkpoints with "
@@ -176,7 +176,7 @@ def checkpoint_model(path: Path, name: str | None = None) -> nn.Module | None:
         CheckpointError: the file is missing or damaged, or of another network.
     """
     checkpoint = _read(path)
-    name = name or checkpoint.model
+    name = name or checkpoint.network
     if name is None:
         return None
     return create_on_meta(name, _number_of_classes(path, name, checkpoint.state))

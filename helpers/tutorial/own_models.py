@@ -88,7 +88,7 @@ def _load(name: str) -> tuple[nn.Module, int, int]:
                 f"{name} is not a checkpoint: those end in .safetensors. Write one with "
                 "helpers.training.networks.save_checkpoint, or name a network."
             )
-        stored = read_checkpoint(Path(name)).model
+        stored = read_checkpoint(Path(name)).network
         if stored is None:
             raise TutorialError(
                 f"{name} does not name its network in the header. Write it with "
