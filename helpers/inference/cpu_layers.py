@@ -1,0 +1,394 @@
+"""Layers of a 2:4 network that compute on a CPU with half the multiplications, in FP32.
+
+A `CpuLayer` holds the weight of one convolution or linear layer in the order in which the
+kernel of `helpers.inference.cpu_kernels` reads it, and cuts the work for each input shape.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from helpers.inference import cpu_kernels
+from helpers.inference.cpu_kernels import LANES, PLAN, POSITIONS, ROWS, VECTOR_BYTES, VECTORS
+from helpers.sparsity.compressed import compress_2to4
+from helpers.sparsity.masks import is_2to4
+
+# The input of one unit stays in the first cache, beside the weights that pass through it.
+_CACHE_BYTES = 30 * 1024
+# The sums of one unit, which wait there for the next block of depths, stay in the second.
+_SUMS_BYTES = 256 * 1024
+# Rows below which packing the input for them takes longer than what more threads save.
+_FEWEST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight in the kernel's order: conv groups, depth blocks, blocks of rows, depths, rows."""
+
+    kept: int
+    values: NDArray[np.float32]
+    positions: NDArray[Any]
+    depth_blocks: int
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """How a convolution walks over its input."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # above and to the left
+    padding_after: tuple[int, int]  # below and to the right
+    dilation: tuple[int, int]
+
+    def output(self, size: Sequence[int]) -> tuple[int, int]:
+        """Return height and width of the output for those of the input."""
+        height, width = (
+            (length + before + after - dilation * (kernel - 1) - 1) // stride + 1
+            for length, before, after, dilation, kernel, stride in zip(
+                size,
+                self.padding,
+                self.padding_after,
+                self.dilation,
+                self.kernel,
+                self.stride,
+                strict=True,
+            )
+        )
+        return height, width
+
+    @property
+    def sees_single_pixels(self) -> bool:
+        """Whether each output pixel depends on the input pixel at the same place alone."""
+        return self == _SINGLE_PIXEL
+
+
+_SINGLE_PIXEL = _Geometry((1, 1), (1, 1), (0, 0), (0, 0), (1, 1))
+
+
+class CpuLayer:
+    """One convolution or linear layer with 2:4 weights, or its dense twin, on the CPU.
+
+    Made by `from_conv` or `from_linear`; called with an input, it returns the output. Bias,
+    the addition of a residual, and a ReLU after it cost no pass of their own. The output
+    has the same bits for any number of threads.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+        sparse: bool,
+        geometry: _Geometry | None,
+        groups: int = 1,
+    ) -> None:
+        _require_weight(weight, bias, sparse)
+        self.rows, self.columns = weight.shape[:2]
+        self.relu, self.sparse, self.groups = relu, sparse, groups
+        self.geometry = geometry
+        # Depths in the order of the packing: position in the kernel, then channel.
+        taps = weight.detach().flatten(2) if weight.dim() > 2 else weight.detach()[:, :, None]
+        matrix = taps.transpose(1, 2).reshape(self.rows, -1)
+        self._packed = _pack(matrix, groups, sparse)
+        self._bias = _padded_bias(bias, self.rows, groups)
+        self._plan = lru_cache(maxsize=32)(self._make_plan)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, relu: bool = False, sparse: bool = True) -> "CpuLayer":
+        """Return a layer that computes what a convolution does.
+
+        Args:
+            conv: in FP32, with input channels of each group in a multiple of four, zero padding.
+            relu: whether a ReLU follows.
+            sparse: skip the zeros of the 2:4 weight; if false, the dense twin multiplies by them.
+
+        Raises:
+            ValueError: the weight is not 2:4, not FP32, or not finite, or the padding is of
+                another kind.
+        """
+        if conv.padding_mode != "zeros":
+            raise ValueError(
+                f"The convolution pads with {conv.padding_mode!r}, and this engine pads with "
+                "zeros. Leave it to PyTorch."
+            )
+        before, after = _padding(conv)
+        kernel, stride, dilation = (
+            (int(pair[0]), int(pair[1])) for pair in (conv.kernel_size, conv.stride, conv.dilation)
+        )
+        geometry = _Geometry(kernel, stride, before, after, dilation)
+        return cls(conv.weight, conv.bias, relu, sparse, geometry, conv.groups)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, relu: bool = False, sparse: bool = True) -> "CpuLayer":
+        """Return a layer that computes what a linear layer does. Arguments as in `from_conv`."""
+        return cls(linear.weight, linear.bias, relu, sparse, None)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the output for that of an input.
+
+        Raises:
+            ValueError: the layer does not take inputs of this shape.
+        """
+        channels = self.columns * self.groups
+        if self.geometry is None:
+            if not shape or shape[-1] != channels:
+                raise ValueError(
+                    f"The input has shape {tuple(shape)}, and this linear layer takes "
+                    f"(..., {channels})."
+                )
+            return (*shape[:-1], self.rows)
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(
+                f"The input has shape {tuple(shape)}, and this convolution takes "
+                f"(images, {channels}, height, width)."
+            )
+        height, width = self.geometry.output(shape[2:])
+        if height < 1 or width < 1:
+            raise ValueError(
+                f"The input has shape {tuple(shape)}, and the convolution's kernel "
+                f"{self.geometry.kernel} does not fit into it."
+            )
+        return shape[0], self.rows, height, width
+
+    def __call__(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
+        """Return the layer's output.
+
+        Args:
+            input: (images, channels, height, width) of a convolution, or (..., features) of a
+                linear layer; FP32, contiguous, on the CPU.
+            residual: what is added before the ReLU, shaped as the output; it may be `out`.
+            out: where to write the output; without it memory is allocated.
+            threads: how many to compute with; by default as many as PyTorch uses.
+
+        Raises:
+            ValueError: a tensor is of another shape, type or layout, or the output would
+                overwrite the input.
+        """
+        shape = self.output_shape(input.shape)
+        _require_plain(input, "The input", tuple(input.shape))
+        if out is None:
+            out = torch.empty(shape)
+        _require_plain(out, "The output", shape)
+        if residual is not None:
+            _require_plain(residual, "The residual", shape)
+        if out.data_ptr() == input.data_ptr():
+            raise ValueError("The output would overwrite the input. Give it another buffer.")
+        if out.numel() == 0:
+            return out
+        threads = min(threads or torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        plan = self._plan(tuple(input.shape), threads).copy()
+        plan["input"], plan["output"] = input.data_ptr(), out.data_ptr()
+        plan["residual"] = 0 if residual is None else residual.data_ptr()
+        scratch = _scratch(threads * int(plan["scratch_bytes"][0]))
+        plan["scratch"] = scratch
+        cpu_kernels.run(plan, self._packed.kept, threads)
+        return out
+
+    def _make_plan(self, shape: tuple[int, ...], threads: int) -> NDArray[Any]:
+        """Return all that does not change from call to call: sizes, weights, and the cut."""
+        plan = np.zeros(1, PLAN)
+        packed, geometry = self._packed, self.geometry or _SINGLE_PIXEL
+        images, height, width = self._as_images(shape)
+        out_height, out_width = geometry.output((height, width))
+        known = {
+            "values": packed.values.ctypes.data,
+            "positions": packed.positions.ctypes.data,
+            "bias": self._bias.ctypes.data,
+            "tokens": self.geometry is None,
+            "images": images,
+            "groups": self.groups,
+            "channels": self.columns,
+            "rows": self.rows // self.groups,
+            "height": height,
+            "width": width,
+            "out_height": out_height,
+            "out_width": out_width,
+            "kernel_width": geometry.kernel[1],
+            "stride_y": geometry.stride[0],
+            "stride_x": geometry.stride[1],
+            "pad_y": geometry.padding[0],
+            "pad_x": geometry.padding[1],
+            "dilation_y": geometry.dilation[0],
+            "dilation_x": geometry.dilation[1],
+            "depth": self.columns * math.prod(geometry.kernel) // 4,
+            "depth_blocks": packed.depth_blocks,
+            "floor": 0.0 if self.relu else -math.inf,
+        }
+        for name, value in known.items():
+            plan[name] = value
+        self._cut(plan, images * out_height * out_width, threads)
+        return plan
+
+    def _as_images(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return images, height and width; where pixels are single, each image is one long row."""
+        if self.geometry is None:
+            return 1, 1, math.prod(shape[:-1])
+        images, _, height, width = shape
+        if self.geometry.sees_single_pixels:
+            return images, 1, height * width
+        return images, height, width
+
+    def _cut(self, plan: NDArray[Any], pixels: int, threads: int) -> None:
+        """Cut the output into tiles by parts, and say how much scratch a unit of it takes."""
+        vectors = -(-pixels // LANES)
+        most = VECTORS[self._packed.kept]
+        tiles = -(-vectors // most)
+        widest = -(-vectors // tiles)
+        blocks = -(-self.rows // self.groups // ROWS)
+        parts = _parts(tiles * self.groups, blocks, widest, threads)
+        deepest = -(-int(plan["depth"][0]) // self._packed.depth_blocks)
+        x_bytes = 4 * deepest * (widest + 1) * VECTOR_BYTES
+        sums_bytes = -(-blocks // parts) * ROWS * widest * VECTOR_BYTES
+        plan["tiles"], plan["parts"] = tiles, parts
+        plan["x_bytes"] = x_bytes
+        # Threads do not share a page.
+        plan["scratch_bytes"] = -(-(x_bytes + sums_bytes) // 4096) * 4096
+
+
+def _parts(tiles: int, blocks: int, vectors: int, threads: int) -> int:
+    """Return into how many parts the rows of each tile are cut.
+
+    As few as leave the sums of a part in cache, and give all threads about as much to do.
+    """
+    row_bytes = ROWS * vectors * VECTOR_BYTES
+    parts = -(-blocks * row_bytes // _SUMS_BYTES)
+    most = max(parts, blocks * ROWS // _FEWEST_ROWS)
+    if threads == 1:
+        return parts
+
+    def idle(parts: int) -> float:
+        units = tiles * parts
+        return -(-units // threads) * threads / units - 1
+
+    return min(range(parts, most + 1), key=lambda parts: (max(idle(parts), 0.04), parts))
+
+
+def _pack(matrix: Tensor, groups: int, sparse: bool) -> _Packed:
+    """Bring a weight (rows, depth) into the order in which the kernel reads it."""
+    if sparse:
+        compressed = compress_2to4(matrix)
+        values, positions = compressed.values, compressed.positions.numpy()
+    else:
+        values, positions = matrix, np.zeros(matrix.shape, np.int64)
+    kept = 2 if sparse else 4
+    depth = matrix.shape[1] // 4
+    deepest = max(1, _CACHE_BYTES // (4 * VECTORS[kept] * VECTOR_BYTES))
+    depth_blocks = -(-depth // deepest)
+    ordered_values = _interleave(values.numpy(), groups, depth, kept, depth_blocks)
+    codes = _interleave(positions, groups, depth, kept, depth_blocks).reshape(-1, kept * ROWS)
+    shifts = 2 * np.arange(2 * ROWS)
+    joined = (codes[:, : 2 * ROWS] << shifts).sum(1).astype(POSITIONS)
+    return _Packed(kept, _aligned(ordered_values), joined, depth_blocks)
+
+
+def _interleave(
+    matrix: NDArray[Any], groups: int, depth: int, kept: int, depth_blocks: int
+) -> NDArray[Any]:
+    """Return (rows, depth * kept) flat, in the order (groups, depth block, rows, depth, kept, row).
+
+    Rows are filled up with zeros to whole blocks.
+    """
+    rows = matrix.shape[0] // groups
+    blocks = -(-rows // ROWS)
+    filled = np.zeros((groups, blocks * ROWS, depth, kept), matrix.dtype)
+    filled[:, :rows] = matrix.reshape(groups, rows, depth, kept)
+    ordered = filled.reshape(groups, blocks, ROWS, depth, kept).transpose(0, 1, 3, 4, 2)
+    edges = [depth * i // depth_blocks for i in range(depth_blocks + 1)]
+    pieces = [
+        ordered[group, :, first:last].ravel()
+        for group in range(groups)
+        for first, last in zip(edges, edges[1:], strict=False)
+    ]
+    return np.concatenate(pieces)
+
+
+def _padded_bias(bias: Tensor | None, rows: int, groups: int) -> NDArray[np.float32]:
+    """Return the bias of every row of whole blocks, zero where there is none."""
+    each = rows // groups
+    padded = np.zeros((groups, -(-each // ROWS) * ROWS), np.float32)
+    if bias is not None:
+        padded[:, :each] = bias.detach().numpy().reshape(groups, each)
+    return padded
+
+
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy that starts on a cache line."""
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    aligned = raw[start : start + array.nbytes].view(array.dtype)
+    aligned[:] = array
+    return aligned
+
+
+_kept_scratch: list[NDArray[np.uint8]] = []
+
+
+def _scratch(size: int) -> int:
+    """Return the address of at least `size` bytes, which all layers use in turn."""
+    if not _kept_scratch or _kept_scratch[0].nbytes < size + 4096:
+        _kept_scratch[:] = [np.empty(size + 4096, np.uint8)]
+    address = _kept_scratch[0].ctypes.data
+    return address + -address % 4096
+
+
+def _padding(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the padding before and after, as PyTorch resolves "same" and "valid"."""
+    if not isinstance(conv.padding, str):
+        pair = (int(conv.padding[0]), int(conv.padding[1]))
+        return pair, pair
+    right, _, below, _ = (0, 0, 0, 0)
+    left, right, above, below = conv._reversed_padding_repeated_twice
+    return (above, left), (below, right)
+
+
+def _require_weight(weight: Tensor, bias: Tensor | None, sparse: bool) -> None:
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"The {what} is {tensor.dtype} on {tensor.device}, and this engine computes in "
+                "FP32 on the CPU. Convert the layer with .float().cpu()."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"The {what} has NaN or infinite values. Go back to a checkpoint from before "
+                "the training diverged."
+            )
+    if weight.shape[1] % 4:
+        raise ValueError(
+            f"The weight has shape {tuple(weight.shape)}, and the kernel takes input channels in "
+            "a multiple of four. Leave this layer to PyTorch."
+        )
+    if sparse and not is_2to4(weight):
+        raise ValueError(
+            "The weight is not 2:4: a group of four holds more than two non-zeros. Prune it with "
+            "prune_2to4_, or pass sparse=False."
+        )
+
+
+def _require_plain(tensor: Tensor, what: str, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{what} is {tensor.dtype} on {tensor.device}, and this engine computes in FP32 on "
+            "the CPU. Convert it with .float().cpu()."
+        )
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, and {shape} is needed.")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{what} is not contiguous. Call .contiguous() on it first.")
