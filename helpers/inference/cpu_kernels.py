@@ -22,13 +22,13 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, prange, types
+from numba import carray, cfunc, literally, njit, prange, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -729,104 +729,161 @@ def _finish(plan: Any, sums: int, pitch: int, pixel: int, pixels: int, row: int,
     )
 
 
-def _worker(kept: int) -> Callable[[Any, int], None]:
-    """Return the function that computes units of a layer until none is left.
+class _Unit(NamedTuple):
+    """One tile of pixels by one part of the rows of one group."""
 
-    Args:
-        kept: how many weights of every four the plan's values hold, 2 or 4.
+    group: int
+    pixel: int  # the first one, counted through all images
+    pixels: int
+    vectors: int
+    image: int
+    start: int  # the first pixel within its image
+    block: int  # of rows: the first one
+    end: int  # the one behind the last
+
+    # How far the sums go straight to the output: to this block, which comes last but for a
+    # block with fewer rows than `ROWS`; nowhere if the output's layout is another one.
+    direct_end: int
+
+
+@_helper
+def _unit(plan: Any, number: int) -> _Unit:
+    number, part = divmod(number, plan.parts)
+    group, tile = divmod(number, plan.tiles)
+    size = plan.out_height * plan.out_width
+    all_vectors = (plan.images * size + LANES - 1) // LANES
+    first = all_vectors * tile // plan.tiles
+    vectors = all_vectors * (tile + 1) // plan.tiles - first
+    pixel = first * LANES
+    pixels = min(vectors * LANES, plan.images * size - pixel)
+    image = pixel // size
+    start = pixel - image * size
+    blocks = (plan.rows + ROWS - 1) // ROWS
+    block = blocks * part // plan.parts
+    end = blocks * (part + 1) // plan.parts
+    direct = not plan.tokens and start + pixels <= size
+    direct_end = min(end, plan.rows // ROWS) if direct else block
+    return _Unit(group, pixel, pixels, vectors, image, start, block, end, direct_end)
+
+
+@_helper
+def _is_read_in_place(plan: Any, unit: _Unit) -> bool:
+    """Return whether the input of a tile lies in memory as the innermost loop wants it."""
+    size = plan.out_height * plan.out_width
+    single_pixels = (
+        plan.depth * 4 == plan.channels and plan.stride_y == 1 and plan.stride_x == 1
+        and plan.height == plan.out_height and plan.width == plan.out_width
+    )  # fmt: skip
+    in_one_image = unit.start + unit.vectors * LANES <= size
+    return single_pixels and not plan.tokens and in_one_image and size % LANES == 0
+
+
+@_helper
+def _pack(plan: Any, unit: _Unit, x: int, pitch: int, first: int, last: int) -> None:
+    """Bring groups of four depths, first to last, of a tile into cache."""
+    if plan.tokens:
+        source = plan.input + 4 * (unit.pixel * plan.channels + 4 * first)
+        _pack_tokens(x, pitch, source, 4 * plan.channels, unit.pixels, 4 * (last - first))
+    else:
+        _pack_pixels(plan, x, pitch, unit.pixel, unit.pixels, unit.group, 4 * first, 4 * last)
+
+
+@_helper
+def _add_depths(
+    plan: Any, kept: int, unit: _Unit, x: int, pitch: int, sums: int, first: int, last: int
+) -> None:
+    """Add what groups of four depths, first to last, contribute to the sums of a unit.
+
+    After the last depth the sums of whole blocks go to the output.
     """
-    most_vectors = VECTORS[kept]
-
-    @_helper
-    def compute(plan: Any, unit: int, scratch: int) -> None:
-        unit, part = divmod(unit, plan.parts)
-        group, tile = divmod(unit, plan.tiles)
-        size = plan.out_height * plan.out_width
-        all_pixels = plan.images * size
-        all_vectors = (all_pixels + LANES - 1) // LANES
-        first_vector = all_vectors * tile // plan.tiles
-        vectors = all_vectors * (tile + 1) // plan.tiles - first_vector
-        pixel = first_vector * LANES
-        pixels = min(vectors * LANES, all_pixels - pixel)
-
-        # Rows in blocks; the last block of a group may have rows that are not there.
-        blocks = (plan.rows + ROWS - 1) // ROWS
-        block = blocks * part // plan.parts
-        end = blocks * (part + 1) // plan.parts
-        image = pixel // size
-        start = pixel - image * size
-        # Sums go straight to the output if the tile lies in one image.
-        direct = not plan.tokens and start + pixels <= size
-        whole = min(end, plan.rows // ROWS) if direct else block
-
-        taps_of_one = plan.depth * 4 == plan.channels and plan.stride_x == 1 and plan.stride_y == 1
-        unpadded = plan.pad_x == 0 and plan.pad_y == 0 and plan.out_width == plan.width
-        in_place = (
-            taps_of_one and unpadded and not plan.tokens and direct
-            and pixels == vectors * LANES and size % LANES == 0
+    kept = literally(kept)
+    blocks = (plan.rows + ROWS - 1) // ROWS
+    depth = last - first
+    before = (unit.group * plan.depth + first) * blocks
+    begins = first == 0
+    size = plan.out_height * plan.out_width
+    row = (unit.image * plan.groups + unit.group) * plan.rows
+    lanes = unit.pixels - (unit.vectors - 1) * LANES
+    ends = last == plan.depth
+    middle = unit.direct_end if ends else unit.block
+    for block, end, direct in ((unit.block, middle, True), (middle, unit.end, False)):
+        if block == end:
+            continue
+        weights = before + block * depth
+        out = 4 * ((row + block * ROWS) * size + unit.start)
+        _add_rows(
+            kept,
+            unit.vectors,
+            (
+                x, pitch, depth, end - block,
+                plan.values + weights * 4 * kept * ROWS,
+                plan.positions + weights * POSITION_BYTES,
+                plan.bias + 4 * (unit.group * blocks + block) * ROWS,
+                sums + (block - unit.block) * ROWS * unit.vectors * VECTOR_BYTES,
+                begins, direct,
+                plan.output + out, 4 * size, plan.residual + out if plan.residual else 0,
+                lanes, plan.floor,
+            ),
         )  # fmt: skip
 
-        sums_pitch = vectors * VECTOR_BYTES
-        # Convolutions are packed in runs of whole vectors, which may end behind the tile.
-        pitch = sums_pitch + (0 if plan.tokens else VECTOR_BYTES)
-        x = scratch
-        sums = scratch + plan.x_bytes
-        group_rows = group * blocks
-        out_row = image * plan.groups * plan.rows + group * plan.rows + block * ROWS
-        out = 4 * (out_row * size + start)
-        residual = plan.residual + out if plan.residual else 0
-        bias = plan.bias + 4 * (group * blocks + block) * ROWS
-        lanes = pixels - (vectors - 1) * LANES
 
-        for depth_block in range(plan.depth_blocks):
-            first = plan.depth * depth_block // plan.depth_blocks
-            last = plan.depth * (depth_block + 1) // plan.depth_blocks
-            depth = last - first
-            if in_place:
-                pitch = 4 * size
-                plane = (image * plan.groups + group) * plan.channels + 4 * first
-                x = plan.input + 4 * (plane * size + start)
-            elif plan.tokens:
-                source = plan.input + 4 * (pixel * plan.channels + 4 * first)
-                _pack_tokens(x, pitch, source, 4 * plan.channels, pixels, 4 * depth)
-            else:
-                _pack_pixels(plan, x, pitch, pixel, pixels, group, 4 * first, 4 * last)
-            done = (group * plan.depth + first) * blocks + block * depth
-            values = plan.values + done * 4 * kept * ROWS
-            positions = plan.positions + done * POSITION_BYTES
-            begins = depth_block == 0
-            ends = depth_block == plan.depth_blocks - 1
-            if ends and whole > block:
-                _add_rows(
-                    kept, vectors,
-                    (x, pitch, depth, whole - block, values, positions, bias, sums, begins, 1,
-                     plan.output + out, 4 * size, residual, lanes, plan.floor),
-                )  # fmt: skip
-            skipped = whole - block if ends else 0
-            if end - block > skipped:
-                _add_rows(
-                    kept, vectors,
-                    (x, pitch, depth, end - block - skipped,
-                     values + skipped * depth * 4 * kept * ROWS,
-                     positions + skipped * depth * POSITION_BYTES,
-                     bias + skipped * ROWS * 4, sums + skipped * ROWS * sums_pitch, begins, 0,
-                     0, 0, 0, 0, plan.floor),
-                )  # fmt: skip
-        left = min(end * ROWS, plan.rows) - whole * ROWS
-        if left > 0:
-            at = sums + (whole - block) * ROWS * sums_pitch
-            _finish(plan, at, sums_pitch, pixel, pixels, group * plan.rows + whole * ROWS, left)
+@_helper
+def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
+    """Compute one unit of a layer.
 
-    def work(plans: Any, thread: int) -> None:
-        plan = carray(plans, 1)[0]
-        scratch = plan.scratch + thread * plan.scratch_bytes
-        units = plan.groups * plan.tiles * plan.parts
-        unit = _take_next(plan.next_unit)
-        while unit < units:
-            compute(plan, unit, scratch)
-            unit = _take_next(plan.next_unit)
+    Args:
+        plan: the layer, a record of `PLAN`.
+        kept: how many weights of every four its values hold, 2 or 4.
+        number: the unit.
+        scratch: where this thread keeps the unit's input, and sums that are not yet complete.
+    """
+    kept = literally(kept)
+    unit = _unit(plan, number)
+    in_place = _is_read_in_place(plan, unit)
+    sums = scratch + plan.x_bytes
+    sums_pitch = unit.vectors * VECTOR_BYTES
+    # The pixels of a convolution are packed in whole vectors, which may end behind the tile.
+    pitch = sums_pitch + (0 if plan.tokens else VECTOR_BYTES)
+    size = plan.out_height * plan.out_width
+    for i in range(plan.depth_blocks):
+        first = plan.depth * i // plan.depth_blocks
+        last = plan.depth * (i + 1) // plan.depth_blocks
+        if in_place:
+            channel = (unit.image * plan.groups + unit.group) * plan.channels + 4 * first
+            x = plan.input + 4 * (channel * size + unit.start)
+            _add_depths(plan, kept, unit, x, 4 * size, sums, first, last)
+        else:
+            _pack(plan, unit, scratch, pitch, first, last)
+            _add_depths(plan, kept, unit, scratch, pitch, sums, first, last)
+    left = min(unit.end * ROWS, plan.rows) - unit.direct_end * ROWS
+    if left > 0:
+        sums += (unit.direct_end - unit.block) * ROWS * sums_pitch
+        row = unit.group * plan.rows + unit.direct_end * ROWS
+        _finish(plan, sums, sums_pitch, unit.pixel, unit.pixels, row, left)
 
-    return work
+
+@_helper
+def _compute_units(plans: Any, kept: int, thread: int) -> None:
+    """Compute units of a layer until no thread has left any."""
+    kept = literally(kept)
+    plan = carray(plans, 1)[0]
+    units = plan.groups * plan.tiles * plan.parts
+    scratch = plan.scratch + thread * plan.scratch_bytes
+    number = _take_next(plan.next_unit)
+    while number < units:
+        _compute(plan, kept, number, scratch)
+        number = _take_next(plan.next_unit)
+
+
+# What is compiled: plain functions with nothing bound to them, for numba finds those again.
+
+
+def _sparse(plans: Any, thread: int) -> None:
+    _compute_units(plans, 2, thread)
+
+
+def _dense_twin(plans: Any, thread: int) -> None:
+    _compute_units(plans, 4, thread)
 
 
 # --- compile once, run on several threads ---
@@ -867,7 +924,7 @@ def _work(kept: int) -> Any:
 
     def compile(keep: bool) -> Any:
         options: dict[str, Any] = {"cache": keep, "error_model": "numpy"}
-        return cfunc(signature, **options)(_worker(kept))
+        return cfunc(signature, **options)(_sparse if kept == 2 else _dense_twin)
 
     return _compiled(compile, what)
 
