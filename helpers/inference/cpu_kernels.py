@@ -66,10 +66,11 @@ _MANY_REGISTERS = LANES == 16 or not IS_X86
 ROWS = 4 if _MANY_REGISTERS else 2
 VECTORS = {2: 7, 4: 6} if _MANY_REGISTERS else {2: 6, 4: 5}  # by weights kept of every four
 
-# Two bits for each of two weights in each of the rows.
-POSITIONS = np.dtype(np.uint16 if ROWS == 4 else np.uint8)
 VECTOR_BYTES = 4 * LANES
-POSITION_BYTES = POSITIONS.itemsize
+
+# Positions of two bits come in words of 64 bits, and a word holds those of so many groups of
+# four, for two weights of each row. A read for every group would cost 5 % of the time.
+GROUPS_PER_WORD = 64 // (4 * ROWS)
 
 # --- what a unit of work is told ---
 
@@ -270,26 +271,44 @@ class _RowsFunction:
                 act(cell, self.b.at(sums, (row * self.vectors + i) * VECTOR_BYTES))
 
     def _add_products(self, block: ir.Value) -> None:
-        """Add the products of all groups of four, one group in each turn of a loop."""
+        """Add the products of all groups of four."""
         b, arg = self.b, self.arg
-        before = b.times(block, arg["depth"])
-        value_bytes, position_bytes = 4 * self.kept * ROWS, POSITIONS.itemsize
-        values = b.at(arg["values"], b.times(before, value_bytes))
-        positions = b.at(arg["positions"], b.times(before, position_bytes))
-        x = cgutils.alloca_once_value(b, arg["x"])
-        step = b.times(arg["pitch"], 4)
-        with cgutils.for_range(b, arg["depth"], intp=_INT64) as loop:
-            weights = _Weights(b, b.at(values, b.times(loop.index, value_bytes)))
-            if self.kept == 2:
-                where = b.at(positions, b.times(loop.index, position_bytes))
-                self._add_two_of_four(b.load(x), weights, where)
-            else:
-                self._add_all_four(b.load(x), weights)
-            b.store(b.at(b.load(x), step), x)
+        before = b.times(block, b.times(arg["depth"], 4 * self.kept * ROWS))
+        self.values = cgutils.alloca_once_value(b, b.at(arg["values"], before))
+        self.x = cgutils.alloca_once_value(b, arg["x"])
+        if self.kept == 2:
+            self._add_words(block)
+        else:
+            with cgutils.for_range(b, arg["depth"], intp=_INT64):
+                self._add_all_four(b.load(self.x), _Weights(b, b.load(self.values)))
+                self._go_on()
 
-    def _add_two_of_four(self, x: ir.Value, weights: _Weights, positions: ir.Value) -> None:
+    def _go_on(self) -> None:
+        """Step to the next group of four."""
         b = self.b
-        bits = b.zext(b.read(positions, ir.IntType(8 * POSITIONS.itemsize)), _INT64)
+        b.store(b.at(b.load(self.x), b.times(self.arg["pitch"], 4)), self.x)
+        b.store(b.at(b.load(self.values), 4 * self.kept * ROWS), self.values)
+
+    def _add_words(self, block: ir.Value) -> None:
+        """Add the products of all groups, a word of positions at a time."""
+        b, depth = self.b, self.arg["depth"]
+        words = b.udiv(b.at(depth, GROUPS_PER_WORD - 1), _INT64(GROUPS_PER_WORD))
+        positions = b.at(self.arg["positions"], b.times(block, b.times(words, 8)))
+        ahead = cgutils.alloca_once_value(b, b.read(positions, _INT64))
+        bits = cgutils.alloca_once(b, _INT64)
+        with cgutils.for_range(b, words, intp=_INT64) as word:
+            b.store(b.load(ahead), bits)
+            # The next word is read now: behind the reads of vectors it would come too late.
+            b.store(b.read(b.at(positions, 8, b.times(word.index, 8)), _INT64), ahead)
+            left = b.sub(depth, b.times(word.index, GROUPS_PER_WORD))
+            whole = b.icmp_signed(">", left, _INT64(GROUPS_PER_WORD))
+            with cgutils.for_range(b, b.select(whole, _INT64(GROUPS_PER_WORD), left), intp=_INT64):
+                self._add_two_of_four(b.load(self.x), _Weights(b, b.load(self.values)), b.load(bits))
+                b.store(b.lshr(b.load(bits), _INT64(4 * ROWS)), bits)
+                self._go_on()
+
+    def _add_two_of_four(self, x: ir.Value, weights: _Weights, bits: ir.Value) -> None:
+        b = self.b
         for i in range(2 * ROWS):
             position = b.and_(b.lshr(bits, _INT64(2 * i)), _INT64(3))
             row = b.at(x, b.times(position, self.arg["pitch"]))
@@ -799,6 +818,7 @@ def _add_depths(
     kept = literally(kept)
     blocks = (plan.rows + ROWS - 1) // ROWS
     depth = last - first
+    words = (plan.depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD
     before = (unit.group * plan.depth + first) * blocks
     begins = first == 0
     size = plan.out_height * plan.out_width
@@ -817,7 +837,8 @@ def _add_depths(
             (
                 x, pitch, depth, end - block,
                 plan.values + weights * 4 * kept * ROWS,
-                plan.positions + weights * POSITION_BYTES,
+                plan.positions + 8 * ((unit.group * words + first // GROUPS_PER_WORD) * blocks
+                                      + block * ((depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD)),
                 plan.bias + 4 * (unit.group * blocks + block) * ROWS,
                 sums + (block - unit.block) * ROWS * unit.vectors * VECTOR_BYTES,
                 begins, direct,
@@ -845,9 +866,10 @@ def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
     # The pixels of a convolution are packed in whole vectors, which may end behind the tile.
     pitch = sums_pitch + (0 if plan.tokens else VECTOR_BYTES)
     size = plan.out_height * plan.out_width
+    words = (plan.depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD
     for i in range(plan.depth_blocks):
-        first = plan.depth * i // plan.depth_blocks
-        last = plan.depth * (i + 1) // plan.depth_blocks
+        first = words * i // plan.depth_blocks * GROUPS_PER_WORD
+        last = min(words * (i + 1) // plan.depth_blocks * GROUPS_PER_WORD, plan.depth)
         if in_place:
             channel = (unit.image * plan.groups + unit.group) * plan.channels + 4 * first
             x = plan.input + 4 * (channel * size + unit.start)

@@ -7,7 +7,8 @@ kernel of `helpers.inference.cpu_kernels` reads it, and cuts the work for each i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -17,16 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from helpers.inference import cpu_kernels
-from helpers.inference.cpu_kernels import LANES, PLAN, POSITIONS, ROWS, VECTOR_BYTES, VECTORS
+from helpers.inference.cpu_kernels import GROUPS_PER_WORD, LANES, PLAN, ROWS, VECTOR_BYTES, VECTORS
 from helpers.sparsity.compressed import compress_2to4
 from helpers.sparsity.masks import is_2to4
 
-# The input of one unit stays in the first cache, beside the weights that pass through it.
-_CACHE_BYTES = 30 * 1024
 # The sums of one unit, which wait there for the next block of depths, stay in the second.
 _SUMS_BYTES = 256 * 1024
 # Rows below which packing the input for them takes longer than what more threads save.
 _FEWEST_ROWS = 64
+
+
+@cache
+def _cache_bytes() -> int:
+    """Return how much of the first cache the input of a unit may take; weights pass through it."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index0/size").read_text()  # as "48K"
+        kilobytes = int(size.removesuffix("K\n"))
+    except (OSError, ValueError):
+        kilobytes = 32  # not told by this system
+    return kilobytes * 1024 * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,8 @@ class _Packed:
 
     kept: int
     values: NDArray[np.float32]
-    positions: NDArray[Any]
-    depth_blocks: int
+    positions: NDArray[np.uint64]
+    edges: list[int]  # of the depth blocks, in groups of four
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,7 @@ class CpuLayer:
             "dilation_y": geometry.dilation[0],
             "dilation_x": geometry.dilation[1],
             "depth": self.columns * math.prod(geometry.kernel) // 4,
-            "depth_blocks": packed.depth_blocks,
+            "depth_blocks": len(packed.edges) - 1,
             "floor": 0.0 if self.relu else -math.inf,
         }
         for name, value in known.items():
@@ -251,7 +261,7 @@ class CpuLayer:
         widest = -(-vectors // tiles)
         blocks = -(-self.rows // self.groups // ROWS)
         parts = _parts(tiles * self.groups, blocks, widest, threads)
-        deepest = -(-int(plan["depth"][0]) // self._packed.depth_blocks)
+        deepest = max(np.diff(self._packed.edges))
         x_bytes = 4 * deepest * (widest + 1) * VECTOR_BYTES
         sums_bytes = -(-blocks // parts) * ROWS * widest * VECTOR_BYTES
         plan["tiles"], plan["parts"] = tiles, parts
@@ -280,41 +290,59 @@ def _parts(tiles: int, blocks: int, vectors: int, threads: int) -> int:
 
 def _pack(matrix: Tensor, groups: int, sparse: bool) -> _Packed:
     """Bring a weight (rows, depth) into the order in which the kernel reads it."""
-    if sparse:
-        compressed = compress_2to4(matrix)
-        values, positions = compressed.values, compressed.positions.numpy()
-    else:
-        values, positions = matrix, np.zeros(matrix.shape, np.int64)
     kept = 2 if sparse else 4
+    # In groups of four; blocks of them begin with a word of positions.
     depth = matrix.shape[1] // 4
-    deepest = max(1, _CACHE_BYTES // (4 * VECTORS[kept] * VECTOR_BYTES))
-    depth_blocks = -(-depth // deepest)
-    ordered_values = _interleave(values.numpy(), groups, depth, kept, depth_blocks)
-    codes = _interleave(positions, groups, depth, kept, depth_blocks).reshape(-1, kept * ROWS)
-    shifts = 2 * np.arange(2 * ROWS)
-    joined = (codes[:, : 2 * ROWS] << shifts).sum(1).astype(POSITIONS)
-    return _Packed(kept, _aligned(ordered_values), joined, depth_blocks)
+    words = -(-depth // GROUPS_PER_WORD)
+    word_bytes = GROUPS_PER_WORD * 4 * VECTORS[kept] * VECTOR_BYTES
+    depth_blocks = -(-words // max(1, _cache_bytes() // word_bytes))
+    edges = [
+        min(words * i // depth_blocks * GROUPS_PER_WORD, depth) for i in range(depth_blocks + 1)
+    ]
+    if not sparse:
+        values = _blocks(matrix.numpy(), groups, 4)
+        return _Packed(kept, _joined(values, edges), np.empty(0, np.uint64), edges)
+    compressed = compress_2to4(matrix)
+    values = _blocks(compressed.values.numpy(), groups, 2)
+    codes = _words(_blocks(compressed.positions.numpy(), groups, 2))
+    word_edges = [-(-edge // GROUPS_PER_WORD) for edge in edges]
+    # The kernel reads one word behind the last.
+    positions = np.append(_joined(codes, word_edges), np.uint64(0))
+    return _Packed(kept, _joined(values, edges), positions, edges)
 
 
-def _interleave(
-    matrix: NDArray[Any], groups: int, depth: int, kept: int, depth_blocks: int
-) -> NDArray[Any]:
-    """Return (rows, depth * kept) flat, in the order (groups, depth block, rows, depth, kept, row).
+def _blocks(matrix: NDArray[Any], groups: int, kept: int) -> NDArray[Any]:
+    """Return (rows, depth * kept) as (groups, blocks of rows, depth, kept * ROWS).
 
     Rows are filled up with zeros to whole blocks.
     """
     rows = matrix.shape[0] // groups
+    depth = matrix.shape[1] // kept
     blocks = -(-rows // ROWS)
     filled = np.zeros((groups, blocks * ROWS, depth, kept), matrix.dtype)
     filled[:, :rows] = matrix.reshape(groups, rows, depth, kept)
     ordered = filled.reshape(groups, blocks, ROWS, depth, kept).transpose(0, 1, 3, 4, 2)
-    edges = [depth * i // depth_blocks for i in range(depth_blocks + 1)]
+    return ordered.reshape(groups, blocks, depth, kept * ROWS)
+
+
+def _words(positions: NDArray[Any]) -> NDArray[np.uint64]:
+    """Return (..., depth, 2 * ROWS) as (..., words), the first position in the lowest bits."""
+    *before, depth, each = positions.shape
+    missing = -depth % GROUPS_PER_WORD
+    filled = np.pad(positions.astype(np.uint64), [(0, 0)] * len(before) + [(0, missing), (0, 0)])
+    together = filled.reshape(*before, -1, GROUPS_PER_WORD * each)
+    shifts = 2 * np.arange(GROUPS_PER_WORD * each, dtype=np.uint64)
+    return np.bitwise_or.reduce(together << shifts, axis=-1)
+
+
+def _joined(ordered: NDArray[Any], edges: list[int]) -> NDArray[Any]:
+    """Return (groups, blocks, depth, ...) flat, cut at edges of the depth before the blocks."""
     pieces = [
-        ordered[group, :, first:last].ravel()
-        for group in range(groups)
+        group[:, first:last].ravel()
+        for group in ordered
         for first, last in zip(edges, edges[1:], strict=False)
     ]
-    return np.concatenate(pieces)
+    return _aligned(np.concatenate(pieces))
 
 
 def _padded_bias(bias: Tensor | None, rows: int, groups: int) -> NDArray[np.float32]:
