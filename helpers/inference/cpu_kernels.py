@@ -101,6 +101,8 @@ PLAN = np.dtype(
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _QUARTER = ir.VectorType(_FLOAT, 4)
+# As inline assembly calls them.
+_VECTOR_REGISTER = ("v" if LANES == 16 else "x") if IS_X86 else "w"
 # Masked reads and writes take the alignment as an argument before LLVM 22.
 _ALIGNMENT = [_INT32(4)] if llvm.llvm_version_info < (22,) else []
 
@@ -141,6 +143,16 @@ class _Assembler(ir.IRBuilder):
             arguments = [value, pointer, *_ALIGNMENT, mask]
             write = self._declared("masked.store", ".p0", ir.VoidType(), arguments)
             self.call(write, arguments)
+
+    def opaque(self, value: ir.Value, stays: bool = False) -> ir.Value:
+        """Return the same value out of an empty piece of assembly, which LLVM cannot look into.
+
+        LLVM then merges what makes the value with nothing that uses it. If it `stays`, it is
+        also made at this place, and not where it is used.
+        """
+        kind = ir.FunctionType(value.type, [value.type])
+        register = _VECTOR_REGISTER if isinstance(value.type, ir.VectorType) else "r"
+        return self.asm(kind, "", f"={register},0", [value], side_effect=stays)
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """Return a * b + c, in one instruction where there is one."""
@@ -187,10 +199,6 @@ class _Assembler(ir.IRBuilder):
 class _Weights:
     """The weights of one group of four, each spread over a whole vector."""
 
-    # An empty piece of assembly keeps LLVM from turning the shuffles back into loads: the
-    # loop is bound by its loads, and four weights then cost one.
-    _KEEP = ("=v,0" if LANES == 16 else "=x,0") if IS_X86 else "=w,0"
-
     def __init__(self, b: _Assembler, address: ir.Value) -> None:
         self.b, self.address = b, address
         self.quarter, self.fours = -1, None
@@ -201,8 +209,9 @@ class _Weights:
             self.quarter = i // 4
             four = b.read(b.at(self.address, 16 * self.quarter), _QUARTER)
             repeated = b.pick(four, four, [lane % 4 for lane in range(LANES)])
-            keep = ir.FunctionType(_VECTOR, [_VECTOR])
-            self.fours = b.asm(keep, "", self._KEEP, [repeated], side_effect=False)
+            # LLVM would turn the shuffles back into loads. The loop is bound by its loads, and
+            # so four weights cost one.
+            self.fours = b.opaque(repeated)
         return b.pick(self.fours, self.fours, [lane // 4 * 4 + i % 4 for lane in range(LANES)])
 
 
@@ -299,7 +308,8 @@ class _RowsFunction:
         with cgutils.for_range(b, words, intp=_INT64) as word:
             b.store(b.load(ahead), bits)
             # The next word is read now: behind the reads of vectors it would come too late.
-            b.store(b.read(b.at(positions, 8, b.times(word.index, 8)), _INT64), ahead)
+            following = b.read(b.at(positions, 8, b.times(word.index, 8)), _INT64)
+            b.store(b.opaque(following, stays=True), ahead)
             left = b.sub(depth, b.times(word.index, GROUPS_PER_WORD))
             whole = b.icmp_signed(">", left, _INT64(GROUPS_PER_WORD))
             with cgutils.for_range(b, b.select(whole, _INT64(GROUPS_PER_WORD), left), intp=_INT64):
@@ -310,7 +320,8 @@ class _RowsFunction:
     def _add_two_of_four(self, x: ir.Value, weights: _Weights, bits: ir.Value) -> None:
         b = self.b
         for i in range(2 * ROWS):
-            position = b.and_(b.lshr(bits, _INT64(2 * i)), _INT64(3))
+            # A shift and a mask: LLVM would make one instruction of them, slower on AMD.
+            position = b.and_(b.opaque(b.lshr(bits, _INT64(2 * i))), _INT64(3))
             row = b.at(x, b.times(position, self.arg["pitch"]))
             for j, cell in enumerate(self.cells[i % ROWS]):
                 vector = b.read(b.at(row, j * VECTOR_BYTES))
@@ -418,21 +429,37 @@ def _gather_lanes(
         b: _Assembler, _: ir.Value, target: ir.Value, target_pitch: ir.Value, source: ir.Value,
         source_pitch: ir.Value, rows: ir.Value, low: ir.Value, high: ir.Value,
     ) -> None:  # fmt: skip
-        partial = b.or_(
-            b.icmp_signed(">", low, _INT64(0)), b.icmp_signed("<", high, _INT64(LANES))
-        )
-        step = stride.literal_value
         masks = [b.lanes_within(low, high)]
-        if step == 2:
+        if stride.literal_value == 2:
             masks = _masks_of_pairs(b, masks[0])
-        with b.if_else(partial) as (some, all_):
-            for branch, used in ((some, masks), (all_, [None] * step)):
-                with branch, cgutils.for_range(b, rows, intp=_INT64) as loop:
-                    place = b.at(source, b.times(loop.index, source_pitch))
-                    value = _read_strided(b, place, used)
-                    b.write(value, b.at(target, b.times(loop.index, target_pitch)))
+        with cgutils.for_range(b, rows, intp=_INT64) as row:
+            value = _read_strided(b, b.at(source, b.times(row.index, source_pitch)), masks)
+            b.write(value, b.at(target, b.times(row.index, target_pitch)))
 
     return types.void(stride, *[types.intp] * 7), _generator(write)
+
+
+@intrinsic(prefer_literal=True)
+def _gather_vectors(
+    typing: Any, stride: Any, target: Any, target_pitch: Any, source: Any, source_pitch: Any,
+    rows: Any, vectors: Any,
+) -> Any:  # fmt: skip
+    """Copy several whole vectors of each of many rows, from every number or every second one."""
+    step = stride.literal_value
+
+    def write(
+        b: _Assembler, _: ir.Value, target: ir.Value, target_pitch: ir.Value, source: ir.Value,
+        source_pitch: ir.Value, rows: ir.Value, vectors: ir.Value,
+    ) -> None:  # fmt: skip
+        with cgutils.for_range(b, rows, intp=_INT64) as row:
+            since = b.at(source, b.times(row.index, source_pitch))
+            to = b.at(target, b.times(row.index, target_pitch))
+            with cgutils.for_range(b, vectors, intp=_INT64) as vector:
+                place = b.at(since, b.times(vector.index, step * VECTOR_BYTES))
+                value = _read_strided(b, place, [None] * step)
+                b.write(value, b.at(to, b.times(vector.index, VECTOR_BYTES)))
+
+    return types.void(stride, *[types.intp] * 6), _generator(write)
 
 
 def _read_strided(b: _Assembler, place: ir.Value, masks: list[ir.Value | None]) -> ir.Value:
@@ -635,12 +662,22 @@ def _pack_run(
     if stride > 2:
         _pack_slowly(target, target_pitch, source, source_pitch, rows, length, low, high, stride)
         return
-    for i in range(0, length, LANES):
-        to, since = target + 4 * i, source + 4 * i * stride
+    done = 0
+    while done < length:
+        to, since = target + 4 * done, source + 4 * done * stride
+        vectors = (high - done) // LANES if low <= done else 0
+        if vectors > 0:
+            if stride == 1:
+                _gather_vectors(1, to, target_pitch, since, source_pitch, rows, vectors)
+            else:
+                _gather_vectors(2, to, target_pitch, since, source_pitch, rows, vectors)
+            done += vectors * LANES
+            continue
         if stride == 1:
-            _gather_lanes(1, to, target_pitch, since, source_pitch, rows, low - i, high - i)
+            _gather_lanes(1, to, target_pitch, since, source_pitch, rows, low - done, high - done)
         else:
-            _gather_lanes(2, to, target_pitch, since, source_pitch, rows, low - i, high - i)
+            _gather_lanes(2, to, target_pitch, since, source_pitch, rows, low - done, high - done)
+        done += LANES
 
 
 @_helper

@@ -23,7 +23,7 @@ from helpers.sparsity.compressed import compress_2to4
 from helpers.sparsity.masks import is_2to4
 
 # The sums of one unit, which wait there for the next block of depths, stay in the second.
-_SUMS_BYTES = 256 * 1024
+_SUMS_BYTES = 512 * 1024
 # Rows below which packing the input for them takes longer than what more threads save.
 _FEWEST_ROWS = 64
 
