@@ -32,7 +32,6 @@ from numba import carray, cfunc, literally, njit, prange, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +75,10 @@ GROUPS_PER_WORD = 64 // (4 * ROWS)
 
 PLAN = np.dtype(
     [
-        # Addresses.
-        *[(name, np.intp) for name in "input output residual values positions bias".split()],
-        ("scratch", np.intp),
+        # Addresses that change from call to call, and others.
+        *[(name, np.intp) for name in "input output residual scratch".split()],
+        *[(name, np.intp) for name in "values positions bias".split()],
+        ("next_unit", np.intp),  # of the number of the next unit to be taken
         ("scratch_bytes", np.intp),  # of each thread
         # The layer. A linear layer has one image for all its tokens, of one row.
         *[(name, np.intp) for name in "tokens images groups channels rows".split()],
@@ -90,7 +90,6 @@ PLAN = np.dtype(
         ("x_bytes", np.intp),  # of the scratch, for the input of a unit
         # How it is cut: the depth into blocks; the output into tiles of pixels by parts of rows.
         *[(name, np.intp) for name in "depth_blocks tiles parts".split()],
-        ("next_unit", np.intp),  # address of the number of the next unit to be taken
     ],
     align=True,
 )
@@ -311,9 +310,11 @@ class _RowsFunction:
             following = b.read(b.at(positions, 8, b.times(word.index, 8)), _INT64)
             b.store(b.opaque(following, stays=True), ahead)
             left = b.sub(depth, b.times(word.index, GROUPS_PER_WORD))
-            whole = b.icmp_signed(">", left, _INT64(GROUPS_PER_WORD))
-            with cgutils.for_range(b, b.select(whole, _INT64(GROUPS_PER_WORD), left), intp=_INT64):
-                self._add_two_of_four(b.load(self.x), _Weights(b, b.load(self.values)), b.load(bits))
+            more = b.icmp_signed(">", left, _INT64(GROUPS_PER_WORD))
+            groups = b.select(more, _INT64(GROUPS_PER_WORD), left)
+            with cgutils.for_range(b, groups, intp=_INT64):
+                weights = _Weights(b, b.load(self.values))
+                self._add_two_of_four(b.load(self.x), weights, b.load(bits))
                 b.store(b.lshr(b.load(bits), _INT64(4 * ROWS)), bits)
                 self._go_on()
 
@@ -615,12 +616,9 @@ def _pack_tap(
 ) -> None:
     """Copy what one position of the kernel sees of a tile, for several channels.
 
-    Args:
-        x, pitch: where the first channel's pixels go, and the distance to the next channel's.
-        pixel, pixels: the tile: the number of its first output pixel, and how many there are.
-        source: address of the first channel in the first image.
-        rows: how many channels.
-        tap: the position, counted along the rows of the kernel.
+    The channels begin at `source` in the first image and go to `x`, a pitch apart. The tile
+    begins at an output pixel, counted through all images. `tap` counts the positions of the
+    kernel row by row.
     """
     size = plan.out_height * plan.out_width
     plane = plan.height * plan.width
@@ -638,7 +636,17 @@ def _pack_tap(
         if in_y < 0 or in_y >= plan.height:
             high = low
         start = image * plan.groups * plan.channels * plane + in_y * plan.width + in_x
-        _pack_run(x + 4 * done, pitch, source + 4 * start, 4 * plane, rows, length, low, high, plan.stride_x)
+        _pack_run(
+            x + 4 * done,
+            pitch,
+            source + 4 * start,
+            4 * plane,
+            rows,
+            length,
+            low,
+            high,
+            plan.stride_x,
+        )
         done += length
 
 
@@ -766,9 +774,7 @@ def _finish_pixels(
         for i in range(rows):
             place = offset + 4 * i * size
             added = plan.residual + place if plan.residual else 0
-            _finish_run(
-                plan.output + place, sums + i * pitch + 4 * done, added, length, plan.floor
-            )
+            _finish_run(plan.output + place, sums + i * pitch + 4 * done, added, length, plan.floor)
         done += length
 
 
@@ -1003,25 +1009,57 @@ _running = threading.Lock()
 _next_unit = np.zeros(1, np.int64)
 
 
-def run(plan: NDArray[Any], kept: int, threads: int) -> None:
-    """Compute one layer.
+class _Scratch:
+    """Memory for the units that are being computed; all layers share it and it only grows."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.grow(1)
+
+    def grow(self, size: int) -> None:
+        """Have at least so many bytes, from the edge of a page on."""
+        if size > self.size:
+            self.memory = np.empty(size + 4096, np.uint8)
+            self.size = size
+            self.address = self.memory.ctypes.data + -self.memory.ctypes.data % 4096
+
+
+_scratch = _Scratch()
+
+
+class Plan:
+    """One layer at one input shape, ready to be computed again and again.
 
     Args:
-        plan: one element of `PLAN`, all but the next unit filled in.
-        kept: how many weights of every four its values hold, 2 or 4.
-        threads: how many threads share the units.
+        kept: how many weights of every four the values hold, 2 or 4.
+        threads: how many threads share the work.
+        fields: all of `PLAN` but the addresses that change from call to call.
     """
-    work = _work(kept)
-    address = plan.ctypes.data
-    with _running:
-        _next_unit[0] = 0
-        plan["next_unit"] = _next_unit.ctypes.data
-        if threads == 1:
-            work.ctypes(address, 0)
-            return
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            _forks()(work.address, address, threads)
-        finally:
-            numba.set_num_threads(before)
+
+    def __init__(self, kept: int, threads: int, **fields: float) -> None:
+        self.kept, self.threads = kept, threads
+        record = np.zeros(1, PLAN)
+        for name, value in fields.items():
+            record[name] = value
+        record["next_unit"] = _next_unit.ctypes.data
+        self.scratch_bytes = threads * int(record["scratch_bytes"][0])
+        self._address = record.ctypes.data
+        # A view, because a structured array is slow to write to.
+        self._addresses = record.view(np.intp)[:4]
+
+    def run(self, input: int, output: int, residual: int) -> None:
+        """Compute the layer: addresses of its tensors, of the residual 0 if there is none."""
+        work = _work(self.kept)
+        with _running:
+            _scratch.grow(self.scratch_bytes)
+            self._addresses[:] = input, output, residual, _scratch.address
+            _next_unit[0] = 0
+            if self.threads == 1:
+                work.ctypes(self._address, 0)
+                return
+            before = numba.get_num_threads()
+            numba.set_num_threads(self.threads)
+            try:
+                _forks()(work.address, self._address, self.threads)
+            finally:
+                numba.set_num_threads(before)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from helpers.inference import cpu_kernels
-from helpers.inference.cpu_kernels import GROUPS_PER_WORD, LANES, PLAN, ROWS, VECTOR_BYTES, VECTORS
+from helpers.inference.cpu_kernels import GROUPS_PER_WORD, LANES, ROWS, VECTOR_BYTES, VECTORS, Plan
 from helpers.sparsity.compressed import compress_2to4
 from helpers.sparsity.masks import is_2to4
 
@@ -110,7 +110,7 @@ class CpuLayer:
         matrix = taps.transpose(1, 2).reshape(self.rows, -1)
         self._packed = _pack(matrix, groups, sparse)
         self._bias = _padded_bias(bias, self.rows, groups)
-        self._plan = lru_cache(maxsize=32)(self._make_plan)
+        self._prepared = lru_cache(maxsize=32)(self._prepare)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, relu: bool = False, sparse: bool = True) -> "CpuLayer":
@@ -189,60 +189,58 @@ class CpuLayer:
             ValueError: a tensor is of another shape, type or layout, or the output would
                 overwrite the input.
         """
-        shape = self.output_shape(input.shape)
-        _require_plain(input, "The input", tuple(input.shape))
+        if threads is None:
+            threads = torch.get_num_threads()
+        shape, plan = self._prepared(input.shape, min(threads, numba.config.NUMBA_NUM_THREADS))
+        _require_plain(input, "The input", input.shape)
         if out is None:
             out = torch.empty(shape)
         _require_plain(out, "The output", shape)
         if residual is not None:
             _require_plain(residual, "The residual", shape)
-        if out.data_ptr() == input.data_ptr():
+        if out.data_ptr() == input.data_ptr() and out.numel():
             raise ValueError("The output would overwrite the input. Give it another buffer.")
-        if out.numel() == 0:
-            return out
-        threads = min(threads or torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        plan = self._plan(tuple(input.shape), threads).copy()
-        plan["input"], plan["output"] = input.data_ptr(), out.data_ptr()
-        plan["residual"] = 0 if residual is None else residual.data_ptr()
-        scratch = _scratch(threads * int(plan["scratch_bytes"][0]))
-        plan["scratch"] = scratch
-        cpu_kernels.run(plan, self._packed.kept, threads)
+        if plan is not None:
+            added = 0 if residual is None else residual.data_ptr()
+            plan.run(input.data_ptr(), out.data_ptr(), added)
         return out
 
-    def _make_plan(self, shape: tuple[int, ...], threads: int) -> NDArray[Any]:
-        """Return all that does not change from call to call: sizes, weights, and the cut."""
-        plan = np.zeros(1, PLAN)
+    def _prepare(self, shape: torch.Size, threads: int) -> tuple[torch.Size, Plan | None]:
+        """Return the output's shape, and how to compute it; nothing is to be computed for none."""
+        out = torch.Size(self.output_shape(shape))
+        return out, self._plan(tuple(shape), threads) if out.numel() else None
+
+    def _plan(self, shape: tuple[int, ...], threads: int) -> Plan:
         packed, geometry = self._packed, self.geometry or _SINGLE_PIXEL
         images, height, width = self._as_images(shape)
         out_height, out_width = geometry.output((height, width))
-        known = {
-            "values": packed.values.ctypes.data,
-            "positions": packed.positions.ctypes.data,
-            "bias": self._bias.ctypes.data,
-            "tokens": self.geometry is None,
-            "images": images,
-            "groups": self.groups,
-            "channels": self.columns,
-            "rows": self.rows // self.groups,
-            "height": height,
-            "width": width,
-            "out_height": out_height,
-            "out_width": out_width,
-            "kernel_width": geometry.kernel[1],
-            "stride_y": geometry.stride[0],
-            "stride_x": geometry.stride[1],
-            "pad_y": geometry.padding[0],
-            "pad_x": geometry.padding[1],
-            "dilation_y": geometry.dilation[0],
-            "dilation_x": geometry.dilation[1],
-            "depth": self.columns * math.prod(geometry.kernel) // 4,
-            "depth_blocks": len(packed.edges) - 1,
-            "floor": 0.0 if self.relu else -math.inf,
-        }
-        for name, value in known.items():
-            plan[name] = value
-        self._cut(plan, images * out_height * out_width, threads)
-        return plan
+        return Plan(
+            packed.kept,
+            threads,
+            values=packed.values.ctypes.data,
+            positions=packed.positions.ctypes.data,
+            bias=self._bias.ctypes.data,
+            tokens=self.geometry is None,
+            images=images,
+            groups=self.groups,
+            channels=self.columns,
+            rows=self.rows // self.groups,
+            height=height,
+            width=width,
+            out_height=out_height,
+            out_width=out_width,
+            kernel_width=geometry.kernel[1],
+            stride_y=geometry.stride[0],
+            stride_x=geometry.stride[1],
+            pad_y=geometry.padding[0],
+            pad_x=geometry.padding[1],
+            dilation_y=geometry.dilation[0],
+            dilation_x=geometry.dilation[1],
+            depth=packed.edges[-1],
+            depth_blocks=len(packed.edges) - 1,
+            floor=0.0 if self.relu else -math.inf,
+            **self._cut(images * out_height * out_width, threads),
+        )
 
     def _as_images(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return images, height and width; where pixels are single, each image is one long row."""
@@ -253,21 +251,19 @@ class CpuLayer:
             return images, 1, height * width
         return images, height, width
 
-    def _cut(self, plan: NDArray[Any], pixels: int, threads: int) -> None:
+    def _cut(self, pixels: int, threads: int) -> dict[str, int]:
         """Cut the output into tiles by parts, and say how much scratch a unit of it takes."""
         vectors = -(-pixels // LANES)
-        most = VECTORS[self._packed.kept]
-        tiles = -(-vectors // most)
+        tiles = -(-vectors // VECTORS[self._packed.kept])
         widest = -(-vectors // tiles)
         blocks = -(-self.rows // self.groups // ROWS)
         parts = _parts(tiles * self.groups, blocks, widest, threads)
-        deepest = max(np.diff(self._packed.edges))
+        deepest = int(np.diff(self._packed.edges).max())
         x_bytes = 4 * deepest * (widest + 1) * VECTOR_BYTES
         sums_bytes = -(-blocks // parts) * ROWS * widest * VECTOR_BYTES
-        plan["tiles"], plan["parts"] = tiles, parts
-        plan["x_bytes"] = x_bytes
         # Threads do not share a page.
-        plan["scratch_bytes"] = -(-(x_bytes + sums_bytes) // 4096) * 4096
+        scratch_bytes = -(-(x_bytes + sums_bytes) // 4096) * 4096
+        return {"tiles": tiles, "parts": parts, "x_bytes": x_bytes, "scratch_bytes": scratch_bytes}
 
 
 def _parts(tiles: int, blocks: int, vectors: int, threads: int) -> int:
@@ -337,11 +333,7 @@ def _words(positions: NDArray[Any]) -> NDArray[np.uint64]:
 
 def _joined(ordered: NDArray[Any], edges: list[int]) -> NDArray[Any]:
     """Return (groups, blocks, depth, ...) flat, cut at edges of the depth before the blocks."""
-    pieces = [
-        group[:, first:last].ravel()
-        for group in ordered
-        for first, last in zip(edges, edges[1:], strict=False)
-    ]
+    pieces = [group[:, first:last].ravel() for group in ordered for first, last in pairwise(edges)]
     return _aligned(np.concatenate(pieces))
 
 
@@ -363,23 +355,11 @@ def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     return aligned
 
 
-_kept_scratch: list[NDArray[np.uint8]] = []
-
-
-def _scratch(size: int) -> int:
-    """Return the address of at least `size` bytes, which all layers use in turn."""
-    if not _kept_scratch or _kept_scratch[0].nbytes < size + 4096:
-        _kept_scratch[:] = [np.empty(size + 4096, np.uint8)]
-    address = _kept_scratch[0].ctypes.data
-    return address + -address % 4096
-
-
 def _padding(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the padding before and after, as PyTorch resolves "same" and "valid"."""
     if not isinstance(conv.padding, str):
         pair = (int(conv.padding[0]), int(conv.padding[1]))
         return pair, pair
-    right, _, below, _ = (0, 0, 0, 0)
     left, right, above, below = conv._reversed_padding_repeated_twice
     return (above, left), (below, right)
 
@@ -410,13 +390,13 @@ def _require_weight(weight: Tensor, bias: Tensor | None, sparse: bool) -> None:
         )
 
 
-def _require_plain(tensor: Tensor, what: str, shape: tuple[int, ...]) -> None:
+def _require_plain(tensor: Tensor, what: str, shape: torch.Size) -> None:
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         raise ValueError(
             f"{what} is {tensor.dtype} on {tensor.device}, and this engine computes in FP32 on "
             "the CPU. Convert it with .float().cpu()."
         )
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, and {shape} is needed.")
+    if tensor.shape != shape:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, and {tuple(shape)} is needed.")
     if not tensor.is_contiguous():
         raise ValueError(f"{what} is not contiguous. Call .contiguous() on it first.")
