@@ -106,6 +106,7 @@ def test_linear_layers_are_exact(fours, rows, tokens, relu, residual, sparse):
     [
         (nn.Conv2d(256, 64, 1), (1, 256, 16, 16)),  # read in place, depth in several blocks
         (nn.Conv2d(512, 70, 1), (1, 512, 7, 7)),  # the last vector cut short
+        (nn.Conv2d(64, 32, 1, groups=2), (2, 64, 16, 16)),
         (nn.Conv2d(64, 66, 1), (5, 64, 7, 7)),  # tiles that lie in two images
         (nn.Conv2d(64, 32, 3, padding=1), (2, 64, 14, 14)),
         (nn.Conv2d(64, 32, 3, padding="same", dilation=2, bias=False), (1, 64, 9, 9)),

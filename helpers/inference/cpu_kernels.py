@@ -79,17 +79,20 @@ PLAN = np.dtype(
         *[(name, np.intp) for name in "input output residual scratch".split()],
         *[(name, np.intp) for name in "values positions bias".split()],
         ("next_unit", np.intp),  # of the number of the next unit to be taken
-        ("scratch_bytes", np.intp),  # of each thread
-        # The layer. A linear layer has one image for all its tokens, of one row.
+        # The layer; channels and rows are those of one group. A linear layer has one image, with
+        # its tokens in one row.
         *[(name, np.intp) for name in "tokens images groups channels rows".split()],
         *[(name, np.intp) for name in "height width out_height out_width".split()],
         *[(name, np.intp) for name in "kernel_width stride_y stride_x".split()],
         *[(name, np.intp) for name in "pad_y pad_x dilation_y dilation_x".split()],
-        ("depth", np.intp),  # weights of one output, counted in groups of four
+        ("in_place", np.intp),  # whether whole tiles of the input can be read where they are
         ("floor", np.float32),  # the smallest output: 0 for a ReLU, else -infinity
-        ("x_bytes", np.intp),  # of the scratch, for the input of a unit
+        # Of one output: weights in groups of four, and words of positions.
+        *[(name, np.intp) for name in "depth words".split()],
         # How it is cut: the depth into blocks; the output into tiles of pixels by parts of rows.
         *[(name, np.intp) for name in "depth_blocks tiles parts".split()],
+        ("x_bytes", np.intp),  # of the scratch, for the input of a unit
+        ("scratch_bytes", np.intp),  # of each thread
     ],
     align=True,
 )
@@ -818,9 +821,8 @@ def _unit(plan: Any, number: int) -> _Unit:
     vectors = all_vectors * (tile + 1) // plan.tiles - first
     pixel = first * LANES
     pixels = min(vectors * LANES, plan.images * size - pixel)
-    image = pixel // size
-    start = pixel - image * size
-    blocks = (plan.rows + ROWS - 1) // ROWS
+    image, start = divmod(pixel, size)
+    blocks = _blocks(plan)
     block = blocks * part // plan.parts
     end = blocks * (part + 1) // plan.parts
     direct = not plan.tokens and start + pixels <= size
@@ -829,25 +831,37 @@ def _unit(plan: Any, number: int) -> _Unit:
 
 
 @_helper
-def _is_read_in_place(plan: Any, unit: _Unit) -> bool:
-    """Return whether the input of a tile lies in memory as the innermost loop wants it."""
-    size = plan.out_height * plan.out_width
-    single_pixels = (
-        plan.depth * 4 == plan.channels and plan.stride_y == 1 and plan.stride_x == 1
-        and plan.height == plan.out_height and plan.width == plan.out_width
-    )  # fmt: skip
-    in_one_image = unit.start + unit.vectors * LANES <= size
-    return single_pixels and not plan.tokens and in_one_image and size % LANES == 0
+def _blocks(plan: Any) -> int:
+    """Return how many blocks of rows a group has."""
+    return (plan.rows + ROWS - 1) // ROWS
 
 
 @_helper
-def _pack(plan: Any, unit: _Unit, x: int, pitch: int, first: int, last: int) -> None:
-    """Bring groups of four depths, first to last, of a tile into cache."""
+def _words(depth: int) -> int:
+    """Return how many words hold the positions of so many groups of four."""
+    return (depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD
+
+
+@_helper
+def _bring_in(plan: Any, unit: _Unit, x: int, first: int, last: int) -> tuple[int, int]:
+    """Have groups of four depths, first to last, of a tile as the innermost loop wants them.
+
+    Returns:
+        Their address, `x` unless they are read where they are, and the distance between rows.
+    """
+    size = plan.out_height * plan.out_width
+    pitch = unit.vectors * VECTOR_BYTES
+    if plan.in_place and unit.start + unit.vectors * LANES <= size:
+        channel = (unit.image * plan.groups + unit.group) * plan.channels + 4 * first
+        return plan.input + 4 * (channel * size + unit.start), 4 * size
     if plan.tokens:
         source = plan.input + 4 * (unit.pixel * plan.channels + 4 * first)
         _pack_tokens(x, pitch, source, 4 * plan.channels, unit.pixels, 4 * (last - first))
-    else:
-        _pack_pixels(plan, x, pitch, unit.pixel, unit.pixels, unit.group, 4 * first, 4 * last)
+        return x, pitch
+    # Pixels are copied in whole vectors, which may end behind the tile.
+    pitch += VECTOR_BYTES
+    _pack_pixels(plan, x, pitch, unit.pixel, unit.pixels, unit.group, 4 * first, 4 * last)
+    return x, pitch
 
 
 @_helper
@@ -856,37 +870,33 @@ def _add_depths(
 ) -> None:
     """Add what groups of four depths, first to last, contribute to the sums of a unit.
 
-    After the last depth the sums of whole blocks go to the output.
+    After the last depth the sums of blocks before `direct_end` go to the output.
     """
     kept = literally(kept)
-    blocks = (plan.rows + ROWS - 1) // ROWS
-    depth = last - first
-    words = (plan.depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD
-    before = (unit.group * plan.depth + first) * blocks
-    begins = first == 0
     size = plan.out_height * plan.out_width
+    depth = last - first
+    blocks = _blocks(plan)
+    # Weights lie by group, block of depths, and block of rows.
+    values = (unit.group * plan.depth + first) * blocks
+    positions = (unit.group * plan.words + first // GROUPS_PER_WORD) * blocks
     row = (unit.image * plan.groups + unit.group) * plan.rows
-    lanes = unit.pixels - (unit.vectors - 1) * LANES
-    ends = last == plan.depth
-    middle = unit.direct_end if ends else unit.block
-    for block, end, direct in ((unit.block, middle, True), (middle, unit.end, False)):
+    middle = unit.direct_end if last == plan.depth else unit.block
+    for block, end, ends in ((unit.block, middle, True), (middle, unit.end, False)):
         if block == end:
             continue
-        weights = before + block * depth
         out = 4 * ((row + block * ROWS) * size + unit.start)
         _add_rows(
             kept,
             unit.vectors,
             (
                 x, pitch, depth, end - block,
-                plan.values + weights * 4 * kept * ROWS,
-                plan.positions + 8 * ((unit.group * words + first // GROUPS_PER_WORD) * blocks
-                                      + block * ((depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD)),
-                plan.bias + 4 * (unit.group * blocks + block) * ROWS,
+                plan.values + (values + block * depth) * 4 * kept * ROWS,
+                plan.positions + (positions + block * _words(depth)) * 8,
+                plan.bias + (unit.group * blocks + block) * 4 * ROWS,
                 sums + (block - unit.block) * ROWS * unit.vectors * VECTOR_BYTES,
-                begins, direct,
+                first == 0, ends,
                 plan.output + out, 4 * size, plan.residual + out if plan.residual else 0,
-                lanes, plan.floor,
+                unit.pixels - (unit.vectors - 1) * LANES, plan.floor,
             ),
         )  # fmt: skip
 
@@ -903,28 +913,18 @@ def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
     """
     kept = literally(kept)
     unit = _unit(plan, number)
-    in_place = _is_read_in_place(plan, unit)
     sums = scratch + plan.x_bytes
-    sums_pitch = unit.vectors * VECTOR_BYTES
-    # The pixels of a convolution are packed in whole vectors, which may end behind the tile.
-    pitch = sums_pitch + (0 if plan.tokens else VECTOR_BYTES)
-    size = plan.out_height * plan.out_width
-    words = (plan.depth + GROUPS_PER_WORD - 1) // GROUPS_PER_WORD
     for i in range(plan.depth_blocks):
-        first = words * i // plan.depth_blocks * GROUPS_PER_WORD
-        last = min(words * (i + 1) // plan.depth_blocks * GROUPS_PER_WORD, plan.depth)
-        if in_place:
-            channel = (unit.image * plan.groups + unit.group) * plan.channels + 4 * first
-            x = plan.input + 4 * (channel * size + unit.start)
-            _add_depths(plan, kept, unit, x, 4 * size, sums, first, last)
-        else:
-            _pack(plan, unit, scratch, pitch, first, last)
-            _add_depths(plan, kept, unit, scratch, pitch, sums, first, last)
+        first = plan.words * i // plan.depth_blocks * GROUPS_PER_WORD
+        last = min(plan.words * (i + 1) // plan.depth_blocks * GROUPS_PER_WORD, plan.depth)
+        x, pitch = _bring_in(plan, unit, scratch, first, last)
+        _add_depths(plan, kept, unit, x, pitch, sums, first, last)
     left = min(unit.end * ROWS, plan.rows) - unit.direct_end * ROWS
     if left > 0:
-        sums += (unit.direct_end - unit.block) * ROWS * sums_pitch
+        pitch = unit.vectors * VECTOR_BYTES
+        sums += (unit.direct_end - unit.block) * ROWS * pitch
         row = unit.group * plan.rows + unit.direct_end * ROWS
-        _finish(plan, sums, sums_pitch, unit.pixel, unit.pixels, row, left)
+        _finish(plan, sums, pitch, unit.pixel, unit.pixels, row, left)
 
 
 @_helper
@@ -954,18 +954,48 @@ def _dense_twin(plans: Any, thread: int) -> None:
 # --- compile once, run on several threads ---
 
 
-def _fork(work: int, plan: int, threads: int) -> None:
-    """Call a function at an address once on each thread."""
+def _on_each_thread(work: int, plan: int, threads: int) -> None:
+    """Call the function at an address once on each thread."""
     for thread in prange(threads):
         _call(work, plan, thread)
 
 
+@cache
+def _work(kept: int) -> Any:
+    """Return the compiled function that computes units of a layer."""
+    signature = types.void(types.CPointer(numba.from_dtype(PLAN)), types.intp)
+    what, function = {2: ("sparse kernel", _sparse), 4: ("dense twin", _dense_twin)}[kept]
+
+    def compile(keep: bool) -> Any:
+        options: dict[str, Any] = {"cache": keep, "error_model": "numpy"}
+        return cfunc(signature, **options)(function)
+
+    return _compiled(compile, what)
+
+
+@cache
+def _start() -> Any:
+    """Return the compiled function that calls another one on several threads."""
+    signature = types.void(types.intp, types.intp, types.intp)
+
+    def compile(keep: bool) -> Any:
+        return njit(signature, parallel=True, nogil=True, cache=keep)(_on_each_thread)
+
+    return _compiled(compile, "start of threads")
+
+
 def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
-    """Compile for this processor, or fetch what an earlier process compiled."""
-    start = time.perf_counter()
+    """Compile for this processor, or fetch what an earlier process compiled.
+
+    Args:
+        compile: returns the compiled function; its argument says whether to keep it on disk.
+        what: what to call it in the log.
+    """
+    begin = time.perf_counter()
     try:
         made = compile(True)
     except (RuntimeError, OSError) as error:
+        # Numba has no error of its own for a folder that cannot be written.
         if isinstance(error, RuntimeError) and "no locator available" not in str(error):
             raise
         warnings.warn(
@@ -975,32 +1005,11 @@ def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
             stacklevel=2,
         )
         made = compile(False)
-    seconds = time.perf_counter() - start
     hits = made.cache_hits if hasattr(made, "cache_hits") else sum(made.stats.cache_hits.values())
     if not hits:
-        logger.info("Compiled the %s for vectors of %d in %.1f s.", what, LANES, seconds)
+        seconds = time.perf_counter() - begin
+        logger.info("Compiled the CPU's %s, vectors of %d, in %.1f s.", what, LANES, seconds)
     return made
-
-
-@cache
-def _work(kept: int) -> Any:
-    signature = types.void(types.CPointer(numba.from_dtype(PLAN)), types.intp)
-    what = f"CPU kernel, {'sparse' if kept == 2 else 'dense twin'},"
-
-    def compile(keep: bool) -> Any:
-        options: dict[str, Any] = {"cache": keep, "error_model": "numpy"}
-        return cfunc(signature, **options)(_sparse if kept == 2 else _dense_twin)
-
-    return _compiled(compile, what)
-
-
-@cache
-def _forks() -> Any:
-    def compile(keep: bool) -> Any:
-        signature = types.void(types.intp, types.intp, types.intp)
-        return njit(signature, parallel=True, nogil=True, cache=keep)(_fork)
-
-    return _compiled(compile, "start of threads")
 
 
 # Two layers never run at once: they would share the scratch, and numba's simplest threads
@@ -1060,6 +1069,6 @@ class Plan:
             before = numba.get_num_threads()
             numba.set_num_threads(self.threads)
             try:
-                _forks()(work.address, self._address, self.threads)
+                _start()(work.address, self._address, self.threads)
             finally:
                 numba.set_num_threads(before)

@@ -24,6 +24,8 @@ from helpers.sparsity.masks import is_2to4
 
 # The sums of one unit, which wait there for the next block of depths, stay in the second.
 _SUMS_BYTES = 512 * 1024
+# A share of idle time that is not worth more parts.
+_IDLE = 0.04
 # Rows below which packing the input for them takes longer than what more threads save.
 _FEWEST_ROWS = 64
 
@@ -75,12 +77,8 @@ class _Geometry:
         )
         return height, width
 
-    @property
-    def sees_single_pixels(self) -> bool:
-        """Whether each output pixel depends on the input pixel at the same place alone."""
-        return self == _SINGLE_PIXEL
 
-
+# Each output pixel depends on the input pixel at the same place alone.
 _SINGLE_PIXEL = _Geometry((1, 1), (1, 1), (0, 0), (0, 0), (1, 1))
 
 
@@ -236,7 +234,12 @@ class CpuLayer:
             pad_x=geometry.padding[1],
             dilation_y=geometry.dilation[0],
             dilation_x=geometry.dilation[1],
+            # Vectors that begin within a cache line cost two reads each.
+            in_place=geometry == _SINGLE_PIXEL
+            and self.geometry is not None
+            and out_height * out_width % LANES == 0,
             depth=packed.edges[-1],
+            words=-(-packed.edges[-1] // GROUPS_PER_WORD),
             depth_blocks=len(packed.edges) - 1,
             floor=0.0 if self.relu else -math.inf,
             **self._cut(images * out_height * out_width, threads),
@@ -247,7 +250,7 @@ class CpuLayer:
         if self.geometry is None:
             return 1, 1, math.prod(shape[:-1])
         images, _, height, width = shape
-        if self.geometry.sees_single_pixels:
+        if self.geometry == _SINGLE_PIXEL:
             return images, 1, height * width
         return images, height, width
 
@@ -255,9 +258,10 @@ class CpuLayer:
         """Cut the output into tiles by parts, and say how much scratch a unit of it takes."""
         vectors = -(-pixels // LANES)
         tiles = -(-vectors // VECTORS[self._packed.kept])
-        widest = -(-vectors // tiles)
+        edges = [vectors * i // tiles for i in range(tiles + 1)]
+        widest = int(np.diff(edges).max())
         blocks = -(-self.rows // self.groups // ROWS)
-        parts = _parts(tiles * self.groups, blocks, widest, threads)
+        parts = _parts(np.diff(edges).tolist(), self.groups, blocks, threads)
         deepest = int(np.diff(self._packed.edges).max())
         x_bytes = 4 * deepest * (widest + 1) * VECTOR_BYTES
         sums_bytes = -(-blocks // parts) * ROWS * widest * VECTOR_BYTES
@@ -266,22 +270,31 @@ class CpuLayer:
         return {"tiles": tiles, "parts": parts, "x_bytes": x_bytes, "scratch_bytes": scratch_bytes}
 
 
-def _parts(tiles: int, blocks: int, vectors: int, threads: int) -> int:
+def _parts(widths: list[int], groups: int, blocks: int, threads: int) -> int:
     """Return into how many parts the rows of each tile are cut.
 
-    As few as leave the sums of a part in cache, and give all threads about as much to do.
+    As few as leave the sums of a part in cache, and keep all threads busy to the end.
+
+    Args:
+        widths: vectors of each tile.
+        groups: how many there are of each tile.
+        blocks: how many blocks of rows there are to be cut.
+        threads: how many take units in turn.
     """
-    row_bytes = ROWS * vectors * VECTOR_BYTES
-    parts = -(-blocks * row_bytes // _SUMS_BYTES)
-    most = max(parts, blocks * ROWS // _FEWEST_ROWS)
-    if threads == 1:
-        return parts
+    fewest = -(-blocks * ROWS * max(widths) * VECTOR_BYTES // _SUMS_BYTES)
+    most = max(fewest, blocks * ROWS // _FEWEST_ROWS)
+    if threads == 1 or len(widths) * groups >= 16 * threads:
+        return fewest
 
     def idle(parts: int) -> float:
-        units = tiles * parts
-        return -(-units // threads) * threads / units - 1
+        """Return the share of time that threads wait for the last one, if each takes the next."""
+        busy = [0.0] * threads
+        for width in widths * groups:
+            for _ in range(parts):
+                busy[busy.index(min(busy))] += width
+        return max(busy) * threads / sum(busy) - 1
 
-    return min(range(parts, most + 1), key=lambda parts: (max(idle(parts), 0.04), parts))
+    return min(range(fewest, most + 1), key=lambda parts: (max(idle(parts), _IDLE), parts))
 
 
 def _pack(matrix: Tensor, groups: int, sparse: bool) -> _Packed:
