@@ -58,6 +58,7 @@ def _lanes(features: set[str]) -> int:
 
 IS_X86 = llvm.get_default_triple().startswith(("x86_64", "i686"))
 LANES = _lanes(processor_features())
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 # Rows by vectors whose sums fit into the registers: 28 of 32, or 12 of 16. The twin reads
 # a vector once for all rows and needs registers to hold it.
@@ -377,11 +378,15 @@ def _rows_function(module: ir.Module, kept: int, vectors: int) -> ir.Function:
     return module.globals.get(name) or _RowsFunction(module, name, kept, vectors).function
 
 
-# Numba does not run what stands in the annotations of intrinsics; the types are those of the
-# signatures they return.
+# Intrinsics take the types of their arguments, and return a signature with what generates code.
 
 
-@intrinsic(prefer_literal=True)
+def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a numba intrinsic, for checkers of types one that takes any arguments."""
+    return intrinsic(prefer_literal=True)(function)
+
+
+@_intrinsic
 def _add_rows(typing: Any, kept: Any, vectors: Any, arguments: Any) -> Any:
     """Call the function of `_RowsFunction` for a number of vectors with a tuple of arguments."""
     wanted = [types.intp] * len(_RowsFunction.ARGUMENTS) + [types.float32]
@@ -418,7 +423,7 @@ def _generator(write: Callable[..., ir.Value | None]) -> Callable[..., ir.Value]
     return generate
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def _gather_lanes(
     typing: Any, stride: Any, target: Any, target_pitch: Any, source: Any, source_pitch: Any,
     rows: Any, low: Any, high: Any,
@@ -443,7 +448,7 @@ def _gather_lanes(
     return types.void(stride, *[types.intp] * 7), _generator(write)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def _gather_vectors(
     typing: Any, stride: Any, target: Any, target_pitch: Any, source: Any, source_pitch: Any,
     rows: Any, vectors: Any,
@@ -486,7 +491,7 @@ def _masks_of_pairs(b: _Assembler, mask: ir.Value) -> list[ir.Value]:
     return [first, second]
 
 
-@intrinsic
+@_intrinsic
 def _finish_run(
     typing: Any, target: Any, source: Any, residual: Any, length: Any, floor: Any
 ) -> Any:
@@ -518,7 +523,7 @@ def _finish_run(
     return types.void(*[types.intp] * 4, types.float32), _generator(write)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def _transpose_square(
     typing: Any, finishes: Any, target: Any, target_pitch: Any, source: Any, source_pitch: Any,
     residual: Any, floor: Any,
@@ -566,7 +571,7 @@ def _transposed(b: _Assembler, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
-@intrinsic
+@_intrinsic
 def _read(typing: Any, address: Any) -> Any:
     """Return the FP32 number at an address."""
 
@@ -576,7 +581,7 @@ def _read(typing: Any, address: Any) -> Any:
     return types.float32(types.intp), _generator(read)
 
 
-@intrinsic
+@_intrinsic
 def _write(typing: Any, address: Any, value: Any) -> Any:
     """Write an FP32 number to an address."""
 
@@ -586,7 +591,7 @@ def _write(typing: Any, address: Any, value: Any) -> Any:
     return types.void(types.intp, types.float32), _generator(write)
 
 
-@intrinsic
+@_intrinsic
 def _take_next(typing: Any, counter: Any) -> Any:
     """Return the count at an address and raise it by one, in one step for all threads."""
 
@@ -597,7 +602,7 @@ def _take_next(typing: Any, counter: Any) -> Any:
     return types.int64(types.intp), _generator(take)
 
 
-@intrinsic
+@_intrinsic
 def _call(typing: Any, function: Any, plan: Any, thread: Any) -> Any:
     """Call a compiled `work(plan, thread)` at an address."""
 

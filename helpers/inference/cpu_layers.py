@@ -12,13 +12,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from helpers.inference.cpu_kernels import GROUPS_PER_WORD, LANES, ROWS, VECTOR_BYTES, VECTORS, Plan
+from helpers.inference.cpu_kernels import (
+    GROUPS_PER_WORD,
+    LANES,
+    MOST_THREADS,
+    ROWS,
+    VECTOR_BYTES,
+    VECTORS,
+    Plan,
+)
 from helpers.sparsity.compressed import compress_2to4
 from helpers.sparsity.masks import is_2to4
 
@@ -189,7 +196,7 @@ class CpuLayer:
         """
         if threads is None:
             threads = torch.get_num_threads()
-        shape, plan = self._prepared(input.shape, min(threads, numba.config.NUMBA_NUM_THREADS))
+        shape, plan = self._prepared(input.shape, min(threads, MOST_THREADS))
         _require_plain(input, "The input", input.shape)
         if out is None:
             out = torch.empty(shape)
