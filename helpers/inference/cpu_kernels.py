@@ -72,6 +72,11 @@ VECTOR_BYTES = 4 * LANES
 # four, for two weights of each row. A read for every group would cost 5 % of the time.
 GROUPS_PER_WORD = 64 // (4 * ROWS)
 
+CACHE_LINE = 64
+# Bytes between the weights that are read and those that are fetched meanwhile. With few pixels
+# each weight is used only a few times, and a network's weights are too many for the caches.
+FETCH_AHEAD = 4096
+
 # --- what a unit of work is told ---
 
 PLAN = np.dtype(
@@ -103,6 +108,7 @@ PLAN = np.dtype(
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
+_BYTE = ir.IntType(8)
 _QUARTER = ir.VectorType(_FLOAT, 4)
 # As inline assembly calls them.
 _VECTOR_REGISTER = ("v" if LANES == 16 else "x") if IS_X86 else "w"
@@ -156,6 +162,13 @@ class _Assembler(ir.IRBuilder):
         kind = ir.FunctionType(value.type, [value.type])
         register = _VECTOR_REGISTER if isinstance(value.type, ir.VectorType) else "r"
         return self.asm(kind, "", f"={register},0", [value], side_effect=stays)
+
+    def fetch(self, address: ir.Value) -> None:
+        """Have a cache line brought into the second cache, to be read later."""
+        arguments = [self.inttoptr(address, _BYTE.as_pointer()), _INT32(0), _INT32(2), _INT32(1)]
+        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        fetch = cgutils.get_or_insert_function(self.module, kind, "llvm.prefetch.p0")
+        self.call(fetch, arguments)
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """Return a * b + c, in one instruction where there is one."""
@@ -313,6 +326,8 @@ class _RowsFunction:
             # The next word is read now: behind the reads of vectors it would come too late.
             following = b.read(b.at(positions, 8, b.times(word.index, 8)), _INT64)
             b.store(b.opaque(following, stays=True), ahead)
+            for line in range(0, GROUPS_PER_WORD * 8 * ROWS, CACHE_LINE):
+                b.fetch(b.at(b.load(self.values), FETCH_AHEAD + line))
             left = b.sub(depth, b.times(word.index, GROUPS_PER_WORD))
             more = b.icmp_signed(">", left, _INT64(GROUPS_PER_WORD))
             groups = b.select(more, _INT64(GROUPS_PER_WORD), left)
@@ -340,6 +355,14 @@ class _RowsFunction:
                 vector = b.read(b.at(x, b.times(self.arg["pitch"], lane), j * VECTOR_BYTES))
                 for weight, cells in zip(column, self.cells, strict=True):
                     b.store(b.multiply_add(weight, vector, b.load(cells[j])), cells[j])
+
+    def _fetch_residual(self, offset: ir.Value) -> None:
+        """Have the residual brought in while the products are added; it lies in short pieces."""
+        b, arg = self.b, self.arg
+        for row in range(ROWS):
+            down = b.at(arg["residual"], offset, b.times(arg["out_pitch"], row))
+            for piece in range(0, self.vectors * VECTOR_BYTES, 64):
+                b.fetch(b.at(down, piece))
 
     def _finish(self, offset: ir.Value) -> None:
         """Write the rows out; the last vector of each may be cut short."""
