@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +210,18 @@ def test_an_output_over_the_input_is_refused():
         layer(input, out=input)
 
 
+def run(program: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run a program in a new process, and return what it wrote to its error stream."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+
+
 def check_every_kind() -> None:
     """Compare a few layers of every kind with FP64; run by the test below."""
     for sparse, relu in product([True, False], repeat=2):
@@ -233,7 +247,7 @@ def test_layers_are_exact_on_lesser_processors(processor, features, lanes):
         "check_every_kind()\n"
     )
     environment = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
-    subprocess.run([sys.executable, "-c", program], env=os.environ | environment, check=True)
+    run(program, os.environ | environment)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning():
@@ -257,10 +271,5 @@ def test_what_is_compiled_is_found_again_by_the_next_process():
         "layer = CpuLayer.from_conv(nn.Conv2d(4, 4, 1), sparse=False)\n"
         "layer(torch.ones(1, 4, 2, 2))\n"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
-        ).stderr
-        for _ in range(2)
-    ]
+    runs = [run(program), run(program)]
     assert "Compiled" not in runs[1]

@@ -57,6 +57,7 @@ def _lanes(features: set[str]) -> int:
 
 
 IS_X86 = llvm.get_default_triple().startswith(("x86_64", "i686"))
+IS_ARM = llvm.get_default_triple().startswith(("aarch64", "arm64"))
 LANES = _lanes(processor_features())
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
@@ -110,8 +111,8 @@ _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _BYTE = ir.IntType(8)
 _QUARTER = ir.VectorType(_FLOAT, 4)
-# As inline assembly calls them.
-_VECTOR_REGISTER = ("v" if LANES == 16 else "x") if IS_X86 else "w"
+# As inline assembly calls them; None where the name is not known here.
+_VECTOR_REGISTER = ("v" if LANES == 16 else "x") if IS_X86 else ("w" if IS_ARM else None)
 # Masked reads and writes take the alignment as an argument before LLVM 22.
 _ALIGNMENT = [_INT32(4)] if llvm.llvm_version_info < (22,) else []
 
@@ -159,8 +160,10 @@ class _Assembler(ir.IRBuilder):
         LLVM then merges what makes the value with nothing that uses it. If it `stays`, it is
         also made at this place, and not where it is used.
         """
-        kind = ir.FunctionType(value.type, [value.type])
         register = _VECTOR_REGISTER if isinstance(value.type, ir.VectorType) else "r"
+        if register is None:
+            return value
+        kind = ir.FunctionType(value.type, [value.type])
         return self.asm(kind, "", f"={register},0", [value], side_effect=stays)
 
     def fetch(self, address: ir.Value) -> None:
@@ -355,14 +358,6 @@ class _RowsFunction:
                 vector = b.read(b.at(x, b.times(self.arg["pitch"], lane), j * VECTOR_BYTES))
                 for weight, cells in zip(column, self.cells, strict=True):
                     b.store(b.multiply_add(weight, vector, b.load(cells[j])), cells[j])
-
-    def _fetch_residual(self, offset: ir.Value) -> None:
-        """Have the residual brought in while the products are added; it lies in short pieces."""
-        b, arg = self.b, self.arg
-        for row in range(ROWS):
-            down = b.at(arg["residual"], offset, b.times(arg["out_pitch"], row))
-            for piece in range(0, self.vectors * VECTOR_BYTES, 64):
-                b.fetch(b.at(down, piece))
 
     def _finish(self, offset: ir.Value) -> None:
         """Write the rows out; the last vector of each may be cut short."""
