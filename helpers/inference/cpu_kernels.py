@@ -187,10 +187,11 @@ class _Assembler(ir.IRBuilder):
         return self.shuffle_vector(a, b, ir.VectorType(_INT32, len(lanes))(lanes))
 
     def lanes_within(self, low: ir.Value, high: ir.Value) -> ir.Value:
-        """Return a mask of the lanes i with low <= i < high."""
-        numbers = ir.VectorType(_INT64, LANES)(list(range(LANES)))
-        above = self.icmp_signed(">=", numbers, self.splat(low))
-        return self.and_(above, self.icmp_signed("<", numbers, self.splat(high)))
+        """Return a mask of the lanes i with low <= i < high; both fit into 32 bits."""
+        numbers = ir.VectorType(_INT32, LANES)(list(range(LANES)))
+        low, high = self.splat(self.trunc(low, _INT32)), self.splat(self.trunc(high, _INT32))
+        above = self.icmp_signed(">=", numbers, low)
+        return self.and_(above, self.icmp_signed("<", numbers, high))
 
     def finish(
         self,
@@ -650,30 +651,25 @@ def _pack_tap(
     plane = plan.height * plan.width
     down = tap // plan.kernel_width * plan.dilation_y - plan.pad_y
     right = tap % plan.kernel_width * plan.dilation_x - plan.pad_x
+    image, start = divmod(pixel, size)
+    out_y, out_x = divmod(start, plan.out_width)
     done = 0
     while done < pixels:
-        image = (pixel + done) // size
-        out_y = (pixel + done - image * size) // plan.out_width
-        out_x = pixel + done - image * size - out_y * plan.out_width
         length = min(plan.out_width - out_x, pixels - done)
         in_y = out_y * plan.stride_y + down
         in_x = out_x * plan.stride_x + right
         low, high = _inside(in_x, plan.stride_x, plan.width, length)
         if in_y < 0 or in_y >= plan.height:
             high = low
-        start = image * plan.groups * plan.channels * plane + in_y * plan.width + in_x
-        _pack_run(
-            x + 4 * done,
-            pitch,
-            source + 4 * start,
-            4 * plane,
-            rows,
-            length,
-            low,
-            high,
-            plan.stride_x,
-        )
+        before = image * plan.groups * plan.channels * plane + in_y * plan.width + in_x
+        to, since = x + 4 * done, source + 4 * before
+        _pack_run(to, pitch, since, 4 * plane, rows, length, low, high, plan.stride_x)
         done += length
+        out_x = 0
+        out_y += 1
+        if out_y == plan.out_height:
+            out_y = 0
+            image += 1
 
 
 @_helper
