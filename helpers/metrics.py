@@ -59,8 +59,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         return (
-            f"{self.difference:+.2f} ± {self.standard_error:.2f} points: {self.only_second} images "
-            f"only the second network has right, {self.only_first} only the first"
+            f"{self.difference:+.2f} ± {self.standard_error:.2f} points ({self.only_second} images "
+            f"only the second model gets right, {self.only_first} only the first)"
         )
 
 

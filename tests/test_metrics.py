@@ -49,7 +49,7 @@ def test_the_error_of_a_difference_is_that_of_paired_proportions():
         100 * pairs.std(correction=0).item() / 10_000**0.5
     )
     assert str(comparison) == (
-        "+0.63 ± 0.17 points: 174 images only the second network has right, 111 only the first"
+        "+0.63 ± 0.17 points (174 images only the second model gets right, 111 only the first)"
     )
 
 

@@ -60,7 +60,7 @@ def test_the_published_figures_are_labelled_and_those_of_the_record():
     assert record["url"] in README
     (reader,) = record["others"]
     told = [
-        f"{times['dense']:.3g} ms dense against {times['sparse']:.3g} ms sparse at batch {batch}"
+        f"{times['dense']:.3g} ms dense against {times['sparse']:.3g} ms sparse at batch size {batch}"
         for batch, times in reader["milliseconds"].items()
     ]
     notebook = (ROOT / "notebooks" / NOTEBOOKS["06"]).read_text()
@@ -70,7 +70,7 @@ def test_the_published_figures_are_labelled_and_those_of_the_record():
 
 
 def test_the_prediction_is_the_one_that_advise_makes_today():
-    (expected,) = re.findall(r"`advise` expects (\S+)x for ResNeXt-101", README)
+    (expected,) = re.findall(r"`advise` expects (\S+)x for ResNeXt-101", " ".join(README.split()))
     rates = Rates.from_datasheet(DATASHEETS["a100"])
     with torch.device("meta"):
         network = create_model("resnext101_32x8d", num_classes=1000)
@@ -152,7 +152,7 @@ def test_the_ways_to_prune_are_the_recorded_ones():
     record = json.loads((ROOT / "benchmarks" / "results" / "one_shot_quick.json").read_text())
     rows = [row for row in record["rows"] if "dampening" not in row]
     top1 = {row["method"]: row["top1"] for row in rows if row["images"] == record["images"]}
-    assert f"the dense network has {record['dense']:.2f} %" in README
+    assert f"the dense model has {record['dense']:.2f} %" in README
     for way, retrained in record["retrained"].items():
         fresh = top1[f"{way}, batch norm re-estimated"]
         assert f"| {way} | {top1[way]:.2f} % | {fresh:.2f} % | {retrained:.2f} % |" in README
