@@ -60,8 +60,8 @@ def test_the_published_figures_are_labelled_and_those_of_the_record():
     assert record["url"] in README
     (reader,) = record["others"]
     told = [
-        f"{times['dense']:.3g} ms dense against {times['sparse']:.3g} ms sparse at batch size {size}"
-        for size, times in reader["milliseconds"].items()
+        f"{ms['dense']:.3g} ms dense against {ms['sparse']:.3g} ms sparse at batch size {size}"
+        for size, ms in reader["milliseconds"].items()
     ]
     notebook = (ROOT / "notebooks" / NOTEBOOKS["06"]).read_text()
     for page in (text, notebook):
