@@ -94,9 +94,10 @@ def test_an_error_is_one_sentence_and_exit_1(run, monkeypatch):
     assert errors == "InputError: The weight is not a matrix. Give one with two dimensions.\n"
 
 
-def test_debug_before_the_command_brings_the_traceback_back(run, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--debug", "setup"], ["setup", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(run, monkeypatch, arguments):
     monkeypatch.setattr(setup, "check_setup", failing)
-    monkeypatch.setattr(sys, "argv", ["helpers", "--debug", "setup"])
+    monkeypatch.setattr(sys, "argv", ["helpers", *arguments])
     with pytest.raises(HelpersError) as raised:
         commands.main()
     assert raised.traceback[-1].name == "failing"
