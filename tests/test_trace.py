@@ -12,7 +12,7 @@ from helpers.layers import layer_table
 from helpers.measurement.advice import advise
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS
-from helpers.measurement.trace import LayerKernel, trace_kernels
+from helpers.measurement.trace import TracedLayer, trace_kernels
 from helpers.training.networks import create_model
 
 A100 = Rates.from_datasheet(DATASHEETS["a100"])
@@ -28,7 +28,7 @@ def on_meta(name):
 def test_kernels_are_in_the_order_in_which_they_run():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False)).train()
     kernels = trace_kernels(model, ((torch.zeros(2, 8),), {}))
-    layers = [kernel for kernel in kernels if isinstance(kernel, LayerKernel)]
+    layers = [kernel for kernel in kernels if isinstance(kernel, TracedLayer)]
     assert [kernels.index(layer) for layer in layers] == [0, 2]
     assert [layer.weight.name for layer in layers] == ["0.weight", "2.weight"]
     assert [(layer.m, layer.n, layer.k) for layer in layers] == [(2, 16, 8), (2, 4, 16)]
