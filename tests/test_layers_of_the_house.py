@@ -95,7 +95,7 @@ def test_every_module_is_in_the_house_once():
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_a_module_knows_only_those_below_and_before_it(module):
+def test_a_module_imports_only_from_below_and_before_it(module):
     for known in needs(module) - {"helpers"}:
         if known == "helpers.tutorial":  # its own `__init__`, which knows the errors alone
             assert module.startswith("helpers.tutorial.")
@@ -104,7 +104,7 @@ def test_a_module_knows_only_those_below_and_before_it(module):
 
 
 @pytest.mark.parametrize("floor", FLOORS)
-def test_a_package_knows_nothing_of_the_floors_above_it(floor):
+def test_a_package_imports_nothing_from_above_it(floor):
     above = FLOORS[FLOORS.index(floor) + 1 :]
     for known in needs(floor):
         assert known.rpartition(".")[0] not in above, f"{floor} knows {known}"
@@ -154,12 +154,12 @@ def copied_house(monkeypatch, tmp_path):
     ],
 )
 def test_an_import_that_runs_upwards_is_found(copied_house, module, line):
-    test_a_module_knows_only_those_below_and_before_it(module)
+    test_a_module_imports_only_from_below_and_before_it(module)
     path = source(module)
     path.write_text(f"{path.read_text()}\n{line}\n")
     imports.cache_clear()
     with pytest.raises(AssertionError, match=f"{module} knows|startswith"):
-        test_a_module_knows_only_those_below_and_before_it(module)
+        test_a_module_imports_only_from_below_and_before_it(module)
 
 
 def test_one_local_name_does_not_hide_another_import(copied_house):
@@ -173,7 +173,7 @@ def test_one_local_name_does_not_hide_another_import(copied_house):
 def test_a_package_that_imports_from_above_is_found(copied_house):
     (copied_house / "sparsity" / "__init__.py").write_text("from helpers.training import loop\n")
     with pytest.raises(AssertionError, match=r"helpers\.sparsity knows helpers\.training\.loop"):
-        test_a_package_knows_nothing_of_the_floors_above_it("helpers.sparsity")
+        test_a_package_imports_nothing_from_above_it("helpers.sparsity")
 
 
 def test_a_module_that_is_not_in_the_house_is_found(copied_house):

@@ -148,7 +148,7 @@ IMAGES = torch.zeros(2, 16, 8, 8)
         nn.Sequential(nn.Flatten(), nn.Dropout()),
     ],
 )
-def test_what_is_folded_fused_or_only_a_view_costs_nothing(after):
+def test_folded_fused_and_view_operations_are_free(after):
     model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
     assert rest_numbers(model, IMAGES) == 0
 
@@ -165,7 +165,7 @@ def test_what_is_folded_fused_or_only_a_view_costs_nothing(after):
         (nn.Sequential(nn.GELU(), nn.BatchNorm2d(16), nn.ReLU()), 4 * 2048 + 4 * 16),
     ],
 )
-def test_all_else_is_counted_by_the_numbers_it_reads_and_writes(after, numbers):
+def test_other_operations_count_what_they_read_and_write(after, numbers):
     model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
     assert rest_numbers(model, IMAGES) == numbers
 
@@ -182,7 +182,7 @@ def test_a_residual_addition_reads_two_and_writes_one_with_its_relu():
     assert rest_numbers(Residual(), IMAGES) == 3 * 2048
 
 
-def test_what_comes_from_weights_alone_is_free():
+def test_operations_on_weights_alone_are_free():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_attention_is_counted_by_its_operations_and_bytes():
     )
 
 
-def test_parts_of_one_tensor_are_read_each():
+def test_each_part_of_a_tensor_is_read():
     class Parts(nn.Module):
         def forward(self, x):
             left, right = x.chunk(2)
