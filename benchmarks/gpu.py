@@ -34,7 +34,7 @@ from torchvision.models import list_models
 from torchvision.models.resnet import Bottleneck
 
 from helpers import machine
-from helpers.errors import HelpersError, UnavailableError
+from helpers.errors import HelpersError, InputError, UnavailableError
 from helpers.files import write_json
 from helpers.inference import channels_last, cuda_graphs, engine, export
 from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
@@ -274,7 +274,7 @@ def advice(run: Run) -> None:
     A network whose part stopped has no measurements to compare.
 
     Raises:
-        HelpersError: a network was measured on another GPU than the products.
+        InputError: a network was measured on another GPU than the products.
     """
     rates = Rates.from_record(run.path("products"))
     record = json.loads(run.path("products").read_text())  # keeps its own date
@@ -283,7 +283,7 @@ def advice(run: Run) -> None:
         measured = earlier(run.path(name))
         rows = measured.get("rows", [])
         if rows and measured["machine"].get("gpu") != record["machine"]["gpu"]:
-            raise HelpersError(
+            raise InputError(
                 f"{name}.json and products.json were not measured on the same GPU; measure both "
                 "into one folder."
             )
@@ -335,7 +335,7 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
     """Return the time of each kernel (on a CPU: operator) in a run, the longest first.
 
     Raises:
-        HelpersError: the profiler saw nothing, as happens to the second profile of a process.
+        UnavailableError: the profiler saw nothing, as happens to the second profile of a process.
     """
     on_gpu = torch.cuda.is_available()
     activity = (
@@ -350,7 +350,7 @@ def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
     ]
     total = sum(microseconds for _, microseconds in kernels)
     if not total:
-        raise HelpersError("The profiler saw no kernel; run this part alone, in a new process.")
+        raise UnavailableError("The profiler saw no kernel; run this part alone, in a new process.")
     return [
         {
             "kernel": event.key,
@@ -372,7 +372,7 @@ def slowest_products(
     """
     rates = Rates.from_record(run.path("products"))
     if "FP16" not in rates.best:
-        raise HelpersError("No FP16 product ran, so there are no rates to compute floors from.")
+        raise UnavailableError("No FP16 product ran, so there are no rates to compute floors from.")
     dense, sparse = rates.best["FP16"]
     advised = advise(run.models(name)["dense"], rates, run.shape(name), batch=batch)
     layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
@@ -472,7 +472,9 @@ def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
     began = time.monotonic()
     try:
         if run.left < NEEDED.get(part, 20):
-            raise HelpersError("no time was left for it; run it with --parts and more --minutes")
+            raise UnavailableError(
+                "no time was left for it; run it with --parts and more --minutes"
+            )
         work(run)
     except Exception as error:  # a part must not take the others with it
         reason = described(error)

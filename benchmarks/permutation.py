@@ -7,10 +7,8 @@ network gains more magnitude. Writes
 
 import os
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from helpers.sparsity.graph import find_channel_groups
 from helpers.sparsity.search import kept_2to4, search_permutation
 from helpers.training.networks import create_model
 from helpers.tutorial import plots
-from turns import in_turns
+from turns import medians
 
 RESULT = Path(__file__).parent / "results" / "permutation_cpu.json"
 ROUNDS = 7
@@ -101,12 +99,6 @@ def normal(rows: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
 
 
-def medians(searches: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each search; the searches take turns."""
-    times = in_turns(dict(searches), ROUNDS)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
 def against_plain(size: int) -> dict[str, float]:
     """Compare with the plain search on a small square matrix."""
     matrix = normal(size, size, seed=0)
@@ -115,7 +107,8 @@ def against_plain(size: int) -> dict[str, float]:
             "plain": lambda: plain_search(matrix),
             "greedy": lambda: search_permutation(matrix, escapes=0),
             "escapes": lambda: search_permutation(matrix),
-        }
+        },
+        ROUNDS,
     )
     return {
         "plain_seconds": seconds["plain"],
@@ -135,7 +128,7 @@ def square(size: int) -> dict[str, dict[str, float]]:
         "greedy": lambda: search_permutation(matrix, escapes=0),
         "100 escapes": lambda: search_permutation(matrix),
     }
-    seconds = medians(searches)
+    seconds = medians(searches, ROUNDS)
     return {
         name: {"seconds": seconds[name], **kept_facts(matrix, search())}
         for name, search in searches.items()

@@ -8,16 +8,14 @@ weights that it accepts. Writes `benchmarks/results/verify_cpu.json`.
 
 import os
 import signal
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import onnx
 import torch
-from polygraphy.tools.sparse import SparsityPruner  # type: ignore[import-not-found]  # optional
+from polygraphy.tools.sparse import SparsityPruner
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -36,17 +34,11 @@ from helpers.sparsity import (
     verify_onnx,
 )
 from helpers.training import networks
-from turns import in_turns
+from turns import medians
 
 LIMIT = 600  # seconds for polygraphy
 ROUNDS = 5
 RESULT = Path(__file__).parent / "results" / "verify_cpu.json"
-
-
-def medians(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median seconds of each function, called in turns."""
-    times = in_turns(works, ROUNDS)
-    return {name: round(statistics.median(each), 3) for name, each in times.items()}
 
 
 def time_polygraphy(path: Path) -> dict[str, float | bool]:
@@ -71,9 +63,9 @@ def time_polygraphy(path: Path) -> dict[str, float | bool]:
 def time_verifier(path: Path) -> dict[str, float]:
     """Return `verify_onnx`'s seconds: the median by wall clock, the mean of the CPU."""
     cpu = time.process_time()
-    clock = medians({"verify": lambda: verify_onnx(path)})["verify"]
+    clock = medians({"verify": lambda: verify_onnx(path)}, ROUNDS)["verify"]
     return {
-        "seconds": clock,
+        "seconds": round(clock, 3),
         "cpu_seconds": round((time.process_time() - cpu) / (ROUNDS + 1), 3),
     }
 
@@ -108,12 +100,13 @@ def measure_compressed_form(weights: list[Tensor]) -> dict:
             "torch_decompress": lambda: [
                 sparse_semi_structured_to_dense_cutlass(*item) for item in theirs
             ],
-        }
+        },
+        ROUNDS,
     )
     return {
         "weights": len(weights),
         "weights_that_torch_takes": len(common),
-        "seconds": median,
+        "seconds": {name: round(value, 3) for name, value in median.items()},
         "ratio_compress": round(median["torch_compress"] / median["compress"], 1),
         "ratio_decompress": round(median["torch_decompress"] / median["decompress"], 1),
     }

@@ -20,3 +20,9 @@ class UnavailableError(HelpersError, RuntimeError):
 
 class WriteError(HelpersError, OSError):
     """A file could not be written; what was there before is unchanged."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if the message is empty."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

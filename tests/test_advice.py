@@ -67,7 +67,7 @@ def measured(recorded):
 
 
 @pytest.mark.parametrize("name", ["FP16", "INT8", "FP8"])
-def test_outputs_of_layers_have_the_width_of_their_inputs(name):
+def test_layer_outputs_have_the_width_of_their_inputs(name):
     rates = replace(A100, best={name: (math.inf, math.inf)})
     numbers = 64 * 512 + 512 * 256 + 64 * 256
     assert rates.product_ms(64, 256, 512, name, False) == pytest.approx(
@@ -110,7 +110,7 @@ def in_a_buffer(own: Behind, x: torch.Tensor) -> torch.Tensor:
     return buffer
 
 
-def test_the_network_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model = create_model("resnext14_8x4d", 10).train()
     model.bn1.eval()
     before = {
@@ -174,7 +174,7 @@ def test_an_example_of_named_tensors_is_given_by_name():
 
 
 @pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, ZeroDivisionError])
-def test_whatever_a_network_raises_is_told_in_its_own_words(error):
+def test_the_error_of_a_model_is_quoted(error):
     class Failing(nn.Module):
         def forward(self, x):
             raise error("my words\nand more")
@@ -190,7 +190,7 @@ def test_images_too_large_to_count_are_refused(resnext):
             advise(resnext, A100, shape, batch=batch)
 
 
-def test_a_network_that_looks_at_numbers_is_refused():
+def test_a_model_that_depends_on_values_is_refused():
     class Curious(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
@@ -290,14 +290,14 @@ class Product(nn.Module):
 
 
 @pytest.mark.parametrize("model", [nn.LSTM(32, 32), nn.GRU(32, 32), Product()], ids=repr)
-def test_arithmetic_outside_of_layers_is_told_as_such(model):
+def test_arithmetic_outside_of_layers_is_reported(model):
     advice = advise(model, A100, example=torch.zeros(8, 4, 32))
     assert advice.layers.empty
     assert advice.speedup == 1
     assert "operations that are not counted as layers" in repr(advice)
 
 
-def test_a_layer_that_gains_less_than_a_hundredth_counts_as_one_that_does_not(recorded):
+def test_a_gain_below_one_percent_counts_as_none(recorded):
     rates = Rates.from_record(recorded(product(64, 512, 512, 0.01005, 0.01), LARGE))
     small, large = nn.Linear(512, 512), nn.Linear(512, 512)
 
@@ -337,7 +337,7 @@ def test_a_datatype_without_2to4_is_refused(name):
         advise(nn.Linear(16, 16), A100, example=torch.zeros(1, 16), datatype=name)
 
 
-def test_the_verdict_of_a_datasheet_says_on_what_condition_it_holds():
+def test_the_verdict_of_a_datasheet_states_its_condition():
     advice = advise(nn.Linear(1024, 1024), A100, example=torch.zeros(4096, 1024))
     assert advice.verdict == (
         f"{advice.speedup:.2f}x at batch 4096 in FP16 if dense and sparse kernels both reached the "
@@ -345,7 +345,7 @@ def test_the_verdict_of_a_datasheet_says_on_what_condition_it_holds():
     )
 
 
-def test_the_verdict_of_a_measured_gpu_says_how_far_off_it_was(recorded):
+def test_the_verdict_of_a_measured_gpu_states_its_largest_error(recorded):
     model, example = nn.Linear(512, 512), torch.zeros(4096, 512)
     silent = advise(model, Rates.from_record(recorded(LARGE)), example=example)
     said = "1.60x at batch 4096 in FP16 from products measured on NVIDIA X1"

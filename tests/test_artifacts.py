@@ -97,31 +97,31 @@ def test_a_sidecar_with_damaged_parents_is_refused(chain, change):
     assert refusal(chain, PRUNED).startswith("02_pruned.safetensors.json is damaged")
 
 
-def test_a_child_is_outdated_when_its_parent_is_made_again_with_other_bytes(chain):
+def test_a_child_is_outdated_when_its_parent_is_rewritten_with_other_bytes(chain):
     write(chain, DENSE, "dense, trained again")
     message = refusal(chain, PRUNED)
     assert message.startswith("02_pruned.safetensors is out of date: 01_dense.safetensors")
     assert "Run 02_prune_2_4.ipynb" in message
 
 
-def test_a_grandchild_sends_the_reader_to_the_first_step_to_repeat(chain):
+def test_a_grandchild_names_the_first_step_to_repeat(chain):
     write(chain, DENSE, "dense, trained again")
     message = refusal(chain, RETRAINED)
     assert message.startswith("02_pruned.safetensors is out of date")
     assert "Run 02_prune_2_4.ipynb" in message
 
 
-def test_a_child_stays_good_when_its_parent_is_made_again_with_the_same_bytes(chain):
+def test_a_child_stays_valid_when_its_parent_is_rewritten_with_the_same_bytes(chain):
     write(chain, DENSE, "dense")
     assert chain.require(RETRAINED) == chain.path(RETRAINED)
 
 
-def test_a_child_is_refused_when_its_parent_is_gone(chain):
+def test_a_child_without_its_parent_is_refused(chain):
     chain.path(DENSE).unlink()
     assert refusal(chain, PRUNED).startswith("01_dense.safetensors is missing. Run 01_")
 
 
-def test_nothing_is_made_from_a_damaged_parent(chain):
+def test_a_damaged_parent_stops_the_step(chain):
     chain.path(DENSE).write_text("damaged")
     with pytest.raises(ArtifactError, match=r"01_dense\.safetensors is damaged"):
         write(chain, PRUNED, "new", [DENSE])
@@ -153,7 +153,7 @@ def test_an_artifact_without_facts_has_none(chain):
     assert chain.facts(DENSE) == {}
 
 
-def test_a_checkpoint_may_be_read_by_everybody(artifacts):
+def test_a_checkpoint_is_readable_by_all_users(artifacts):
     with artifacts.writing(DENSE) as path:
         save_checkpoint(resnext14_8x4d(), path, "resnext14_8x4d")
     assert artifacts.require(DENSE).stat().st_mode & 0o777 == 0o644
@@ -171,7 +171,7 @@ def test_dataclasses_are_written_as_objects(artifacts):
     assert artifacts.facts(DENSE) == {"points": [{"x": 1, "y": 2.5}]}
 
 
-def test_a_failed_step_leaves_its_artifact_as_it_was(chain):
+def test_a_failed_step_leaves_its_artifact_unchanged(chain):
     before = chain.describe(PRUNED)
     listing = names(chain.folder)
     with pytest.raises(ZeroDivisionError), chain.writing(PRUNED, [DENSE]) as path:
@@ -191,7 +191,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors", "other"])
-def test_a_full_disk_is_told_in_one_sentence(chain, error):
+def test_a_full_disk_is_reported_in_one_sentence(chain, error):
     listing = names(chain.folder)
     with pytest.raises(ArtifactError) as caught, chain.writing(PRUNED, [DENSE]) as path:
         path.write_text("half")
@@ -207,9 +207,7 @@ def test_a_full_disk_is_told_in_one_sentence(chain, error):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
 @pytest.mark.parametrize("call", ["mkdir", "mkstemp"])
-def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
-    artifacts, monkeypatch, call, code
-):
+def test_a_read_only_folder_is_reported_in_one_sentence(artifacts, monkeypatch, call, code):
     def refuse(*_, **__):
         raise OSError(code, os.strerror(code))
 
@@ -223,7 +221,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_sentence(
     assert "\n" not in message
 
 
-def test_an_artifact_whose_sidecar_did_not_fit_on_the_disk_is_refused(chain, monkeypatch):
+def test_an_artifact_without_room_for_its_sidecar_is_refused(chain, monkeypatch):
     def full(path, _):
         with atomic_write(path):
             raise OSError(errno.ENOSPC, "full")
@@ -280,13 +278,13 @@ def test_writing_takes_the_checksum_of_each_parent_once_and_of_the_new_file(chai
     assert len(taken) == 4
 
 
-def test_a_file_that_has_changed_since_is_found(chain):
+def test_a_changed_file_is_detected(chain):
     chain.require(RETRAINED)
     chain.path(DENSE).write_text("another one")
     assert refusal(chain, RETRAINED).startswith("01_dense.safetensors is damaged")
 
 
-def test_a_file_of_the_same_size_and_time_that_took_the_place_of_another_is_found(chain):
+def test_a_replaced_file_of_the_same_size_and_time_is_detected(chain):
     chain.require(DENSE)
     old = chain.path(DENSE).stat()
     with atomic_write(chain.path(DENSE)) as part:
@@ -295,7 +293,7 @@ def test_a_file_of_the_same_size_and_time_that_took_the_place_of_another_is_foun
     assert refusal(chain, DENSE).startswith("01_dense.safetensors is damaged")
 
 
-def test_a_file_that_is_repaired_is_taken_again(chain):
+def test_a_repaired_file_is_accepted(chain):
     content = chain.path(DENSE).read_bytes()
     chain.path(DENSE).write_text("damaged")
     refusal(chain, DENSE)

@@ -62,7 +62,7 @@ def test_self_attention_of_a_single_sequence_is_the_same():
          lambda own, x: own(x, x, x, need_weights=False)[0]),
     ],
 )  # fmt: skip
-def test_other_attention_stays_as_it_is(how, of):
+def test_other_attention_is_unchanged(how, of):
     torch.manual_seed(0)
     model = Attends(how, of).eval()
     folded = fold_batch_norm(model)
@@ -73,7 +73,7 @@ def test_other_attention_stays_as_it_is(how, of):
         assert max_relative_error(folded(x), model(x)) < GAP
 
 
-def test_attention_whose_weight_is_read_by_others_stays_as_it_is():
+def test_attention_with_a_shared_weight_is_unchanged():
     class ReadsAttention(Attends):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + (self.attention.in_proj_weight**2).mean()

@@ -144,7 +144,7 @@ def test_after_an_error_that_breaks_the_gpu_nothing_is_measured(layer, monkeypat
     assert not cache.exists()
 
 
-def test_short_memory_is_no_reason_to_leave_a_kernel_out_for_good(layer, monkeypatch):
+def test_short_memory_does_not_rule_a_kernel_out(layer, monkeypatch):
     kernels = failing_with(torch.OutOfMemoryError("out of memory"), layer, monkeypatch)
     with pytest.raises(RunnerError, match=r"^layer1\.fc: memory is short .*\(8, 16\); use a small"):
         Autotuner(FakeTimer(2.0, 1.0)).choose("layer1.fc", kernels, random(8, 16))

@@ -95,7 +95,7 @@ def test_throughput_is_images_over_mean_time():
     assert repr(result) == "batch 32: p50 10.00 ms, p99 40.00 ms, 1,600 images/s (3 runs)"
 
 
-def test_the_hosts_overhead_is_what_it_adds_to_the_gpus_time():
+def test_the_overhead_is_host_time_minus_gpu_time():
     rounds = (np.array([10.0, 11.0]), np.array([30.0]))
     row = Latency(1, rounds, gpu=np.array([9.0, 9.5, 29.0])).row()
     assert row["gpu_p50"] == 9.5
@@ -124,7 +124,7 @@ def test_a_runner_that_computes_something_else_is_refused(no_gpu):
         check_outputs(TorchRunner(network(1.1)), network(), (1, 2, 2), batch=4)
 
 
-def test_a_runner_that_leaves_old_logits_is_refused_however_right_they_were(no_gpu, monkeypatch):
+def test_a_runner_that_leaves_old_logits_is_refused_even_if_correct(no_gpu, monkeypatch):
     runner = TorchRunner(network())
     run, calls = runner.run, []
 
@@ -141,7 +141,7 @@ def test_a_runner_that_leaves_old_logits_is_refused_however_right_they_were(no_g
 # --- several in turns ----------------------------------------------------------------------
 
 
-def test_the_runners_take_turns_forth_and_back(clock):
+def test_the_runners_take_turns_in_order_and_in_reverse(clock):
     calls: list[str] = []
     runners = [FakeRunner(name, calls, clock, 1.0) for name in "abc"]
     time_in_turns(runners, IMAGES, seconds=6, warmup=0, rounds=3)
@@ -161,7 +161,7 @@ def test_every_runner_is_measured_for_the_time_asked_for(clock):
     assert slow.gpu is None
 
 
-def test_however_slow_a_runner_is_it_runs_in_every_turn(clock):
+def test_a_slow_runner_runs_in_every_turn(clock):
     (result,) = time_in_turns([FakeRunner("a", [], clock, 100.0)], IMAGES, seconds=1, rounds=4)
     assert [len(own) for own in result.rounds] == 4 * [2]
 
@@ -236,7 +236,7 @@ def test_a_runner_that_leaves_its_old_logits_is_not_timed(clock):
 
 
 @pytest.mark.parametrize("damage", [0.01, float("nan")])
-def test_logits_that_change_while_timing_are_told(clock, damage):
+def test_logits_that_change_while_timing_are_refused(clock, damage):
     class Drifting(FakeRunner):
         buffer = torch.zeros(4, 4)  # one for all runs, so that a view of it would change too
 
@@ -266,7 +266,7 @@ def test_a_real_runner_is_timed(tiny_net):
     assert set(time_transfers(runner, images)) == {"load_p50", "fetch_p50"}
 
 
-def test_the_transfers_are_measured_apart(clock, no_gpu):
+def test_transfers_are_measured_separately(clock, no_gpu):
     runner = FakeRunner("a", [], clock)
     assert time_transfers(runner, IMAGES, repeats=3) == {"load_p50": 500, "fetch_p50": 250}
     assert runner.calls == 3 * ["load a", "a", "fetch a"], (
@@ -285,13 +285,13 @@ def test_a_ratio_without_noise_has_no_width():
     assert bootstrap_ratio(rounds_of(3, 3, 3), rounds_of(2, 2, 2)) == Ratio(1.5, 1.5, 1.5)
 
 
-def test_a_drift_that_both_sides_share_is_no_uncertainty():
+def test_a_shared_drift_does_not_widen_the_interval():
     drift = np.array([1.0, 1.5, 2.0, 4.0])
     ratio = bootstrap_ratio(rounds_of(*3 * drift), rounds_of(*2 * drift))
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
-def test_more_runs_in_a_round_are_no_more_certainty():
+def test_more_runs_in_a_round_do_not_narrow_the_interval():
     """Else a longer measurement would promise what only more rounds can."""
     above, below = rounds_of(2.0, 2.6, 2.2, 2.1), rounds_of(1.0, 1.2, 0.9, 1.1)
     few = bootstrap_ratio(above, below)
@@ -307,14 +307,14 @@ def test_the_seed_fixes_the_interval():
     assert bootstrap_ratio(above, below, seed=3) != bootstrap_ratio(above, below, seed=4)
 
 
-def test_three_rounds_give_the_range_of_what_was_seen():
+def test_three_rounds_give_the_range_of_their_ratios():
     above = [np.array([value]) for value in (1.0, 2.0, 4.0)]
     below = [np.array([1.0])] * 3
     ratio = bootstrap_ratio(above, below, np.mean)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((7 / 3, 1, 4))
 
 
-def test_a_single_round_tells_of_no_interval():
+def test_a_single_round_has_no_interval():
     ratio = bootstrap_ratio(rounds_of(3), rounds_of(2))
     assert ratio.value == 1.5
     assert math.isnan(ratio.low)
@@ -338,7 +338,7 @@ def test_units_scale_the_ratio_and_its_interval_alike(medians, above_unit, below
         assert getattr(scaled, name) == pytest.approx(factor * getattr(plain, name))
 
 
-def test_the_interval_holds_the_true_ratio_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_ratio_as_often_as_stated():
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(200):
@@ -439,7 +439,7 @@ def test_on_a_gpu_the_energy_of_each_runner_is_measured(clock, fake_gpu, monkeyp
     assert set(table.idle_watts) == {42}
 
 
-def test_the_windows_of_energy_go_forth_and_back(clock, monkeypatch):
+def test_energy_windows_alternate_their_order(clock, monkeypatch):
     order: list[str] = []
 
     def measured(work, counter: object) -> EnergyWindow:
@@ -455,7 +455,7 @@ def test_the_windows_of_energy_go_forth_and_back(clock, monkeypatch):
     assert [own.joules for own in windows[0]] == [1, 6, 7]
 
 
-def test_logits_that_change_while_energy_is_measured_are_told(clock, monkeypatch):
+def test_logits_that_change_while_energy_is_measured_are_refused(clock, monkeypatch):
     def measured(work, counter: object) -> EnergyWindow:
         work.__self__.images = IMAGES + 1
         work()
@@ -468,7 +468,7 @@ def test_logits_that_change_while_energy_is_measured_are_told(clock, monkeypatch
         energy_in_turns([runner], "the counter")
 
 
-def test_a_gpu_without_an_energy_counter_is_told_and_costs_only_those_columns(
+def test_a_gpu_without_an_energy_counter_loses_only_those_columns(
     clock, fake_gpu, monkeypatch, caplog
 ):
     def refuse() -> None:
@@ -481,9 +481,7 @@ def test_a_gpu_without_an_energy_counter_is_told_and_costs_only_those_columns(
     assert "this GPU counts no energy" in caplog.text
 
 
-def test_a_counter_that_stands_still_is_found_before_anything_is_measured(
-    clock, fake_gpu, monkeypatch, caplog
-):
+def test_a_stuck_counter_is_detected_before_measuring(clock, fake_gpu, monkeypatch, caplog):
     def stuck(counter: object) -> float:
         raise EnergyError("it stands still")
 
@@ -497,7 +495,7 @@ def test_a_counter_that_stands_still_is_found_before_anything_is_measured(
 @pytest.mark.parametrize(
     "how", [{"rounds": 0}, {"seconds": -1}, {"seconds": float("nan")}, {"warmup": float("nan")}]
 )
-def test_nothing_is_timed_for_no_time(clock, how):
+def test_zero_seconds_are_refused(clock, how):
     with pytest.raises(InputError, match="cannot be measured in"):
         time_in_turns(list(pair(clock).values()), IMAGES, **how)
 
@@ -510,14 +508,14 @@ def test_without_runners_or_images_nothing_is_timed(clock):
 
 
 @pytest.mark.parametrize("names", [(), ("sparse", "dense")])
-def test_a_sweep_begins_with_what_all_are_compared_with(clock, names):
+def test_a_sweep_starts_with_dense(clock, names):
     runners = {name: FakeRunner(name, [], clock) for name in names}
     with pytest.raises(InputError, match='must be "dense"'):
         sweep(runners, (1, 2, 2), batch_sizes=(1,))
 
 
 @pytest.mark.parametrize("how", [{"batch": 0}, {"batch": 1, "repeats": 0}])
-def test_checking_nothing_is_no_check(clock, how):
+def test_a_check_of_nothing_is_refused(clock, how):
     with pytest.raises(InputError, match="check nothing"):
         check_outputs(FakeRunner("net", [], clock), torch.nn.Flatten(), (1, 2, 2), **how)
 
@@ -568,13 +566,13 @@ def test_performance_per_watt_is_the_ratio_of_images_per_joule():
     assert list(ratios.loc[8]) == [1, 0.5, 1.5]
 
 
-def test_a_table_recorded_without_intervals_has_its_ratios_all_the_same():
+def test_a_table_recorded_without_intervals_still_has_its_ratios():
     ratios = speedup_by_batch(table()[["network", "batch", "p50"]])
     assert list(ratios.value) == [1.5, 0.8]
     assert ratios[["low", "high"]].isna().all(axis=None)
 
 
-def test_an_interval_that_json_holds_as_null_is_none():
+def test_a_null_interval_in_json_is_nan():
     kept = table().astype(object)
     kept["speedup_low"] = kept["speedup_high"] = None
     assert speedup_by_batch(kept)[["low", "high"]].dtypes.eq(float).all()

@@ -52,7 +52,7 @@ def test_a_pruned_network_is_the_same_as_products_and_still_2to4(resnext_file, t
     assert after.loc[others].equals(before.loc[others])
 
 
-def test_transpositions_stand_only_where_the_layout_has_to_change(resnext_file, tmp_path):
+def test_transposes_are_only_where_the_layout_changes(resnext_file, tmp_path):
     rewrite_1x1_as_matmul(resnext_file, tmp_path / "products.onnx", SHAPE)
     before, after = operators(resnext_file), operators(tmp_path / "products.onnx")
     grouped = before["Conv"] - 1 - after["MatMul"]  # what is left beside the stem
@@ -111,7 +111,7 @@ def test_strides_and_bias_are_kept_at_every_size(tmp_path_factory, strides, size
     assert operators(folder / "out.onnx")["Conv"] == 0
 
 
-def test_what_tensorrt_has_no_sparse_product_for_stays_a_convolution(tmp_path):
+def test_a_layer_without_a_sparse_product_stays_a_convolution(tmp_path):
     weights = {
         "grouped": normal(8, 4, 1, 1), "wide": normal(8, 8, 3, 3), "padded": normal(6, 8, 1, 1),
         "odd": normal(8, 6, 1, 1), "even": normal(8, 8, 1, 1),
@@ -163,7 +163,7 @@ def test_tensors_needed_in_both_layouts_exist_in_both(tmp_path):
     assert sorted(names) == ["b", "c_channels_last", "half", "w_matrix", "yes"]
 
 
-def test_a_wrong_product_is_refused_and_what_was_there_stays(exported, tmp_path, monkeypatch):
+def test_a_wrong_product_is_refused_and_the_old_file_kept(exported, tmp_path, monkeypatch):
     (tmp_path / "out.onnx").write_bytes(b"the file of yesterday")
     real = channels_last._ChannelsLast._store
     monkeypatch.setattr(

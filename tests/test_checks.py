@@ -50,7 +50,7 @@ def test_an_untouched_answer_is_asked_for(capsys):
         ({"a": 1}, {"a": 1}, 0),
     ],
 )
-def test_a_right_answer_is_told_so(capsys, answer, expected, tolerance):
+def test_a_right_answer_is_confirmed(capsys, answer, expected, tolerance):
     check_answer(answer, expected, tolerance)
     assert capsys.readouterr().out == f"[OK] {answer} is right.\n"
 
@@ -134,11 +134,11 @@ def test_a_notebook_shows_an_error_as_one_line(sentences, kind):
     assert lines == [f"{kind.__name__}: The file is missing."]
 
 
-def test_outside_of_notebooks_errors_are_pythons_own():
+def test_errors_outside_of_notebooks_keep_their_traceback():
     assert not hasattr(HelpersError, "_render_traceback_")
 
 
-def test_tracebacks_that_are_shown_already_can_be_asked_for():
+def test_asking_for_tracebacks_twice_is_harmless():
     tutorial.show_tracebacks()
     assert not hasattr(HelpersError, "_render_traceback_")
 

@@ -94,15 +94,16 @@ def test_an_error_is_one_sentence_and_exit_1(run, monkeypatch):
     assert errors == "InputError: The weight is not a matrix. Give one with two dimensions.\n"
 
 
-def test_debug_before_the_command_brings_the_traceback_back(run, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--debug", "setup"], ["setup", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(run, monkeypatch, arguments):
     monkeypatch.setattr(setup, "check_setup", failing)
-    monkeypatch.setattr(sys, "argv", ["helpers", "--debug", "setup"])
+    monkeypatch.setattr(sys, "argv", ["helpers", *arguments])
     with pytest.raises(HelpersError) as raised:
         commands.main()
     assert raised.traceback[-1].name == "failing"
 
 
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(run, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(setup, "check_setup", lambda _: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["helpers", "setup"])
     with pytest.raises(ZeroDivisionError):
@@ -154,7 +155,7 @@ def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, nu
     )
 
 
-def test_pruning_and_retraining_go_by_the_rules(run, tiny_settings):
+def test_pruning_and_retraining_follow_the_rules(run, tiny_settings):
     artifacts = Artifacts(tiny_settings)
     with artifacts.writing("01_dense.safetensors", facts={}) as path:
         save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
@@ -309,7 +310,7 @@ def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, 
     assert sentence.startswith(complaint)
 
 
-def test_the_same_weights_are_the_same_file_so_that_nothing_is_outdated_in_vain(tmp_path):
+def test_the_same_weights_are_the_same_file(tmp_path):
     model = create_model("resnext14_8x4d", 10)
     for attempt in range(10):
         save_checkpoint(model, tmp_path / f"{attempt}.safetensors", "resnext14_8x4d")

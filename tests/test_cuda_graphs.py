@@ -32,9 +32,7 @@ def test_calls_are_timed_in_turns_round_by_round(captured, gpu_clock):
 
 
 @pytest.mark.parametrize(("milliseconds", "calls"), [(0.0, 20), (0.01, 20), (1.0, 5), (70.0, 1)])
-def test_a_graph_holds_the_fewer_calls_the_longer_they_take(
-    captured, gpu_clock, milliseconds, calls
-):
+def test_a_graph_holds_fewer_calls_of_longer_ones(captured, gpu_clock, milliseconds, calls):
     ran = []
 
     def call() -> Tensor:
@@ -61,7 +59,7 @@ def test_a_replay_computes_again_from_the_same_tensor():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
-def test_after_a_capture_that_fails_work_goes_on_where_it_was():
+def test_a_failed_capture_restores_the_stream():
     before = torch.cuda.current_stream()
     with pytest.raises(RuntimeError) as raised:
         cuda_graphs.capture(lambda: torch.ones((), device="cuda").cpu())  # waits for the GPU
@@ -105,7 +103,7 @@ def test_a_broken_gpu_is_reported_with_its_cause(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU was found")
-def test_a_gpu_works_on_after_an_argument_that_is_refused():
+def test_a_gpu_works_after_a_refused_argument():
     with pytest.raises(RuntimeError) as raised:
         torch.ones(2, 3, device="cuda") @ torch.ones(2, 3, device="cuda")
     cuda_graphs.raise_if_context_is_broken(raised.value)

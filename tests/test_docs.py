@@ -5,6 +5,7 @@ import re
 import pytest
 import typer.main
 
+import gpu
 from helpers import sparsity
 from helpers.tutorial import commands
 from helpers.tutorial.settings import project_root
@@ -41,6 +42,16 @@ def test_the_three_common_changes_name_one_file_each():
     changes = re.findall(r"^\| a (.*)$", rows, re.M)
     assert len(changes) == 3
     assert all(len(re.findall(r"`helpers/[\w/]+\.py`", change)) == 1 for change in changes)
+
+
+def test_the_options_of_the_gpu_benchmark_exist():
+    section = HELPERS.partition("\n## Measuring a GPU\n")[2].partition("\n## ")[0]
+    app = typer.Typer()
+    app.command()(gpu.main)
+    known = {name for option in typer.main.get_command(app).params for name in option.opts}
+    known.add("--rates")  # of `advise`, which reads the record
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", section))
+    assert {"--out", "--parts", "--batch-sizes"} <= named <= known
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "docs/sparsity.md"])

@@ -82,7 +82,7 @@ def test_the_module_is_imported_without_nvml():
 # --- the counter ---------------------------------------------------------------------------
 
 
-def test_without_a_gpu_the_reader_is_told_what_is_left_out(monkeypatch):
+def test_a_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnergyError, match="images per joule are left out") as raised:
         EnergyCounter()
@@ -98,7 +98,7 @@ def test_without_a_gpu_the_reader_is_told_what_is_left_out(monkeypatch):
         ("nvmlDeviceGetCurrentClocksEventReasons", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, "Not F"),
     ],
 )
-def test_a_driver_that_refuses_is_told_at_once(nvml, monkeypatch, call, code, said):
+def test_a_refusing_driver_is_reported_at_once(nvml, monkeypatch, call, code, said):
     monkeypatch.setattr(pynvml, call, refuse(code))
     with pytest.raises(EnergyError, match=said):
         EnergyCounter()
@@ -203,7 +203,7 @@ def test_a_counter_that_stands_still_or_is_reset_is_not_a_measurement(nvml, cloc
         measure_energy(work, EnergyCounter())
 
 
-def test_a_gpu_that_is_lost_while_measuring_is_told(nvml, clock, monkeypatch):
+def test_a_gpu_lost_while_measuring_is_reported(nvml, clock, monkeypatch):
     def work() -> None:
         clock.now += 1.0
         monkeypatch.setattr(

@@ -59,7 +59,7 @@ def test_with_a_gpu_tensorrt_comes_first(fake_gpu, monkeypatch):
     assert (find_builder().name, find_builder().version) == ("TensorRT", "11.4")
 
 
-def test_a_tensorrt_that_does_not_load_gives_way_and_the_reason_is_kept(fake_gpu, monkeypatch):
+def test_a_tensorrt_that_does_not_load_is_passed_over_with_its_reason(fake_gpu, monkeypatch):
     real = importlib.import_module
     fakes = {"tensorrt_rtx": SimpleNamespace(__version__="1.7")}
 
@@ -74,7 +74,7 @@ def test_a_tensorrt_that_does_not_load_gives_way_and_the_reason_is_kept(fake_gpu
     assert "libnvinfer.so.11" in found.why
 
 
-def test_a_tensorrt_that_is_too_old_gives_way_and_the_reason_is_kept(fake_gpu, monkeypatch):
+def test_an_old_tensorrt_is_passed_over_with_its_reason(fake_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1.post1"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
     found = find_builder()
@@ -83,7 +83,7 @@ def test_a_tensorrt_that_is_too_old_gives_way_and_the_reason_is_kept(fake_gpu, m
 
 
 @pytest.mark.parametrize("gpu", ["no_gpu", "fake_gpu"])
-def test_no_builder_at_all_says_what_it_means_and_how_to_get_one(gpu, request, monkeypatch):
+def test_a_missing_builder_says_how_to_install_one(gpu, request, monkeypatch):
     request.getfixturevalue(gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
@@ -346,7 +346,9 @@ def tensorrt(trt, gpu) -> Builder:
     return Builder("TensorRT", trt, "11.4", "the test asks for it")
 
 
-def test_tensorrt_is_asked_what_it_chose_and_the_engine_what_it_holds(tensorrt, exported, tmp_path):
+def test_the_report_has_the_log_of_tensorrt_and_the_kernels_of_the_engine(
+    tensorrt, exported, tmp_path
+):
     report = build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=tensorrt)
     assert report.built_for == "a fake GPU"
     assert (report.eligible_count, report.chosen_count) == (2, 1)

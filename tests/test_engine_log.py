@@ -53,14 +53,14 @@ def test_of_several_reports_the_last_pair_counts(first):
     assert sparse_layers(log, CHOSEN) == ("x", "z")
 
 
-def test_what_an_earlier_pass_chose_is_not_taken_for_the_last_ones():
+def test_choices_of_an_earlier_pass_are_ignored():
     unfinished = [*TENSORRT_10, "(Sparsity) Found 1 layer(s) eligible to use sparse tactics: x"]
     assert sparse_layers(last_report(unfinished), ELIGIBLE) == ("x",)
     assert sparse_layers(last_report(unfinished), CHOSEN) is None
     assert last_report(["no", "word"]) == []
 
 
-def test_layers_that_are_counted_and_not_named_are_not_taken_for_none():
+def test_counted_layers_without_names_are_not_none():
     log = [
         "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
         "(Sparsity) Chose 0 layer(s) using sparse tactics",
@@ -92,7 +92,7 @@ NAMES = st.sampled_from(
 
 
 @given(st.lists(NAMES))
-def test_names_with_commas_of_their_own_stay_whole(names):
+def test_names_with_commas_stay_whole(names):
     log = [f"(Sparsity) Chose {len(names)} layer(s) using sparse tactics: {', '.join(names)}"]
     assert sparse_layers(log, CHOSEN) == tuple(names)
 
@@ -147,7 +147,7 @@ def test_without_times_the_size_of_a_layer_is_named(exported):
     }
 
 
-def test_where_nothing_is_known_no_reason_is_made_up(exported):
+def test_an_unknown_reason_is_not_invented(exported):
     reasons = why_dense(("{ForeignNode[a...b]}",), {}, exported[1]["fp16"])
     assert list(reasons.values()) == ["the builder chose a dense kernel and logged no times"]
 

@@ -32,7 +32,7 @@ def test_the_report_in_one_line():
     assert "0 of 3 eligible layers sparse" in repr(report(chosen=None, chosen_count=None))
 
 
-def test_log_and_engine_are_held_against_each_other():
+def test_log_and_engine_are_compared():
     tactics = {"a": "sm80_sparse_gemm", "b": "sm80_fprop", "c": "sm80_fprop"}
     assert report(tactics=tactics).disagreements() == ("a", "c")
     assert report(tactics={"b": "sm80_fprop", "c": "spmma"}).disagreements() == ()

@@ -71,7 +71,7 @@ class TestExportedFile:
         assert table[table.eligible].is_2to4.all()
 
 
-def test_exporting_leaves_the_network_as_it_was(tiny_net, tmp_path):
+def test_exporting_leaves_the_model_unchanged(tiny_net, tmp_path):
     before = copy.deepcopy(tiny_net.train().state_dict())
     export_onnx(tiny_net, tmp_path / "net.onnx", SHAPE, half=True)
     assert tiny_net.training

@@ -27,7 +27,7 @@ def test_folding_batch_norm_keeps_outputs_and_zeros(pruned_resnext):
         assert torch.equal(folded.get_parameter(name) != 0, weight != 0)
 
 
-def test_folding_leaves_the_network_as_it_was(tiny_net):
+def test_folding_leaves_the_model_unchanged(tiny_net):
     before = copy.deepcopy(tiny_net.train().state_dict())
     folded = fold_batch_norm(tiny_net)
     assert tiny_net.training
@@ -76,7 +76,7 @@ class Twice(nn.Module):
     ],
     ids=["again", "block", "name", "weight", "hook of layer", "hook of norm", "weight norm"],
 )
-def test_a_batch_norm_stays_where_folding_it_would_change_the_network(network):
+def test_a_batch_norm_stays_where_folding_would_change_the_model(network):
     x = torch.randn(2, 8, 3, 3)
     with torch.inference_mode():
         assert max_relative_error(fold_batch_norm(network)(x), network.eval()(x)) < 1e-6

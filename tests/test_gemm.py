@@ -253,9 +253,7 @@ def test_a_sparse_product_with_wrong_numbers_is_not_timed(lab, captured, name, c
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_what_the_library_refuses_is_recorded_in_words_and_the_rest_measured(
-    lab, monkeypatch, error, words
-):
+def test_a_refused_product_is_recorded_and_the_rest_measured(lab, monkeypatch, error, words):
     def refuse(compressed: Tensor, *args) -> tuple[int, int, int, int]:
         if compressed.dtype == torch.bfloat16 and len(compressed) == 64:
             raise error
@@ -269,7 +267,7 @@ def test_what_the_library_refuses_is_recorded_in_words_and_the_rest_measured(
     assert list(table[NUMBERS].isna().all(axis=1)) == [True, False, False, False]
 
 
-def test_a_broken_cuda_context_is_no_refusal_of_one_product(lab, monkeypatch):
+def test_a_broken_cuda_context_ends_the_measurement(lab, monkeypatch):
     """After an illegal access nothing runs any more, so the next rows would have wrong reasons."""
 
     def crash(*_: object) -> None:
@@ -291,7 +289,7 @@ def test_a_size_that_the_pattern_does_not_fit_is_recorded_too(lab):
     assert tf32 == "", "1:2 takes pairs"
 
 
-def test_what_cannot_run_here_is_a_row_with_its_reason(monkeypatch):
+def test_an_unavailable_product_is_a_row_with_its_reason(monkeypatch):
     monkeypatch.setattr(gemm, "why_not", lambda name: f"no {name} today")
     table = measure_gemms([SIZE, SIZE], ["FP8"])
     assert list(table.reason) == ["no FP8 today"] * 2
@@ -312,7 +310,7 @@ def test_one_datatype_may_be_named_without_a_list(lab):
 @pytest.mark.parametrize(
     "sizes", [[(32, 32)], (32, 32, 32), [(32, 32, 32.5)], [(32, 0, 32)], [(32, 32, -32)], ["abc"]]
 )
-def test_what_is_no_size_is_refused_before_anything_is_measured(lab, sizes):
+def test_an_invalid_size_is_refused_before_measuring(lab, sizes):
     with pytest.raises(InputError, match=r"not the size of a product|give it a number above 0"):
         measure_gemms([SIZE, *sizes])
     assert lab.weights == []
@@ -363,7 +361,7 @@ def matmul():
 
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_tf32_is_allowed_within_the_product_and_nowhere_else(matmul, monkeypatch, setting, fails):
+def test_tf32_is_allowed_only_within_the_product(matmul, monkeypatch, setting, fails):
     seen = []
 
     def mm(x: Tensor, weight: Tensor) -> Tensor:

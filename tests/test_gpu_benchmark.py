@@ -67,7 +67,7 @@ def test_each_part_writes_what_it_could_measure_with_its_machine(measure):
     assert network["eligible"] == 12 - 1  # TensorRT's, but for the ten outputs of the last layer
 
 
-def test_what_needs_a_gpu_is_told_in_words_and_no_figure_takes_its_place(measure):
+def test_what_needs_a_gpu_is_reported_without_figures(measure):
     _, files = measure(*only(*PARTS))
     assert len(files["products"]["rows"]) == len(DATATYPES)
     for row in files["products"]["rows"]:
@@ -96,7 +96,7 @@ def test_the_engines_are_built_with_their_controls_and_say_why_they_do_not_run(m
     assert "rows" not in files["engines"]
 
 
-def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script, monkeypatch):
+def test_a_failed_part_keeps_its_results_and_the_others_run(measure, script, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the kernel has died")
 
@@ -116,9 +116,7 @@ def test_a_part_that_fails_keeps_what_it_had_and_stops_no_other(measure, script,
     assert files["profile"]["kernels"]["sparse"]
 
 
-def test_a_datatype_that_breaks_the_gpu_keeps_the_finished_ones_and_ends_the_run(
-    script, tmp_path, monkeypatch
-):
+def test_a_broken_gpu_ends_the_run_and_keeps_finished_datatypes(script, tmp_path, monkeypatch):
     """After an illegal instruction nothing works in this process any more."""
 
     def crash() -> None:
@@ -151,7 +149,7 @@ def test_a_profile_without_kernels_is_not_a_measurement(script, monkeypatch, no_
             pass
 
     monkeypatch.setattr(script.torch.profiler.profile, "key_averages", lambda self: [])
-    with pytest.raises(script.HelpersError, match="saw no kernel"):
+    with pytest.raises(script.UnavailableError, match="saw no kernel"):
         script.kernel_times(Runner())
 
 
@@ -169,9 +167,7 @@ def test_products_are_measured_with_as_many_rows_as_the_network_pads_them_to(scr
     assert all(m % 8 == 0 for m, _, _ in sizes)
 
 
-def test_a_batch_is_begun_only_if_the_shortest_so_far_would_end_in_time(
-    measure, script, monkeypatch
-):
+def test_a_batch_starts_only_if_the_shortest_so_far_would_fit(measure, script, monkeypatch):
     now, sweep = [0.0], script.sweep
 
     def slow_sweep(*arguments, **options):
@@ -185,14 +181,14 @@ def test_a_batch_is_begun_only_if_the_shortest_so_far_would_end_in_time(
     assert files["resnext14_8x4d"]["missing"] == "no time was left from batch 1 on"
 
 
-def test_without_time_nothing_is_begun_and_every_file_says_so(measure):
+def test_every_file_says_that_no_time_was_left(measure):
     _, files = measure("--minutes", "0", *only("products", "networks"))
     assert set(files) == {"products", "resnext14_8x4d"}
     for record in files.values():
         assert "no time was left" in record["stopped"]
 
 
-def test_what_an_earlier_run_measured_is_not_lost_to_one_that_stops(measure, script, tmp_path):
+def test_a_run_that_stops_keeps_earlier_measurements(measure, script, tmp_path):
     _, before = measure(*only("networks"))
     said, after = measure("--minutes", "0", *only("networks"))
     assert after == before
@@ -213,7 +209,7 @@ def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
     assert after["resnext14_8x4d"]["rows"] != before["resnext14_8x4d"]["rows"]
 
 
-def test_products_of_a_gpu_are_not_lost_to_a_run_without_one(measure, tmp_path):
+def test_a_run_without_a_gpu_keeps_the_products_of_one(measure, tmp_path):
     record = {"machine": {"gpu": "invented"}, "rows": [{"dense_ms": 0.02, "sparse_ms": 0.01}]}
     (tmp_path / "products.json").write_text(json.dumps(record))
     said, files = measure(*only("products"))
@@ -221,7 +217,7 @@ def test_products_of_a_gpu_are_not_lost_to_a_run_without_one(measure, tmp_path):
     assert "products.json keeps the measurements of an earlier run" in said
 
 
-def test_a_file_that_is_no_record_gives_way(measure, tmp_path):
+def test_a_file_that_is_not_a_record_is_overwritten(measure, tmp_path):
     (tmp_path / "products.json").write_text("no JSON")
     _, files = measure(*only("products"))
     assert files["products"]["rows"]

@@ -9,9 +9,7 @@ from helpers.tutorial.inputs import load_splits
 
 
 @pytest.mark.parametrize("dataset", ["ImageNet", "Imagenette"])
-def test_missing_images_are_answered_with_the_variable_that_sets_their_folder(
-    settings, tmp_path, no_network, dataset
-):
+def test_missing_images_name_the_variable_of_their_folder(settings, tmp_path, no_network, dataset):
     with pytest.raises(DataError, match="TUTORIAL_DATA sets the folder of the images") as raised:
         load_splits(replace(settings, dataset=dataset, data_dir=tmp_path))
     assert str(tmp_path) in str(raised.value)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -48,20 +49,20 @@ def modules() -> list[str]:
 
 
 @cache
-def imported_names(module: str) -> dict[str, tuple[str, str | None]]:
-    """Return what a module imports from `helpers`, wherever in its code: module and name."""
-    found: dict[str, tuple[str, str | None]] = {}
+def imports(module: str) -> list[tuple[str, str, str | None]]:
+    """Return each import from `helpers`, wherever in a module: its local name, module and name."""
+    found: list[tuple[str, str, str | None]] = []
     for node in ast.walk(ast.parse(source(module).read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative imports are not followed by this test"
             if (node.module or "").partition(".")[0] == "helpers":
-                found |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+                found += [(a.asname or a.name, node.module, a.name) for a in node.names]
         elif isinstance(node, ast.Import):
-            found |= {
-                a.asname or a.name: (a.name, None)
+            found += [
+                (a.asname or a.name, a.name, None)
                 for a in node.names
                 if a.name.partition(".")[0] == "helpers"
-            }
+            ]
     return found
 
 
@@ -75,15 +76,16 @@ def origins(module: str, name: str | None) -> set[str]:
     if source(f"{module}.{name}").exists():
         return {f"{module}.{name}"}
     passed = set() if source(module).name == "__init__.py" else {module}
-    if name in imported_names(module):
-        return passed | origins(*imported_names(module)[name])
+    imported = [origins(*target) for local, *target in imports(module) if local == name]
+    if imported:
+        return passed.union(*imported)
     thing = getattr(importlib.import_module(module), name)  # perhaps by a lazy `__getattr__`
     defined = getattr(thing, "__name__" if isinstance(thing, ModuleType) else "__module__", "")
     return passed | {defined if defined.startswith("helpers.") else module}
 
 
 def needs(module: str) -> set[str]:
-    return set().union(*(origins(*each) for each in imported_names(module).values()))
+    return set().union(*(origins(*target) for _, *target in imports(module)))
 
 
 def test_every_module_is_in_the_house_once():
@@ -93,7 +95,7 @@ def test_every_module_is_in_the_house_once():
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_a_module_knows_only_those_below_and_before_it(module):
+def test_a_module_imports_only_from_below_and_before_it(module):
     for known in needs(module) - {"helpers"}:
         if known == "helpers.tutorial":  # its own `__init__`, which knows the errors alone
             assert module.startswith("helpers.tutorial.")
@@ -102,7 +104,7 @@ def test_a_module_knows_only_those_below_and_before_it(module):
 
 
 @pytest.mark.parametrize("floor", FLOORS)
-def test_a_package_knows_nothing_of_the_floors_above_it(floor):
+def test_a_package_imports_nothing_from_above_it(floor):
     above = FLOORS[FLOORS.index(floor) + 1 :]
     for known in needs(floor):
         assert known.rpartition(".")[0] not in above, f"{floor} knows {known}"
@@ -124,6 +126,61 @@ def test_a_package_knows_nothing_of_the_floors_above_it(floor):
 )
 def test_an_import_is_followed_to_the_module_that_defines_the_object(module, name, needed):
     assert origins(module, name) == needed
+
+
+@pytest.fixture
+def copied_house(monkeypatch, tmp_path):
+    """Let the tests of this module look at a copy of the package, which may be changed."""
+    shutil.copytree(PACKAGE, tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, value in (("ROOT", tmp_path), ("PACKAGE", tmp_path / "helpers")):
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    imports.cache_clear()
+    yield tmp_path / "helpers"
+    imports.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("helpers.files", "from helpers.machine import versions"),  # the same floor, further down
+        ("helpers.files", "from helpers import machine"),
+        ("helpers.files", "import helpers.tutorial.settings as settings"),
+        ("helpers.machine", "from helpers.tutorial import print_log"),
+        ("helpers.layers", "from helpers.sparsity import is_2to4"),
+        ("helpers.sparsity.masks", "from helpers.sparsity import verify_onnx"),  # lazily imported
+        ("helpers.sparsity.prune", "from helpers.inference.runners import Runner as Sparse"),
+        ("helpers.inference.engine", "def late(): from helpers.tutorial import artifacts"),
+        ("helpers.inference.fold", "if False: from helpers.measurement.gemm import why_not"),
+    ],
+)
+def test_an_import_that_runs_upwards_is_found(copied_house, module, line):
+    test_a_module_imports_only_from_below_and_before_it(module)
+    path = source(module)
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    imports.cache_clear()
+    with pytest.raises(AssertionError, match=f"{module} knows|startswith"):
+        test_a_module_imports_only_from_below_and_before_it(module)
+
+
+def test_one_local_name_does_not_hide_another_import(copied_house):
+    (copied_house / "machine.py").write_text(
+        "def one(): from helpers.tutorial import settings as x\n"
+        "def two(): from helpers import errors as x\n"
+    )
+    assert needs("helpers.machine") == {"helpers.tutorial.settings", "helpers.errors"}
+
+
+def test_a_package_that_imports_from_above_is_found(copied_house):
+    (copied_house / "sparsity" / "__init__.py").write_text("from helpers.training import loop\n")
+    with pytest.raises(AssertionError, match=r"helpers\.sparsity knows helpers\.training\.loop"):
+        test_a_package_imports_nothing_from_above_it("helpers.sparsity")
+
+
+def test_a_module_that_is_not_in_the_house_is_found(copied_house):
+    (copied_house / "training" / "stray.py").touch()
+    assert "helpers.training.stray" in modules()
+    with pytest.raises(AssertionError):
+        test_every_module_is_in_the_house_once()
 
 
 IMPORT_EVERYTHING = """

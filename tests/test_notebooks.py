@@ -104,7 +104,7 @@ def test_the_notebooks_are_run_in_their_folder_and_saved_on_request(
     assert saved["metadata"]["tutorial"]["source_sha256"] == digest
 
 
-def test_a_cell_that_fails_stops_the_run_in_one_sentence(notebooks, tiny_settings):
+def test_a_failed_cell_stops_the_run_in_one_sentence(notebooks, tiny_settings):
     failing = "from helpers.tutorial.checks import check\ncheck(False, 'water runs uphill')"
     folder = notebooks(n00_fails=failing, n01_never="print(1)")
     before = (folder / "n00_fails.ipynb").read_text()
@@ -116,7 +116,7 @@ def test_a_cell_that_fails_stops_the_run_in_one_sentence(notebooks, tiny_setting
     assert not (tiny_settings.artifacts_dir / "notebooks").exists()
 
 
-def test_a_kernel_that_dies_stops_the_run_in_one_sentence(notebooks, tiny_settings):
+def test_a_dead_kernel_stops_the_run_in_one_sentence(notebooks, tiny_settings):
     notebooks(n00_dies="import os\nos._exit(1)")  # as when the memory runs out
     with pytest.raises(HelpersError, match=r"^n00_dies\.ipynb stopped"):
         run_notebooks(tiny_settings)

@@ -398,7 +398,7 @@ def test_measured_products_are_filled_points_at_their_rates():
     ]  # fmt: skip
 
 
-def test_a_product_of_which_nothing_ran_has_no_label():
+def test_a_product_that_ran_neither_way_has_no_label():
     nan = float("nan")
     points = PRODUCTS.assign(dense_tflops=[nan, nan], sparse_tflops=[nan, 1000.0])
     (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", points).axes

@@ -140,7 +140,7 @@ NOT_NUMBERS = (0, -1, True, math.inf, -math.inf, math.nan, 10**400, 1e308, "1", 
 
 @pytest.mark.parametrize("wrong", NOT_NUMBERS, ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("place", ["bandwidth", "size", "time", "batch", "measured"])
-def test_what_is_not_a_number_of_a_gpu_is_refused_with_the_name_of_the_file(recorded, place, wrong):
+def test_impossible_numbers_are_refused_with_the_name_of_the_file(recorded, place, wrong):
     row, compared = dict(SMALL), dict(COMPARED)
     more = {"checked": [compared]}
     if place == "bandwidth":
@@ -179,7 +179,7 @@ def test_a_missing_record_says_what_to_do(tmp_path):
         Rates.from_record(tmp_path / "none.json")
 
 
-def test_a_datatype_that_is_unknown_here_leaves_the_others_as_they_are(recorded):
+def test_an_unknown_datatype_does_not_change_the_others(recorded):
     later = product(64, 512, 512, 0.003, 0.002, "FP4")
     rates = Rates.from_record(recorded(SMALL, LARGE, later))
     assert rates.product_ms(4096, 512, 512, "FP16", True) == 0.0125

@@ -83,7 +83,7 @@ def test_better_hardware_and_smaller_products_are_never_slower(size, name, peak,
 
 @pytest.mark.parametrize("wrong", [0, -1, -math.inf, math.nan])
 @pytest.mark.parametrize("place", ["m", "n", "k", "peak_tflops", "bandwidth"])
-def test_a_floor_of_what_is_not_positive_is_refused(place, wrong):
+def test_a_floor_of_a_size_that_is_not_positive_is_refused(place, wrong):
     known = {"m": 8, "n": 8, "k": 8, "peak_tflops": 100, "bandwidth": 1000} | {place: wrong}
     with pytest.raises(InputError, match=f"{place} is {wrong}; give it a number above 0"):
         floor_ms(**known, datatype="FP16", sparse=False)

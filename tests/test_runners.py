@@ -125,7 +125,7 @@ def test_loading_running_and_fetching_are_three_steps(no_gpu, exported, referenc
     assert max_relative_error(runner.fetch(), reference(images(3))) < GAPS["fp32"]
 
 
-def test_what_the_caller_holds_is_neither_changed_nor_changes(no_gpu):
+def test_tensors_of_the_caller_are_not_shared(no_gpu):
     network = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Flatten())
     runner = TorchRunner(network)
     given = torch.tensor([[1.0, -2.0]])
@@ -387,7 +387,7 @@ def test_an_engine_that_cannot_be_captured_is_refused(fake_gpu, tmp_path, monkey
         TensorRTRunner(plan)(images(1))
 
 
-def test_the_tensorrt_runner_tells_the_gpus_time_of_the_last_run(fake_gpu, tmp_path):
+def test_the_tensorrt_runner_returns_the_gpu_time_of_the_last_run(fake_gpu, tmp_path):
     plan = tmp_path / "05_sparse.engine"
     plan.write_bytes(b"an engine")
     runner = TensorRTRunner(plan)
@@ -396,7 +396,7 @@ def test_the_tensorrt_runner_tells_the_gpus_time_of_the_last_run(fake_gpu, tmp_p
         assert runner.gpu_seconds() == pytest.approx(0.005)
 
 
-def test_on_a_cpu_there_is_no_gpu_time_to_tell(no_gpu, exported):
+def test_a_cpu_runner_has_no_gpu_time(no_gpu, exported):
     for runner in (TorchRunner(exported[0]), OnnxRunner(exported[1]["fp32"])):
         runner(images(1))
         assert runner.gpu_seconds() is None
@@ -410,6 +410,13 @@ def test_the_gpus_time_is_part_of_the_time_that_the_host_sees(exported):
     start = time.perf_counter()
     runner.run()
     assert 0 < runner.gpu_seconds() < time.perf_counter() - start
+
+
+def test_a_missing_engine_is_refused_by_name(fake_gpu, tmp_path):
+    with pytest.raises(
+        InputError, match=r"none\.engine cannot be read \(No such file.*build_engine"
+    ):
+        TensorRTRunner(tmp_path / "none.engine")
 
 
 def test_an_engine_that_does_not_load_or_run_is_refused(fake_gpu, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_every_preset_writes_to_a_folder_of_its_own():
 
 
 @pytest.mark.parametrize("preset", ["Quick", "large"])
-def test_an_unknown_preset_is_answered_with_their_names(monkeypatch, preset):
+def test_an_unknown_preset_lists_the_known_ones(monkeypatch, preset):
     monkeypatch.setenv("TUTORIAL_PRESET", preset)
     with pytest.raises(TutorialError) as error:
         Settings.load()

@@ -133,7 +133,7 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
     assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
 
 
-def test_what_a_runner_does_not_measure_is_null(finished):
+def test_values_that_are_not_measured_are_null(finished):
     rows = pd.DataFrame({"batch": [1, 2], "gpu_p50": [0.5, float("nan")]})
     results.save_benchmark(finished, {"sparse": SimpleNamespace(name="mixed")}, rows)
     content = json.loads(finished.path("06_benchmark.json").read_text())

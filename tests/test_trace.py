@@ -12,7 +12,7 @@ from helpers.layers import layer_table
 from helpers.measurement.advice import advise
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS
-from helpers.measurement.trace import LayerKernel, trace_kernels
+from helpers.measurement.trace import TracedLayer, trace_kernels
 from helpers.training.networks import create_model
 
 A100 = Rates.from_datasheet(DATASHEETS["a100"])
@@ -28,7 +28,7 @@ def on_meta(name):
 def test_kernels_are_in_the_order_in_which_they_run():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4, bias=False)).train()
     kernels = trace_kernels(model, ((torch.zeros(2, 8),), {}))
-    layers = [kernel for kernel in kernels if isinstance(kernel, LayerKernel)]
+    layers = [kernel for kernel in kernels if isinstance(kernel, TracedLayer)]
     assert [kernels.index(layer) for layer in layers] == [0, 2]
     assert [layer.weight.name for layer in layers] == ["0.weight", "2.weight"]
     assert [(layer.m, layer.n, layer.k) for layer in layers] == [(2, 16, 8), (2, 4, 16)]
@@ -148,7 +148,7 @@ IMAGES = torch.zeros(2, 16, 8, 8)
         nn.Sequential(nn.Flatten(), nn.Dropout()),
     ],
 )
-def test_what_is_folded_fused_or_only_a_view_costs_nothing(after):
+def test_folded_fused_and_view_operations_are_free(after):
     model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
     assert rest_numbers(model, IMAGES) == 0
 
@@ -165,7 +165,7 @@ def test_what_is_folded_fused_or_only_a_view_costs_nothing(after):
         (nn.Sequential(nn.GELU(), nn.BatchNorm2d(16), nn.ReLU()), 4 * 2048 + 4 * 16),
     ],
 )
-def test_all_else_is_counted_by_the_numbers_it_reads_and_writes(after, numbers):
+def test_other_operations_count_what_they_read_and_write(after, numbers):
     model = nn.Sequential(nn.Conv2d(16, 16, 1), after)
     assert rest_numbers(model, IMAGES) == numbers
 
@@ -182,7 +182,7 @@ def test_a_residual_addition_reads_two_and_writes_one_with_its_relu():
     assert rest_numbers(Residual(), IMAGES) == 3 * 2048
 
 
-def test_what_comes_from_weights_alone_is_free():
+def test_operations_on_weights_alone_are_free():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_attention_is_counted_by_its_operations_and_bytes():
     )
 
 
-def test_parts_of_one_tensor_are_read_each():
+def test_each_part_of_a_tensor_is_read():
     class Parts(nn.Module):
         def forward(self, x):
             left, right = x.chunk(2)

@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
     It computes what `attention` does in evaluation mode, and shares its weights.
 
     Args:
-        attention: one for which `is_self_attention` holds.
+        attention: a layer that `is_self_attention` accepts.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:

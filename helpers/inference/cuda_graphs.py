@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.errors import UnavailableError
+from helpers.errors import UnavailableError, first_line
 
 GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take that long
 MOST_REPEATS = 20
@@ -40,12 +40,6 @@ def raise_if_context_is_broken(error: BaseException) -> None:
             f"earlier step failed: {first_line(error)}. Start Python again, and leave out what "
             "failed."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class; CUDA's messages have many."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def capture(
@@ -86,7 +80,7 @@ def time_calls(
     Returns:
         As `time_graphs`, for one call.
     """
-    counts = [repeats or _repeats(call) for call in calls]
+    counts = [repeats or _calls_per_graph(call) for call in calls]
     graphs = [
         capture(partial(_repeat, call, count))[0] for call, count in zip(calls, counts, strict=True)
     ]
@@ -136,8 +130,8 @@ def median_times(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     return medians(time_calls(calls))
 
 
-def _repeats(call: Callable[[], Tensor]) -> int:
-    """Return how many calls to put into one graph."""
+def _calls_per_graph(call: Callable[[], Tensor]) -> int:
+    """Return how many calls to put into one graph: fewer, the longer each takes."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start.record()

@@ -63,7 +63,7 @@ class SparseGemm(Gemm):
         return super().takes(layer) and is_2to4(layer.weight)
 
     def as_rows(self, pixels: Tensor) -> Tensor:
-        # PyTorch's binding tells row-major from column-major, and ignores any other strides.
+        # PyTorch's binding distinguishes row-major from column-major, and ignores other strides.
         return super().as_rows(pixels).contiguous()
 
     def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:

@@ -313,7 +313,7 @@ def _choose_gpu(builder: Builder, config: Any, compute_capability: str | None) -
     if chosen not in RTX_COMPUTE_CAPABILITIES:
         raise InputError(
             f"TensorRT-RTX cannot build for compute capability {chosen}. Choose one of "
-            + ", ".join(RTX_COMPUTE_CAPABILITIES)
+            f"{', '.join(RTX_COMPUTE_CAPABILITIES)}."
         )
     config.num_compute_capabilities = 1
     capability = getattr(builder.module.ComputeCapability, "SM" + chosen.replace(".", ""))

@@ -25,7 +25,7 @@ WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#38
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class LoggedSparsity:
     """What the last pass of a build reported; None where it did not say."""
 
     eligible_count: int | None
@@ -41,10 +41,10 @@ class SparsityReport:
         return tuple(name for name in self.eligible if name not in self.chosen)
 
 
-def read_sparsity(log: Sequence[str]) -> SparsityReport:
+def read_sparsity(log: Sequence[str]) -> LoggedSparsity:
     """Return what a build's log says about sparsity."""
     report = last_report(log)
-    return SparsityReport(
+    return LoggedSparsity(
         eligible_count=sparse_count(report, ELIGIBLE),
         chosen_count=sparse_count(report, CHOSEN),
         eligible=sparse_layers(report, ELIGIBLE),
@@ -55,7 +55,8 @@ def read_sparsity(log: Sequence[str]) -> SparsityReport:
 def sparse_layers(log: Sequence[str], pattern: re.Pattern) -> tuple[str, ...] | None:
     """Return the layers that a builder's log lists for a pattern; None if it has no such list.
 
-    Of several lists the last one counts. A line with a number and not as many names is no list.
+    Of several lists the last one counts. A list whose length is not the number before it is
+    left out.
     """
     match = _last_match(log, pattern)
     if match is None:

@@ -78,7 +78,7 @@ class DenseLayer(Kernel):
 class Gemm(Kernel):
     """The layer as a product of matrices, (pixels, in) by (in, out), in channels-last.
 
-    Linear layers and 1x1 convolutions without groups or padding can be computed so.
+    It computes linear layers, and 1x1 convolutions without groups or padding.
     """
 
     def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:

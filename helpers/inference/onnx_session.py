@@ -63,7 +63,7 @@ class OnnxSession:
         """
         try:
             return self.session.run(outputs, {self.input: images})
-        except Exception as error:  # see above
+        except Exception as error:  # see __init__
             raise InputError(
                 f"{shown(self.path)} does not run in ONNX Runtime on images of shape "
                 f"{images.shape}: {error}"

@@ -241,12 +241,19 @@ class TensorRTRunner(Runner):
     Raises:
         RunnerError: there is no GPU or no PyCUDA, or the engine is for another GPU or version;
             later on, it cannot be captured.
-        InputError: later on, the engine does not take such images.
+        InputError: the file cannot be read; later on, the engine does not take such images.
     """
 
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
             raise RunnerError(reason)
+        try:
+            plan = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{shown(path)} cannot be read ({error.strerror}). "
+                "Build an engine with build_engine."
+            ) from error
         import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses too)
         import pycuda.driver as cuda
 
@@ -255,7 +262,7 @@ class TensorRTRunner(Runner):
         trt = self.trt = builder.module
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.engine = self.runtime.deserialize_cuda_engine(Path(path).read_bytes())
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise RunnerError(
                 f"{shown(path)} cannot be loaded by {builder.name} {builder.version} on this "
@@ -307,7 +314,7 @@ class TensorRTRunner(Runner):
         self.shape = shape
 
     def _bind(self, name: str) -> np.ndarray:
-        """Give a tensor memory on the GPU, and return page-locked memory for it on the host."""
+        """Allocate GPU memory for a tensor; return page-locked memory of its size on the host."""
         shape = tuple(self.context.get_tensor_shape(name))
         dtype = self.trt.nptype(self.engine.get_tensor_dtype(name))
         host = self.cuda.pagelocked_empty(shape, dtype)

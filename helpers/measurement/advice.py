@@ -12,17 +12,11 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from helpers.errors import HelpersError
-from helpers.layers import (
-    Example,
-    ModelInputs,
-    batch_of,
-    layer_kind,
-    model_inputs,
-)
+from helpers.errors import HelpersError, first_line
+from helpers.layers import Example, ModelInputs, batch_of, layer_kind, model_inputs
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
-from helpers.measurement.trace import Kernel, LayerKernel, trace_kernels
+from helpers.measurement.trace import TracedKernel, TracedLayer, trace_kernels
 from helpers.sparsity.eligibility import NOT_A_PRODUCT, why_not_cusparselt, why_not_sparse
 
 LAYER_COLUMNS = [
@@ -88,7 +82,7 @@ class Advice:
 
     @property
     def _where(self) -> str:
-        """Return how much of the time stays as it is, and why if all of it does."""
+        """How much of the time does not change, and why if none of it does."""
         if self.layers.empty:
             return (
                 "No layer gains: whatever this model multiplies is in operations that are not "
@@ -179,8 +173,8 @@ def advise(
     inputs, kernels = _trace(model, image_shape, example, batch)
     layers, rest_ms = [], 0.0
     for kernel in kernels:
-        if isinstance(kernel, LayerKernel):
-            layers.append(_row(kernel, rates, kind))
+        if isinstance(kernel, TracedLayer):
+            layers.append(_layer_row(kernel, rates, kind))
         else:
             moved = 2 * (kernel.read + kernel.written)
             rest_ms += max(rates.limits(kernel.operations, moved, datatype).values())
@@ -231,7 +225,7 @@ def _trace(
     image_shape: tuple[int, int, int] | None,
     example: Example | None,
     batch: int,
-) -> tuple[ModelInputs, list[Kernel]]:
+) -> tuple[ModelInputs, list[TracedKernel]]:
     """Return a model's inputs, and the kernels that it runs for them; there is at least one."""
     try:
         inputs = model_inputs(model, image_shape, example, batch, device="meta")
@@ -239,9 +233,9 @@ def _trace(
     except HelpersError:
         raise
     except Exception as error:  # a model may raise anything
-        first, *_ = str(error).splitlines() or [""]
         raise AdviceError(
-            f"The model does not run on these shapes ({type(error).__name__}: {first}). Give it "
+            f"The model does not run on these shapes ({type(error).__name__}: "
+            f"{first_line(error)}). Give it "
             "inputs that it takes. Since it runs on shapes alone, its steps must not depend on "
             "the numbers in them."
         ) from error
@@ -250,7 +244,7 @@ def _trace(
     return inputs, kernels
 
 
-def _row(kernel: LayerKernel, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _layer_row(kernel: TracedLayer, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
     weight = kernel.weight
     outputs, inputs = weight.tensor.shape[:2]

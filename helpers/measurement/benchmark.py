@@ -173,7 +173,7 @@ def time_in_turns(
 
     Args:
         runners: what to compare.
-        images: one batch (N, C, H, W) of anything but a constant.
+        images: one batch (N, C, H, W), not all of one value.
         seconds: least time to measure, for each runner.
         warmup: seconds to run each before measuring.
         rounds: each runner gets two turns in each; a multiple of the number of runners, as 12
@@ -218,7 +218,7 @@ def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
     """Run for some seconds and return the logits, which must depend on the images."""
     others = runner(-images).clone()
     runner.load(images)
-    runner.invalidate_output()  # so that a runner that writes nothing is found out
+    runner.invalidate_output()  # so that a runner that writes nothing is detected
     until = time.perf_counter() + seconds
     answer = _answer(runner)
     while time.perf_counter() < until:
@@ -399,7 +399,7 @@ def sweep(
                 windows = energy_in_turns(list(runners.values()), counter, energy_rounds)
                 for row, own in zip(batch_rows, windows, strict=True):
                     row.update(_energy_row(own, windows[0], batch), idle_watts=idle)
-            except EnergyError as error:  # the latencies are measured, and stay
+            except EnergyError as error:  # the latencies are kept
                 _logger.warning("batch %d: no energy. %s", batch, error)
         rows += batch_rows
     return pd.DataFrame(rows)

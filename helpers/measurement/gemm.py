@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from helpers import machine
-from helpers.errors import HelpersError, InputError, UnavailableError
+from helpers.errors import HelpersError, InputError, UnavailableError, first_line
 from helpers.inference import cuda_graphs
 from helpers.inference.cusparselt import search_algorithm, why_no_sparse_gemms
 from helpers.measurement.benchmark import bootstrap_ratio
@@ -179,7 +179,7 @@ def measure_gemms(
     Args:
         sizes: (m, n, k), for activations (m, k), a weight (n, k) and outputs (m, n).
         datatypes: names in `DATATYPES`, or one of them; all by default.
-        rounds: rounds over both products, each forth and back.
+        rounds: in each, both products are timed in order and in reverse.
         seed: of the numbers and of the bootstrap.
 
     Returns:
@@ -201,9 +201,9 @@ def measure_gemms(
     rows = []
     products = [(datatype, size) for datatype in chosen for size in sizes]
     for datatype, size in tqdm(products, desc="matrix products", leave=False):
-        rows.append(_row(datatype, size, rounds, seed))
+        rows.append(_measured_row(datatype, size, rounds, seed))
         torch.cuda.empty_cache()
-    return pd.DataFrame(rows, columns=["datatype", *"mnk", *MEASURED, "reason"])
+    return pd.DataFrame(rows, columns=["datatype", "m", "n", "k", *MEASURED, "reason"])
 
 
 def _size(size: Any) -> tuple[int, int, int]:
@@ -218,7 +218,7 @@ def _size(size: Any) -> tuple[int, int, int]:
     return m, n, k
 
 
-def _row(
+def _measured_row(
     datatype: Datatype, size: tuple[int, int, int], rounds: int, seed: int
 ) -> dict[str, str | float]:
     m, n, k = size
@@ -232,7 +232,7 @@ def _row(
             reason = str(error)
         except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
             cuda_graphs.raise_if_context_is_broken(error)
-            reason = f"PyTorch does not run this product here: {cuda_graphs.first_line(error)}"
+            reason = f"PyTorch does not run this product here: {first_line(error)}"
     return row | {"reason": reason}
 
 

@@ -22,7 +22,7 @@ LOOKUPS = ("embedding", "index", "index_select", "gather")  # read no more than 
 
 
 @dataclass(frozen=True)
-class Kernel:
+class TracedKernel:
     """What one kernel computes, reads and writes."""
 
     operations: int
@@ -31,7 +31,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class LayerKernel(Kernel):
+class TracedLayer(TracedKernel):
     """A kernel that multiplies by the weight of a layer.
 
     It stands for the product of activations (m, k) and a weight (n, k), one in each group.
@@ -51,7 +51,7 @@ class LayerKernel(Kernel):
         return math.prod(weight.tensor.shape[2:]) == 1
 
 
-def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[Kernel]:
+def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[TracedKernel]:
     """Return the kernels of a model for some inputs, as `model_inputs` returns them.
 
     The model runs on the device `meta`, so nothing is computed or changed; only the shapes of
@@ -73,15 +73,15 @@ def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[Kernel]:
 class _Recorder(TorchDispatchMode):
     """Notes the kernels of a model while it runs on the device `meta`.
 
-    In inference mode it sees each operation as PyTorch names it. What that multiplies,
-    `watch_products` shows in the meantime, taking it apart.
+    In inference mode it sees each operation whole, by PyTorch's name. `watch_products` takes the
+    operation apart while it runs, and shows what it multiplies.
     """
 
     def __init__(self, weights: dict[str, LayerWeight], inputs: list[Tensor]) -> None:
         super().__init__()
         self.weights = weights
         self.products: list[Product] = []  # of the operation that is running
-        self.kernels: list[Kernel] = []
+        self.kernels: list[TracedKernel] = []
         # What wrote each tensor that depends on the input, by its storage. Keeping the tensor
         # keeps its storage from being given to another one.
         self.made = {storage_of(x): ("input", x) for x in inputs}
@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         self.twins: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def see(self, product: Product) -> None:
-        """Note a product that the running operation consists of."""
+        """Note a product that is part of the running operation."""
         self.products.append(product)
 
     def __torch_dispatch__(
@@ -129,32 +129,32 @@ class _Recorder(TorchDispatchMode):
         else:
             self.kernels.append(self._kernel(name, inputs, output))
             is_sum = name in ("add", "batch_norm")
-            is_layer = isinstance(self.kernels[-1], LayerKernel)
+            is_layer = isinstance(self.kernels[-1], TracedLayer)
             after = "layer" if is_layer else "sum" if is_sum else name
         self.made[storage_of(output)] = (after, output)
 
-    def _kernel(self, name: str, inputs: list[Tensor], output: Tensor) -> Kernel:
+    def _kernel(self, name: str, inputs: list[Tensor], output: Tensor) -> TracedKernel:
         different = {(storage_of(x), x.storage_offset(), x.shape): x for x in inputs}.values()
         read = output.numel() if name in LOOKUPS else sum(map(_stored, different))
         macs = sum(product.macs for product in self.products)
         product = next((product for product in self.products if product.weight), None)
         if product is None:
-            return Kernel(2 * macs, read, output.numel())
+            return TracedKernel(2 * macs, read, output.numel())
         weight = self.weights[product.weight]
         used = product.factor.numel()  # attention may use a part of its weight at a time
         pixels = 1 if weight.transposed else math.prod(weight.tensor.shape[2:])
         k = pixels * weight.input_channels
         n = used // k // weight.groups
         m = macs // used
-        kernel = LayerKernel(2 * macs, read, output.numel(), weight, m, n, k)
-        # A strided 1x1 convolution reads only the pixels that it looks at.
+        kernel = TracedLayer(2 * macs, read, output.numel(), weight, m, n, k)
+        # A strided 1x1 convolution reads only the pixels that its stride does not skip.
         return replace(kernel, read=(m + n) * k, written=m * n) if kernel.is_product else kernel
 
 
 def _moves_nothing(
     func: torch._ops.OpOverload, name: str, inputs: list[Tensor], output: Tensor
 ) -> bool:
-    """Return whether an operation gives another view, or takes no more than a shape."""
+    """Return whether an operation returns a view, or uses only the shape of its input."""
     if name.startswith("new_") or name.endswith("_like"):
         return True
     if func._schema.is_mutable:

@@ -1,14 +1,17 @@
 """The course: presets, artifacts, checks, figures, and the commands of `python -m helpers`.
 
-It stands on the other packages, and none of them knows it. Imported in a notebook, it
-shows an error of `helpers` as one sentence, and prints what the library logs;
-`show_tracebacks()` brings the tracebacks back.
+It imports the other packages, and none of them imports it. Imported in a notebook, it shows
+an error of `helpers` as one sentence and prints what the library logs; `show_tracebacks()`
+brings the tracebacks back.
 """
 
 import logging
 import sys
 
 from helpers.errors import HelpersError
+
+# IPython looks for this method on an exception before it formats a traceback.
+_HOOK = "_render_traceback_"
 
 
 def _sentence(error: HelpersError) -> list[str]:
@@ -17,14 +20,13 @@ def _sentence(error: HelpersError) -> list[str]:
 
 def show_sentences() -> None:
     """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it."""
-    # IPython asks an exception for this method before it formats a traceback.
-    HelpersError._render_traceback_ = _sentence  # type: ignore[attr-defined]  # not in the class
+    setattr(HelpersError, _HOOK, _sentence)
 
 
 def show_tracebacks() -> None:
     """Let notebooks show the whole traceback of every error again."""
-    if "_render_traceback_" in vars(HelpersError):
-        del HelpersError._render_traceback_  # type: ignore[attr-defined]  # as above
+    if _HOOK in vars(HelpersError):
+        delattr(HelpersError, _HOOK)
 
 
 class _Printer(logging.Handler):
@@ -43,7 +45,7 @@ def print_log() -> None:
 
 
 def _in_notebook() -> bool:
-    # Whoever runs IPython has imported it; a program that merely has it has no shell.
+    # IPython runs if it is imported and has a shell; a program may import it without one.
     ipython = sys.modules.get("IPython")
     return ipython is not None and ipython.get_ipython() is not None
 

@@ -38,6 +38,10 @@ def _why_not_built_with(builder: str) -> str:
     return "" if found.name == builder else f"Engines are {found.name}'s here: {found.why}."
 
 
+def _runs_anywhere() -> str:
+    return ""
+
+
 def _engine_runner(_: str, path: Path) -> Runner:
     return TensorRTRunner(path)
 
@@ -61,7 +65,7 @@ BACKENDS = {
     "TensorRT": Backend(partial(_why_not_built_with, "TensorRT"), _ENGINES, _engine_runner),
     "cuSPARSELt": Backend(why_no_sparse_gemms, NETWORKS, _torch_runner),
     "TensorRT-RTX": Backend(partial(_why_not_built_with, "TensorRT-RTX"), _ENGINES, _engine_runner),
-    "ONNX Runtime": Backend(str, _ONNX, _onnx_runner),  # runs anywhere
+    "ONNX Runtime": Backend(_runs_anywhere, _ONNX, _onnx_runner),
 }
 
 

@@ -35,8 +35,8 @@ def check(holds: Any, statement: str) -> None:
 def check_answer(answer: Any, expected: Any, tolerance: float = 0.0) -> None:
     """Compare the reader's answer to an exercise with the expected one.
 
-    Nothing stops the notebook: an answer that is still `...` is asked for, so that an
-    untouched notebook runs from top to bottom, and a wrong one, of any type, is reported.
+    A wrong answer, of any type, is reported and does not stop the notebook. Nor does one that
+    is still `...`, so that an untouched notebook runs from top to bottom.
 
     Args:
         answer: a number, text or list, a tensor or an array; lists compare in any order.

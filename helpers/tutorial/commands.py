@@ -1,7 +1,7 @@
-"""The command line, `python -m helpers`: it is only read here.
+"""The command line, `python -m helpers`: commands, options and their help.
 
-Each command imports what it does when it is called, so that `--help` need not wait for
-PyTorch: the steps of the case study from `steps`, the tools for any model from `own_models`.
+The work is done elsewhere: `steps` has the steps of the case study, `own_models` the tools for
+any model. A command imports them when it is called, so that `--help` need not wait for PyTorch.
 """
 
 from pathlib import Path
@@ -22,7 +22,13 @@ RECORDS = "The recorded runs of this repository"
 
 
 class OneSentence(TyperGroup):
-    """Ends a command that fails with the error's sentence; `--debug` lets it through."""
+    """Shows the error of a command as one sentence; with `--debug`, the traceback."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Accept `--debug` after the command too, where it is added to a line that failed."""
+        if "--debug" in args:
+            args = ["--debug", *(each for each in args if each != "--debug")]
+        return super().parse_args(context, args)
 
     def invoke(self, context: Any) -> Any:
         """Run the command that was named."""
@@ -48,7 +54,7 @@ app = typer.Typer(
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Take the options that stand before the command; `OneSentence` reads them."""
+    """Declare the options of every command; `OneSentence` reads them."""
 
 
 @app.command(rich_help_panel=STEPS)
@@ -169,7 +175,7 @@ def advise(
         int | None, typer.Option(help="height and width in pixels; else what the network expects")
     ] = None,
 ) -> None:
-    """Predict what 2:4 will buy a network on a GPU, before it is retrained (notebook 07)."""
+    """Predict how much faster 2:4 makes a network on a GPU, before retraining (notebook 07)."""
     from helpers.tutorial import own_models
 
     own_models.advise(model, gpu, rates, batch or [1, 32, 256], datatype.upper(), image_size)
@@ -187,8 +193,8 @@ def pretrain() -> None:
 def dense_control() -> None:
     """Train the dense network for as long again as the sparse one was retrained, and record it.
 
-    This is the fair control of notebook 03: what further training gives to the dense network
-    as well is not owed to the 2:4 pattern. The retrained network of that notebook is needed.
+    This is the fair control of notebook 03: a gain that further training brings to the dense
+    network too is not due to 2:4. Retrain the sparse network first.
     """
     from helpers.tutorial import steps
 

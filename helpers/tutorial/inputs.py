@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNeXt101_32X8D_Weights
 
+from helpers.errors import first_line
 from helpers.files import sha256, shown
 from helpers.training.data import DataError, Splits, make_splits
 from helpers.training.networks import (
@@ -49,10 +50,9 @@ def load_pretrained(settings: Settings) -> nn.Module:
         model.load_state_dict(state)
     except Exception as error:  # torch.load fails in many ways on a damaged file
         name = weights.url.rpartition("/")[2]
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"torchvision's weights {name} could not be downloaded or read ({reason}). Put the "
-            "whole file into hub/checkpoints/ below TORCH_HOME, which is now "
+            f"torchvision's weights {name} could not be downloaded or read ({first_line(error)}). "
+            "Put the whole file into hub/checkpoints/ below TORCH_HOME, which is now "
             f"{shown(Path(torch.hub.get_dir()).parent)}, or use the quick preset, which needs "
             "no network."
         ) from error

@@ -35,7 +35,7 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
         TutorialError: Jupyter is not installed, or a cell failed.
     """
     try:
-        import nbclient  # noqa: F401  (so that nothing is run without it)
+        import nbclient  # noqa: F401  (fail before anything runs)
         import nbformat
     except ImportError as error:
         raise TutorialError(
@@ -60,7 +60,7 @@ def _execute(notebook: Any, name: str, folder: Path, preset: str) -> None:
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory() as sockets:
-        # Sockets in a private folder: over TCP anybody on the machine could listen.
+        # Sockets in a private folder: over TCP, any user of the machine could listen.
         ipc = Config(KernelManager={"transport": "ipc", "ip": str(Path(sockets) / "kernel")})
         client = NotebookClient(
             notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
@@ -76,10 +76,9 @@ def _execute(notebook: Any, name: str, folder: Path, preset: str) -> None:
 
 
 def tidy(notebook: Any) -> None:
-    """Drop from an executed notebook what only made sense while it ran, in place.
+    """Remove progress bars, timings and the kernel's version from an executed notebook, in place.
 
-    That is: progress bars, timings of the cells, the kernel's version. The checksum of
-    the code is recorded, so that a test finds outputs of older code.
+    The checksum of the code is recorded, so that a test detects outputs of older code.
     """
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -1,6 +1,6 @@
-"""Is a model 2:4, and what would that buy it? The commands for models of the reader's own.
+"""Commands for your own models: is one 2:4, and how much faster would 2:4 make it?
 
-`python -m helpers verify` and `python -m helpers advise`.
+These are `python -m helpers verify` and `python -m helpers advise`.
 """
 
 from collections.abc import Sequence
@@ -49,39 +49,39 @@ def verify(path: Path, name: str | None) -> bool:
 
 
 def advise(
-    model: str,
+    name: str,
     gpu: str | None,
     record: Path | None,
     batch_sizes: Sequence[int],
     datatype: str,
     image_size: int | None,
 ) -> None:
-    """Print what 2:4 will buy a network, by batch size and then layer by layer.
+    """Print how much faster 2:4 is predicted to make a model, by batch size and by layer.
 
     Args:
-        model: a network by its name, or a safetensors checkpoint.
+        name: of a network, or of a safetensors checkpoint.
         gpu: the name of a datasheet.
         record: what `benchmarks/gpu.py` measured, instead of a datasheet.
-        batch_sizes: the layers are shown for the largest.
+        batch_sizes: images at a time; the layers are shown for the largest.
         datatype: of weights and activations.
         image_size: height and width in pixels, unless the network's own.
     """
-    network, channels, size = _load(model)
+    model, channels, size = _load(name)
     rates = _rates(gpu, record)
     if image_size is not None:
         size = image_size
     shape = (channels, size, size)
     sizes = sorted(set(batch_sizes))
-    table = advise_batches(network, rates, shape, sizes, datatype)
-    print(f"{model} at {size}x{size} in {datatype}, from {rates.source}")
+    table = advise_batches(model, rates, shape, sizes, datatype)
+    print(f"{name} at {size}x{size} in {datatype}, from {rates.source}")
     if not rates.measured:
         print("Floors, not measurements: at the published peaks, all operands from GPU memory.")
     print(table.to_string(index=False, float_format="{:.3g}".format), end="\n\n")
-    print(advise_one(network, rates, shape, batch=sizes[-1], datatype=datatype))
+    print(advise_one(model, rates, shape, batch=sizes[-1], datatype=datatype))
 
 
 def _load(name: str) -> tuple[nn.Module, int, int]:
-    """Return a network, with the channels and the size of its images."""
+    """Return a model by its network or its checkpoint, and the channels and size of its images."""
     if suffix := Path(name).suffix:
         if suffix != ".safetensors":
             raise TutorialError(
@@ -94,17 +94,20 @@ def _load(name: str) -> tuple[nn.Module, int, int]:
                 f"{name} does not name its network in the header. Write it with "
                 "helpers.training.networks.save_checkpoint, or name a network."
             )
-        network, name = networks.load_checkpoint(Path(name)), stored
+        model, name = networks.load_checkpoint(Path(name)), stored
     else:
         classes = 10 if name == "resnext14_8x4d" else 1000
-        network = networks.create_on_meta(name, classes)  # only its shapes matter
-    if isinstance(network, networks.SmallResNeXt):
-        return network, 1, 28
-    return network, 3, _image_size(name)
+        model = networks.create_on_meta(name, classes)  # only its shapes matter
+    if isinstance(model, networks.SmallResNeXt):
+        return model, 1, 28
+    return model, 3, _image_size(name)
 
 
 def _image_size(name: str) -> int:
-    """Return what torchvision's network takes as it is made; some weights want larger images."""
+    """Return the size of images that torchvision's network is made for.
+
+    It is the smallest among those of its weights: some of them were trained on larger images.
+    """
     weights = get_model_weights(name)
     return min(each.transforms().crop_size[0] for each in weights)
 

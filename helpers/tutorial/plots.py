@@ -30,6 +30,7 @@ from helpers.training.loop import Epoch
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
 COLOURS = {"dense": DENSE, "sparse": SPARSE}
 GAIN_COLOURS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
+GAIN_MARKERS = {"speed": "o", "performance per watt": "s"}
 EMPTY = "#f2f2f0"
 
 
@@ -238,8 +239,15 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
         left.bar(places + offset, 1000 * own.index / own.p50, 0.38, color=colour, label=name)
     left.set_ylabel("images/s at the median")
     left.legend(frameon=False)
-    for marker, (label, gain) in zip("os", _gains(table).items(), strict=False):
-        right.plot(places, gain.value, marker + "-", color=GAIN_COLOURS[label], label=label)
+    for label, gain in _gains(table).items():
+        right.plot(
+            places,
+            gain.value,
+            GAIN_MARKERS[label],
+            linestyle="-",
+            color=GAIN_COLOURS[label],
+            label=label,
+        )
         _draw_intervals(right, places, gain)
     if "dense again" in table.network.values:
         chance = speedup_by_batch(table, "dense again")
@@ -247,7 +255,7 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
             places, chance.low, chance.high, color=DENSE, alpha=0.25, linewidth=0,
             label="dense against itself",
         )  # fmt: skip
-    _dense_is_1(right)
+    _draw_dense_line(right)
     right.legend(frameon=False)
     for axis in (left, right):
         axis.set_xticks(places, batch_sizes)
@@ -273,7 +281,7 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
         places = np.arange(len(gain)) + (column - (len(gains) - 1) / 2) * width
         axis.bar(places, gain.value, 0.95 * width, color=GAIN_COLOURS[label], label=label)
         _draw_intervals(axis, places, gain)
-    _dense_is_1(axis)
+    _draw_dense_line(axis)
     axis.set_ylim(bottom=0)
     axis.set_xticks(range(len(gain)), gain.index)
     axis.set_xlabel("batch size")
@@ -306,7 +314,7 @@ def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def _dense_is_1(axis: Axes) -> None:
+def _draw_dense_line(axis: Axes) -> None:
     axis.axhline(1, color=DENSE, linestyle="--")
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, 0.8), max(high, 1.25))
@@ -392,12 +400,17 @@ def _draw_rates(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _write_above(
-    axis: Axes, text: str, place: tuple[float, float], points: int = 4, **style: Any
+    axis: Axes,
+    text: str,
+    place: tuple[float, float],
+    points: int = 4,
+    fontsize: float = 8,
+    rotation: float = 0,
 ) -> None:
     axis.annotate(
         text, place, xytext=(0, points), textcoords="offset points", ha="center", va="bottom",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-        **{"fontsize": 8, "zorder": 3} | style,
+        fontsize=fontsize, rotation=rotation, zorder=3,
     )  # fmt: skip
 
 

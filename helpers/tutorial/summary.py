@@ -79,10 +79,10 @@ def summary(settings: Settings) -> dict[str, str]:
         )
     benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
     rows["measured with"] = benchmark["runner"]
-    return rows | _gains(pd.DataFrame(benchmark["rows"]))
+    return rows | _gain_rows(pd.DataFrame(benchmark["rows"]))
 
 
-def _gains(table: pd.DataFrame) -> dict[str, str]:
+def _gain_rows(table: pd.DataFrame) -> dict[str, str]:
     """Return, for each batch size, what sparse gains, beside what chance alone gives."""
     measures = {"latency p50": ("p50", " ms", speedup_by_batch)}
     if "images_per_joule" in table:
@@ -92,7 +92,7 @@ def _gains(table: pd.DataFrame) -> dict[str, str]:
         values = table.pivot(index="batch", columns="network", values=column)
         gains, chances = compare(table), compare(table, other="dense again")
         for batch, own in values.dropna().iterrows():  # energy may be missing at a batch
-            gain, chance = (Ratio(*ratios.loc[batch]) for ratios in (gains, chances))
+            gain, chance = Ratio(**gains.loc[batch]), Ratio(**chances.loc[batch])
             rows[f"{label}, batch {batch}"] = (
                 f"dense {own['dense']:.2f}{unit}, sparse {own['sparse']:.2f}{unit}: "
                 f"{gain} (dense against itself {chance})"
