@@ -254,6 +254,17 @@ def test_a_type_that_is_not_ranked_is_refused_by_name(dtype):
         mask_2to4(torch.zeros(4, 4).to(dtype), "fc.weight")
 
 
+@pytest.mark.parametrize(
+    "function",
+    [mask_2to4, lambda x: mask_nm(x, 1, 4), mask_2to4_transposable, is_2to4, kept_magnitude_2to4],
+)
+def test_a_weight_without_dense_numbers_is_refused(function):
+    with pytest.raises(HelpersError, match="on the device `meta`, without numbers"):
+        function(torch.ones(8, 8, device="meta"))
+    with pytest.raises(HelpersError, match=r"torch\.sparse_coo tensor.*\.to_dense\(\)"):
+        function(torch.eye(8).to_sparse())
+
+
 def test_a_mask_is_made_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         assert mask_2to4(torch.ones(1, 4, device="cpu")).tolist() == [[True, True, False, False]]
