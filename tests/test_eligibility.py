@@ -243,7 +243,7 @@ def test_weights_are_selected_by_pattern_and_type(include, exclude, expected):
 
 @pytest.mark.parametrize("selection", ["include", "exclude"])
 def test_a_pattern_that_fits_nothing_is_a_mistake(selection):
-    with pytest.raises(HelpersError, match=r"called 'haed'.*stem\.weight"):
+    with pytest.raises(HelpersError, match=r"matches 'haed'.*stem\.weight"):
         eligible_weights(blocks(), **{selection: "haed"})
 
 
@@ -367,3 +367,10 @@ def test_the_weights_are_collected_once_to_read_and_to_hold_masks(walks):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert walks == [model]
+
+
+def test_the_weights_that_a_pattern_could_have_matched_are_named():
+    with pytest.raises(HelpersError, match=r"matches 'fc'. The weights of the model are none\.$"):
+        eligible_weights(nn.Sequential(nn.ReLU()), include="fc")
+    with pytest.raises(HelpersError, match=r"The weights of the model are weight\.$"):
+        eligible_weights(nn.Linear(4, 4), exclude="fc")

@@ -637,3 +637,17 @@ def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(rules, tmp
     assert all(torch.equal(read[name], masks[name]) for name in masks)
     report = sparsity_report(loaded, example=example, rules=rules)
     assert (report.eligible.kept == 100).all()
+
+
+def test_packed_masks_without_a_shape_are_refused():
+    packed = pack_masks({"fc.weight": torch.ones(4, 4, dtype=torch.bool)})
+    del packed["fc.weight.shape"]
+    with pytest.raises(HelpersError, match=r"fc\.weight\.shape is missing"):
+        unpack_masks(packed)
+
+
+def test_a_model_without_numbers_is_not_pruned():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(HelpersError, match=r"0\.weight is on the device `meta`"):
+        prune_2to4_(model)
