@@ -323,3 +323,25 @@ def test_an_interrupted_comparison_restores_the_model(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         permute_channels_(model, IMAGE, escapes=0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class WithOption(nn.Module):
+    """Has an input that may be None, and a layer that no graph shows in either mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.unused = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None):
+        x = self.first(x)
+        return self.second(x if mask is None else x * mask)
+
+
+def test_an_input_that_is_no_tensor_stays_as_it_is():
+    model, x = WithOption().eval(), torch.randn(2, 16)
+    before = model(x)
+    report = permute_channels_(model, (x, None), escapes=0)
+    assert list(report.permuted.weight) == ["second.weight"]
+    torch.testing.assert_close(model(x), before)
