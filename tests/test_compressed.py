@@ -294,7 +294,7 @@ def test_a_file_of_sparse_weights_has_the_size_of_the_compressed_form(tmp_path, 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
     for attempt in range(5):
-        save_compressed(network(), tmp_path / f"{attempt}.safetensors", model="some net")
+        save_compressed(network(), tmp_path / f"{attempt}.safetensors", network="some net")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
@@ -310,7 +310,7 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
 
 
 def test_the_name_of_the_network_is_kept(tmp_path):
-    save_compressed(network(), tmp_path / "net.safetensors", model="resnet18")
+    save_compressed(network(), tmp_path / "net.safetensors", network="resnet18")
     assert read_checkpoint(tmp_path / "net.safetensors").network == "resnet18"
 
 

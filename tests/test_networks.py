@@ -208,7 +208,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 def test_a_compressed_checkpoint_is_loaded_too(model, tmp_path):
     path = tmp_path / "compressed.safetensors"
     prune_2to4_(model)
-    save_compressed(model, path, model=NAME)
+    save_compressed(model, path, network=NAME)
     loaded = load_checkpoint(path).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 

@@ -91,7 +91,7 @@ def resnet(sparse):
 def test_a_checkpoint_has_the_table_of_its_network(tmp_path, compressed, sparse):
     net, path = resnet(sparse), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, model="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x4d")
     else:
         save_checkpoint(net, path, "resnext14_8x4d")
     table = verify_file(path, create_on_meta("resnext14_8x4d", 10))
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
 def test_a_checkpoint_that_names_its_network_asks_for_the_model(tmp_path, compressed):
     net, path = resnet(sparse=True), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, model="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x4d")
     else:
         save_checkpoint(net, path, "resnext14_8x4d")
     for verify in (verify_file, verify_checkpoint):

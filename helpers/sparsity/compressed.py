@@ -139,7 +139,7 @@ _AGAIN = "Copy it again, or write it again with save_compressed."
 
 
 def save_compressed(
-    network: nn.Module | Mapping[str, Tensor], path: Path, model: str | None = None
+    model: nn.Module | Mapping[str, Tensor], path: Path, network: str | None = None
 ) -> list[str]:
     """Write a model as one safetensors file with its 2:4 weights compressed.
 
@@ -149,9 +149,9 @@ def save_compressed(
     weights give the same bytes.
 
     Args:
-        network: a model or its `state_dict`, on any device.
+        model: a model or its `state_dict`, on any device.
         path: file to write, in one piece or not at all.
-        model: the network's name, such as `resnet18`; kept in the header.
+        network: the network's name, such as `resnet18`; kept in the header.
 
     Returns:
         The names of the compressed weights.
@@ -160,7 +160,7 @@ def save_compressed(
         InputError: an entry is not a tensor that safetensors can hold, or two entries
             would have the same name; nothing is written.
     """
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     stored: dict[str, Tensor] = {}
     sparse: list[str] = []
     tied: dict[str, str] = {}
@@ -181,7 +181,7 @@ def save_compressed(
                     "one. Rename the tensor."
                 )
         stored |= parts
-    header = {"version": _VERSION, "model": model, "sparse": sparse, "tied": tied}
+    header = {"version": _VERSION, "model": network, "sparse": sparse, "tied": tied}
     header["sha256"] = state_checksum(stored, header)
     with atomic_write(path) as part:
         # One entry: with two safetensors writes them in a random order.
@@ -298,7 +298,7 @@ def state_checksum(state: Mapping[str, Tensor], header: Mapping[str, Any] | None
 
     Args:
         state: a `state_dict`, in any order and on any device.
-        header: whatever else the checksum is to cover, as JSON.
+        header: anything else that the checksum should cover, as JSON.
     """
     text = "" if header is None else json.dumps(header, sort_keys=True)
     digest = hashlib.sha256(text.encode())
