@@ -101,7 +101,10 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
         )
     if model is None:
         rows = [
-            {"weight": name, **asdict(_judged(_kept(tensor), 1, why_not_tensorrt(tensor.shape[1])))}
+            {
+                "weight": name,
+                **asdict(_judged(_nonzero(tensor), 1, why_not_tensorrt(tensor.shape[1]))),
+            }
             for name, tensor in state.items()
             if tensor.dim() >= 2
         ]
@@ -157,11 +160,11 @@ class _Verdict:
     reason: str
 
 
-def _judged(kept: np.ndarray, groups: int, reason: str) -> _Verdict:
+def _judged(nonzero: np.ndarray, groups: int, reason: str) -> _Verdict:
     """Return the verdict on a weight (out, in, ...), given where it is not zero."""
-    zeros = 100 * (1 - np.count_nonzero(kept) / kept.size) if kept.size else float("nan")
-    is_2to4 = holds_2to4(kept)
-    return _Verdict(kept.shape, groups, not reason, is_2to4, round(zeros, 2), reason)
+    zeros = 100 * (1 - np.count_nonzero(nonzero) / nonzero.size) if nonzero.size else float("nan")
+    is_2to4 = holds_2to4(nonzero)
+    return _Verdict(nonzero.shape, groups, not reason, is_2to4, round(zeros, 2), reason)
 
 
 def _unknown(reason: str) -> _Verdict:
@@ -194,16 +197,16 @@ def _table_of(weights: Mapping[str, LayerWeight], tensors: Mapping[str, Tensor])
     for name, weight in weights.items():
         reason = why_not_sparse(weight)
         if name in tensors:
-            kept = _kept(tensors[name]).swapaxes(1, weight.input_dim)
-            verdict = _judged(kept, weight.groups, reason)
-        else:  # computed by the model: a checkpoint holds what from
+            nonzero = _nonzero(tensors[name]).swapaxes(1, weight.input_dim)
+            verdict = _judged(nonzero, weight.groups, reason)
+        else:  # the model computes it from what the checkpoint holds
             verdict = _unknown(reason)
         row = {"layer": weight.layer_name, "type": type(weight.layer).__name__, "weight": name}
         rows.append(row | asdict(verdict))
     return _table(["layer", "type", "weight"], rows)
 
 
-def _kept(weight: Tensor) -> np.ndarray:
+def _nonzero(weight: Tensor) -> np.ndarray:
     return (weight.detach() != 0).cpu().numpy()
 
 
