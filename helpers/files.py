@@ -1,4 +1,4 @@
-"""Write files in one piece or not at all, and tell whether one has changed."""
+"""Write files in one piece or not at all; checksums and JSON."""
 
 import errno
 import hashlib
@@ -100,11 +100,11 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON holds for a value that it has no form of its own for."""
+    """Return a value that JSON cannot hold as one that it can."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # a number or an array of NumPy or PyTorch
         return value.tolist()
-    raise TypeError(f"it has no form for a value of type {type(value).__name__}")
+    raise TypeError(f"JSON cannot hold a value of type {type(value).__name__}")

@@ -190,7 +190,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _number_of_classes(path: Path, name: str, state: Mapping[str, Tensor]) -> int:
-    """Return for how many classes a checkpoint's last layer has weights.
+    """Return the number of classes that a checkpoint's last layer has.
 
     That layer is the one whose shape changes with the number of classes, whatever its name.
     """
