@@ -60,8 +60,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _cause(error: Exception) -> str | None:
+def _cause(error: BaseException | None) -> str | None:
     """Return why a file could not be written and what to do; None for any other error."""
+    if isinstance(error, WriteError):  # of a call inside this one, about a temporary file
+        return _cause(error.__cause__)
     code = error.errno if isinstance(error, OSError) else None
     # safetensors and ONNX report a full disk in exceptions of their own.
     if "os error 28" in str(error) or "No space left" in str(error):
