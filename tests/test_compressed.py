@@ -357,8 +357,10 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
     assert header["sha256"] == "8781508900bb221fd392b7e9d8ecb24cf684dd1a66fbd61fb631b1b1f2c4fac7"
 
 
-@pytest.mark.parametrize("entry", [3, "text", torch.ones(2, 2).to_sparse()])
-def test_an_entry_that_is_no_plain_tensor_is_refused_by_name(tmp_path, entry):
+@pytest.mark.parametrize(
+    "entry", [3, "text", torch.ones(2, 2).to_sparse(), torch.ones(2, 2, device="meta")]
+)
+def test_an_entry_that_is_not_a_plain_tensor_is_refused_by_name(tmp_path, entry):
     with pytest.raises(HelpersError, match=r"^extra is not a plain dense tensor"):
         save_compressed({"w": torch.ones(2), "extra": entry}, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())

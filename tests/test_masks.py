@@ -105,7 +105,7 @@ def test_a_channels_last_weight_gets_the_same_mask():
     assert torch.equal(mask_2to4(channels_last), mask_2to4(weight))
 
 
-def test_the_weight_itself_is_left_alone():
+def test_the_weight_itself_is_left_unchanged():
     weight = torch.nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
     before = weight.detach().clone()
     assert not mask_2to4(weight).requires_grad

@@ -166,7 +166,11 @@ def save_compressed(
     tied: dict[str, str] = {}
     holders: dict[tuple, str] = {}
     for name, tensor in state.items():
-        _require_storable(name, tensor)
+        if kind := _why_not_storable(tensor):
+            raise InputError(
+                f"{name} is not a plain dense tensor but {kind}, which safetensors cannot hold. "
+                "Convert it to one, or leave it out of the state_dict."
+            )
         holder = holders.setdefault(_memory(tensor), name)
         if holder != name:
             tied[name] = holder
@@ -272,18 +276,15 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{name}.values": compressed.values, f"{name}.metadata": compressed.metadata}
 
 
-def _require_storable(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise InputError(
-            f"{name} is not a plain dense tensor but {_kind(tensor)}, which safetensors cannot "
-            "hold. Convert it to one, or leave it out of the state_dict."
-        )
-
-
-def _kind(value: Any) -> str:
+def _why_not_storable(value: Any) -> str:
+    """Return what an entry is that safetensors cannot hold; empty if it can."""
     if not isinstance(value, Tensor):
         return f"an object of type {type(value).__name__}"
-    return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"
+    if value.is_quantized:
+        return "a quantized tensor"
+    if value.layout != torch.strided:
+        return f"a {value.layout} tensor"
+    return "a tensor on the device `meta`, without numbers" if value.is_meta else ""
 
 
 def _memory(tensor: Tensor) -> tuple:

@@ -62,7 +62,8 @@ def _input_dim(weight: Tensor, m: int, name: str, dim: int) -> int:
     return dim % len(shape)
 
 
-def _require_numbers(weight: Tensor, name: str) -> None:
+def require_numbers(weight: Tensor, name: str) -> None:
+    """Raise an error for a tensor on the device `meta` and for a sparse one."""
     if weight.is_meta:
         raise InputError(f"{name} is on the device `meta`, without numbers. Load weights first.")
     if weight.layout != torch.strided:
@@ -74,7 +75,7 @@ def _require_numbers(weight: Tensor, name: str) -> None:
 
 def _rankable(weight: Tensor, name: str) -> Tensor:
     """Return a weight, without its gradient, in a floating-point type."""
-    _require_numbers(weight, name)
+    require_numbers(weight, name)
     weight = weight.detach()
     if weight.dtype == torch.int8:
         return weight.half()  # exact, and unlike INT8 it has a number for the magnitude of -128
@@ -276,7 +277,7 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
         InputError: the weight has fewer than two dimensions or no numbers (on the device
             `meta`), there is no dimension `dim`, or `in` is not a multiple of four.
     """
-    _require_numbers(weight, "the weight")
+    require_numbers(weight, "the weight")
     dim = _input_dim(weight, 4, "the weight", dim)
     return holds_2to4((weight.detach() != 0).swapaxes(dim, 1))
 

@@ -18,7 +18,7 @@ from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
 from helpers.products import Product, aten, watch_products
 from helpers.sparsity.eligibility import Selection, select_weights, why_none_eligible
-from helpers.sparsity.masks import diverged, mask_2to4
+from helpers.sparsity.masks import diverged, mask_2to4, require_numbers
 from helpers.sparsity.prune import Masks
 
 _logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def prune_sparsegpt_(
         _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
         return {}
     for name, weight in weights.items():
+        require_numbers(weight, name)
         if not weight.isfinite().all():
             raise diverged(name)
     masks = {}
