@@ -179,7 +179,7 @@ def test_cusparselt_wants_more_of_eight_bit_types():
         (nn.ConvTranspose2d(4, 4, 3, groups=2), "2 input channels in a group: not a multiple of 4"),
     ],
 )
-def test_any_takes_whatever_the_pattern_fits(layer, reason):
+def test_any_allows_every_weight_with_inputs_in_fours(layer, reason):
     assert verdict(layer, "any") == [reason]
 
 
@@ -242,7 +242,7 @@ def test_weights_are_selected_by_pattern_and_type(include, exclude, expected):
 
 
 @pytest.mark.parametrize("selection", ["include", "exclude"])
-def test_a_pattern_that_fits_nothing_is_a_mistake(selection):
+def test_a_pattern_that_matches_nothing_is_a_mistake(selection):
     with pytest.raises(HelpersError, match=r"matches 'haed'.*stem\.weight"):
         eligible_weights(blocks(), **{selection: "haed"})
 

@@ -74,7 +74,7 @@ def test_the_eligible_weights_are_2to4_afterwards():
     assert zeros_are_held(model, masks)
 
 
-def test_pruning_is_by_magnitude_and_leaves_the_rest_alone():
+def test_pruning_is_by_magnitude_and_leaves_the_rest_unchanged():
     model, dense = network(), network().state_dict()
     masks = prune_2to4_(model)
     for key, value in model.state_dict().items():
@@ -374,7 +374,7 @@ def test_zeros_are_held_under_distributed_data_parallel(tmp_path):
         lambda model: model.load_state_dict(model.state_dict(), assign=True),
     ],
 )
-def test_zeros_are_held_when_the_weights_change_under_way(change):
+def test_zeros_are_held_when_the_weights_change_during_training(change):
     model = network()
     masks = prune_2to4_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

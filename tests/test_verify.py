@@ -207,7 +207,7 @@ def test_a_model_without_numbers_is_refused():
         verify_model(create_on_meta("resnet18", 10))
 
 
-def test_a_model_is_of_no_use_for_an_onnx_file(tmp_path):
+def test_a_model_is_refused_for_an_onnx_file(tmp_path):
     with pytest.raises(InputError, match=r"net\.onnx is not a safetensors checkpoint.*Leave"):
         verify_file(tmp_path / "net.onnx", nn.Linear(4, 4))
 
