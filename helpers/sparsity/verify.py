@@ -109,12 +109,13 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
             if tensor.dim() >= 2
         ]
         return _table(["weight"], rows)
-    if difference := _difference(state, model):
+    weights = layer_weights(model)
+    if difference := _difference(state, model, weights):
         raise InputError(
             f"{shown(path)} does not hold the weights of this {type(model).__name__}: "
             f"{difference}. Give the model that it was saved from."
         )
-    return _table_of(layer_weights(model), state)
+    return _table_of(weights, state)
 
 
 def verify_onnx(path: Path) -> "pd.DataFrame":
@@ -210,9 +211,11 @@ def _nonzero(weight: Tensor) -> np.ndarray:
     return (weight.detach() != 0).cpu().numpy()
 
 
-def _difference(state: Mapping[str, Tensor], model: nn.Module) -> str:
+def _difference(
+    state: Mapping[str, Tensor], model: nn.Module, weights: Mapping[str, LayerWeight]
+) -> str:
     """Return the first way in which a checkpoint's weights are not the model's; empty if none."""
-    last = list(layer_weights(model).values())[-1:]
+    last = list(weights.values())[-1:]
     # The number of classes may differ: it changes no other layer, and no verdict.
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
     for name, parameter in model.named_parameters():
