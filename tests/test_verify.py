@@ -144,11 +144,11 @@ def state_of(name, classes=10):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     path, resnet50 = tmp_path / "net.safetensors", state_of("resnet50")
     other = create_on_meta("vgg11", 10)
-    assert difference(resnet50, other, path) == "features.0.weight is missing there"
+    assert difference(resnet50, other, path) == "features.0.weight is missing in the file"
     # The same names, and grouped convolutions that would not be eligible.
     other = create_on_meta("resnext50_32x4d", 10)
     assert difference(resnet50, other, path) == (
-        "layer1.0.conv1.weight is 64x64x1x1 there and 128x64x1x1 in the model"
+        "layer1.0.conv1.weight is 64x64x1x1 in the file and 128x64x1x1 in the model"
     )
 
 
@@ -174,9 +174,9 @@ def test_the_number_of_classes_may_differ(tmp_path, name):
 def test_only_the_outputs_of_the_last_layer_may_differ(tmp_path, name):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     state = model.state_dict() | {name: torch.zeros(4, 1)}
-    assert f"{name} is 4x1 there" in difference(state, model, tmp_path / "net.safetensors")
+    assert f"{name} is 4x1 in the file" in difference(state, model, tmp_path / "net.safetensors")
     state = model.state_dict() | {"0.bias": torch.zeros(4)}
-    assert "0.bias is 4 there" in difference(state, model, tmp_path / "net.safetensors")
+    assert "0.bias is 4 in the file" in difference(state, model, tmp_path / "net.safetensors")
 
 
 def test_regnets_are_verified(tmp_path):

@@ -220,13 +220,13 @@ def _difference(
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
     for name, parameter in model.named_parameters():
         if name not in state:
-            return f"{name} is missing there"
+            return f"{name} is missing in the file"
         found, wanted = list(state[name].shape), list(parameter.shape)
         if id(parameter) in any_rows and found:
             found[0] = wanted[0]
         if found != wanted:
             shapes = ["x".join(map(str, shape)) for shape in (state[name].shape, parameter.shape)]
-            return f"{name} is {shapes[0]} there and {shapes[1]} in the model"
+            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
     # A weight that the model does not have would not be verified.
     known = model.state_dict().keys()
     for name, tensor in state.items():
