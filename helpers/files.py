@@ -1,4 +1,4 @@
-"""Write files in one piece or not at all, and tell whether one has changed."""
+"""Write files in one piece or not at all; checksums and JSON."""
 
 import errno
 import hashlib
@@ -60,8 +60,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _cause(error: Exception) -> str | None:
+def _cause(error: BaseException | None) -> str | None:
     """Return why a file could not be written and what to do; None for any other error."""
+    if isinstance(error, WriteError):  # of a call inside this one, about a temporary file
+        return _cause(error.__cause__)
     code = error.errno if isinstance(error, OSError) else None
     # safetensors and ONNX report a full disk in exceptions of their own.
     if "os error 28" in str(error) or "No space left" in str(error):
@@ -100,11 +102,11 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON holds for a value that it has no form of its own for."""
+    """Return a value that JSON cannot hold as one that it can."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # a number or an array of NumPy or PyTorch
         return value.tolist()
-    raise TypeError(f"it has no form for a value of type {type(value).__name__}")
+    raise TypeError(f"JSON cannot hold a value of type {type(value).__name__}")

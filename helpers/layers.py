@@ -123,8 +123,7 @@ def layer_kind(layer: nn.Module) -> str:
         return "linear"
     if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         raise InputError(
-            f"A {type(layer).__name__} has no kind here: it is not a linear layer, a convolution "
-            "or an attention layer."
+            f"A {type(layer).__name__} is not a linear layer, a convolution or an attention layer."
         )
     size = "x".join(map(str, layer.kernel_size))
     grouped = "grouped " if layer.groups > 1 else ""
@@ -132,7 +131,9 @@ def layer_kind(layer: nn.Module) -> str:
     return f"{grouped}{transposed}{size} convolution"
 
 
-# What a model is called with.
+# --- calling a model ---
+
+
 def model_inputs(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
@@ -165,7 +166,7 @@ def model_inputs(
         if not is_shape or not _is_count(batch):
             raise InputError(
                 f"There are no images of shape {image_shape!r} in batches of {batch!r}: channels, "
-                "height, width and batch are whole numbers of at least 1."
+                "height, width and batch must be whole numbers of at least 1."
             )
         like = next(model.parameters(), torch.empty(0))
         return (
@@ -196,7 +197,9 @@ def batch_of(inputs: ModelInputs) -> int:
     return next((len(tensor) for tensor in tensors if tensor.ndim), 0)
 
 
-# What each weight costs.
+# --- what each weight costs ---
+
+
 def layer_table(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
@@ -227,7 +230,7 @@ def layer_table(
     # Cached, a weight that a parametrization computes is one tensor throughout the run.
     with torch.no_grad(), in_mode(model, training=False), parametrize.cached():
         tensors = {name: weight.tensor for name, weight in weights.items()}
-        macs = _count_macs(model, tensors, args, kwargs)
+        macs = _macs_by_weight(model, tensors, args, kwargs)
     rows = [
         {
             "weight": name,
@@ -243,7 +246,7 @@ def layer_table(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _count_macs(
+def _macs_by_weight(
     model: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Counter[str]:
     """Return the MACs with each weight while the model runs once, in order of execution."""

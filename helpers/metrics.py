@@ -82,7 +82,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     An image with a NaN among its logits counts as classified wrongly.
 
     Raises:
-        InputError: the shapes are others.
+        InputError: the shapes do not match.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise InputError(

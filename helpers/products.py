@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-
 # The operators, and at which argument the two factors begin.
 _PRODUCTS: dict[Any, int] = {
     aten.mm: 0,
@@ -61,7 +60,7 @@ class Product:
 
 @contextmanager
 def watch_products(weights: Mapping[str, Tensor], see: Callable[[Product], None]) -> Iterator[None]:
-    """Show `see` every product that is computed, right after it was, in order of execution.
+    """Call `see` with every product right after it is computed, in order of execution.
 
     Works in every grad mode and on every device, `meta` too. An error that `see` raises comes
     out of the model.
@@ -70,8 +69,8 @@ def watch_products(weights: Mapping[str, Tensor], see: Callable[[Product], None]
         weights: the weights to look for among the factors, by name.
         see: called with each product.
     """
-    # Attention's fast path computes all its products in one operator. Autocast keeps copies of
-    # weights, which would be strange to this watch, and out of date if a weight was changed.
+    # Attention's fast path computes all its products in one operator. Copies of weights that
+    # autocast has kept would not be recognised, and are out of date if a weight was changed.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch.clear_autocast_cache()

@@ -112,12 +112,12 @@ def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
 
 def test_what_the_library_logs_is_printed_once(run, monkeypatch):
     def logs(_: object) -> None:
-        logging.getLogger("helpers.training.loop").info("going on after epoch %d", 2)
+        logging.getLogger("helpers.training.loop").info("continuing after epoch %d", 2)
         logging.getLogger("helpers.training.loop").debug("not for everybody")
 
     monkeypatch.setattr(setup, "check_setup", logs)
     for _ in range(2):
-        assert run("setup") == (0, "going on after epoch 2\n", "")
+        assert run("setup") == (0, "continuing after epoch 2\n", "")
 
 
 def test_an_unknown_preset_is_one_sentence_and_exit_1():
@@ -363,7 +363,7 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     # A second run over what is there changes nothing but dates and times.
     status, again, _ = run("retrain")
     assert status == 0
-    assert "03_progress.pt: going on after epoch 2" in again
+    assert "03_progress.pt: continuing after epoch 2" in again
     repeated = load_checkpoint(artifacts.require("03_retrained.safetensors")).state_dict()
     assert all(torch.equal(repeated[key], value) for key, value in retrained.state_dict().items())
 

@@ -294,7 +294,7 @@ def test_a_file_of_sparse_weights_has_the_size_of_the_compressed_form(tmp_path, 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
     for attempt in range(5):
-        save_compressed(network(), tmp_path / f"{attempt}.safetensors", model="some net")
+        save_compressed(network(), tmp_path / f"{attempt}.safetensors", network="some net")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
@@ -310,7 +310,7 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
 
 
 def test_the_name_of_the_network_is_kept(tmp_path):
-    save_compressed(network(), tmp_path / "net.safetensors", model="resnet18")
+    save_compressed(network(), tmp_path / "net.safetensors", network="resnet18")
     assert read_checkpoint(tmp_path / "net.safetensors").network == "resnet18"
 
 
@@ -357,8 +357,10 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
     assert header["sha256"] == "8781508900bb221fd392b7e9d8ecb24cf684dd1a66fbd61fb631b1b1f2c4fac7"
 
 
-@pytest.mark.parametrize("entry", [3, "text", torch.ones(2, 2).to_sparse()])
-def test_an_entry_that_is_no_plain_tensor_is_refused_by_name(tmp_path, entry):
+@pytest.mark.parametrize(
+    "entry", [3, "text", torch.ones(2, 2).to_sparse(), torch.ones(2, 2, device="meta")]
+)
+def test_an_entry_that_is_not_a_plain_tensor_is_refused_by_name(tmp_path, entry):
     with pytest.raises(HelpersError, match=r"^extra is not a plain dense tensor"):
         save_compressed({"w": torch.ones(2), "extra": entry}, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())

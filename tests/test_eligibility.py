@@ -12,9 +12,15 @@ from helpers.sparsity import (
     is_2to4,
     masks_2to4,
     masks_of,
+    permute_channels_,
     prune,
     prune_2to4_,
+    prune_sparsegpt_,
+    save_compressed,
     sparsity_report,
+    verify,
+    verify_checkpoint,
+    verify_model,
 )
 from helpers.sparsity.eligibility import select_weights, why_not_sparse
 from helpers.training.networks import create_model
@@ -179,7 +185,7 @@ def test_cusparselt_wants_more_of_eight_bit_types():
         (nn.ConvTranspose2d(4, 4, 3, groups=2), "2 input channels in a group: not a multiple of 4"),
     ],
 )
-def test_any_takes_whatever_the_pattern_fits(layer, reason):
+def test_any_allows_every_weight_with_inputs_in_fours(layer, reason):
     assert verdict(layer, "any") == [reason]
 
 
@@ -242,8 +248,8 @@ def test_weights_are_selected_by_pattern_and_type(include, exclude, expected):
 
 
 @pytest.mark.parametrize("selection", ["include", "exclude"])
-def test_a_pattern_that_fits_nothing_is_a_mistake(selection):
-    with pytest.raises(HelpersError, match=r"called 'haed'.*stem\.weight"):
+def test_a_pattern_that_matches_nothing_is_a_mistake(selection):
+    with pytest.raises(HelpersError, match=r"matches 'haed'.*stem\.weight"):
         eligible_weights(blocks(), **{selection: "haed"})
 
 
@@ -333,7 +339,7 @@ def walks(monkeypatch):
         models.append(model)
         return layer_weights(model)
 
-    for module in (layers, eligibility, prune):
+    for module in (layers, eligibility, prune, verify):
         monkeypatch.setattr(module, "layer_weights", counted)
     return models
 
@@ -346,12 +352,25 @@ def walks(monkeypatch):
         masks_2to4,
         prune_2to4_,
         lambda model: sparsity_report(model, example=torch.zeros(1, 4)),
+        verify_model,
+        lambda model: permute_channels_(model, torch.zeros(1, 4)),
+        lambda model: prune_sparsegpt_(model, [torch.randn(8, 4)]),
     ],
-    ids=["select_weights", "eligible_weights", "masks_2to4", "prune_2to4_", "sparsity_report"],
-)
+    ids=[
+        "select_weights", "eligible_weights", "masks_2to4", "prune_2to4_", "sparsity_report",
+        "verify_model", "permute_channels_", "prune_sparsegpt_",
+    ],
+)  # fmt: skip
 def test_the_weights_are_collected_once_in_a_call(call, walks):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     call(model)
+    assert walks == [model]
+
+
+def test_the_weights_are_collected_once_to_verify_a_checkpoint(walks, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    save_compressed(model, tmp_path / "net.safetensors")
+    verify_checkpoint(tmp_path / "net.safetensors", model)
     assert walks == [model]
 
 
@@ -367,3 +386,10 @@ def test_the_weights_are_collected_once_to_read_and_to_hold_masks(walks):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert walks == [model]
+
+
+def test_the_weights_that_a_pattern_could_have_matched_are_named():
+    with pytest.raises(HelpersError, match=r"matches 'fc'. The weights of the model are none\.$"):
+        eligible_weights(nn.Sequential(nn.ReLU()), include="fc")
+    with pytest.raises(HelpersError, match=r"The weights of the model are weight\.$"):
+        eligible_weights(nn.Linear(4, 4), exclude="fc")

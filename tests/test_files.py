@@ -165,7 +165,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "safetensors", "other"])
-def test_a_full_disk_is_told_in_one_sentence(tmp_path, error):
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path, error):
     target = tmp_path / "net.safetensors"
     target.write_text("old")
     with pytest.raises(WriteError) as caught, atomic_write(target) as part:
@@ -181,7 +181,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, error):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_device_that_is_full_is_told_so(tmp_path):
+def test_a_device_that_is_full_is_reported(tmp_path):
     with (
         pytest.raises(WriteError, match="the disk is full"),
         atomic_write(tmp_path / "file"),
@@ -231,7 +231,9 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path)
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
 @pytest.mark.parametrize("call", ["mkdir", "mkstemp"])
-def test_a_folder_that_is_not_writable_is_told_in_one_sentence(tmp_path, monkeypatch, call, code):
+def test_a_folder_that_is_not_writable_is_reported_in_one_sentence(
+    tmp_path, monkeypatch, call, code
+):
     def refuse(*_, **__):
         raise OSError(code, os.strerror(code))
 
@@ -244,7 +246,7 @@ def test_a_folder_that_is_not_writable_is_told_in_one_sentence(tmp_path, monkeyp
     assert "\n" not in message
 
 
-def test_a_file_in_place_of_the_folder_is_told_so(tmp_path):
+def test_a_file_in_place_of_the_folder_is_reported(tmp_path):
     (tmp_path / "folder").write_text("a file")
     for target in (tmp_path / "folder" / "file", tmp_path / "folder" / "deep" / "file"):
         with pytest.raises(WriteError, match="part of its path is a file"), atomic_write(target):
@@ -252,7 +254,7 @@ def test_a_file_in_place_of_the_folder_is_told_so(tmp_path):
     assert (tmp_path / "folder").read_text() == "a file"
 
 
-def test_a_folder_in_place_of_the_file_is_told_so(tmp_path):
+def test_a_folder_in_place_of_the_file_is_reported(tmp_path):
     (tmp_path / "name").mkdir()
     with pytest.raises(WriteError, match="a folder of that name"):
         write_json(tmp_path / "name", {})

@@ -240,7 +240,7 @@ def test_images_are_made_like_the_first_parameter_or_where_they_are_asked_for():
 
 
 def test_only_layers_have_a_kind():
-    with pytest.raises(InputError, match="A ReLU has no kind"):
+    with pytest.raises(InputError, match="A ReLU is not a linear layer"):
         layer_kind(nn.ReLU())
 
 

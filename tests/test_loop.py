@@ -269,7 +269,7 @@ def test_an_interrupted_training_goes_on_with_the_very_same_network(
             train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     assert same(tiny_net.state_dict(), before)
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
-    assert "going on after epoch 1" in caplog.text
+    assert "continuing after epoch 1" in caplog.text
     assert same(straight.state_dict(), tiny_net.state_dict())
 
 
@@ -286,7 +286,7 @@ def test_a_finished_training_is_loaded_and_not_repeated(
     assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
     assert same(again.state_dict(), tiny_net.state_dict())
     assert not again.training
-    assert "progress.pt: going on after epoch 3" in caplog.text
+    assert "progress.pt: continuing after epoch 3" in caplog.text
 
 
 @pytest.mark.parametrize("changed", ["recipe", "seed", "weights", "masks"])
@@ -309,7 +309,7 @@ def test_the_progress_of_another_training_is_not_taken(
     alone = copy.deepcopy(fresh)
 
     train(fresh, tiny_splits, recipe, seed, masks, file)
-    assert "progress.pt is of another training" in caplog.text
+    assert "progress.pt belongs to another training" in caplog.text
     train(alone, tiny_splits, recipe, seed, masks)
     assert same(fresh.state_dict(), alone.state_dict())
 

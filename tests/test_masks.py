@@ -105,7 +105,7 @@ def test_a_channels_last_weight_gets_the_same_mask():
     assert torch.equal(mask_2to4(channels_last), mask_2to4(weight))
 
 
-def test_the_weight_itself_is_left_alone():
+def test_the_weight_itself_is_left_unchanged():
     weight = torch.nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
     before = weight.detach().clone()
     assert not mask_2to4(weight).requires_grad
@@ -252,6 +252,17 @@ def test_a_weight_without_channels_has_an_empty_mask():
 def test_a_type_that_is_not_ranked_is_refused_by_name(dtype):
     with pytest.raises(HelpersError, match=r"^fc\.weight is of type .*\.float\(\)"):
         mask_2to4(torch.zeros(4, 4).to(dtype), "fc.weight")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [mask_2to4, lambda x: mask_nm(x, 1, 4), mask_2to4_transposable, is_2to4, kept_magnitude_2to4],
+)
+def test_a_weight_without_dense_numbers_is_refused(function):
+    with pytest.raises(HelpersError, match="on the device `meta`, without numbers"):
+        function(torch.ones(8, 8, device="meta"))
+    with pytest.raises(HelpersError, match=r"torch\.sparse_coo tensor.*\.to_dense\(\)"):
+        function(torch.eye(8).to_sparse())
 
 
 def test_a_mask_is_made_on_the_cpu_whatever_the_default_device():

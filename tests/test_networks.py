@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.errors import HelpersError, InputError
+from helpers.errors import HelpersError, InputError, WriteError
 from helpers.files import sha256
 from helpers.layers import layer_weights
 from helpers.sparsity import prune_2to4_, save_compressed
@@ -130,7 +130,7 @@ def test_a_damaged_pretrained_file_is_refused(copied):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_missing_pretrained_file_is_told(copied, suffix):
+def test_a_missing_pretrained_file_is_reported(copied, suffix):
     pretrained_path(copied).with_suffix(suffix).unlink()
     message = refusal(load_pretrained, copied)
     assert "is missing" in message
@@ -138,7 +138,7 @@ def test_a_missing_pretrained_file_is_told(copied, suffix):
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
-def test_a_damaged_card_is_told(copied, content):
+def test_a_damaged_card_is_reported(copied, content):
     pretrained_path(copied).with_suffix(".json").write_text(content)
     message = refusal(load_pretrained, copied)
     assert "is damaged" in message
@@ -156,6 +156,19 @@ def test_a_saved_network_is_loaded_unchanged(model, checkpoint):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(loaded(images), model(images))
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(model, checkpoint, monkeypatch):
+    def save_half(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr(networks, "save_file", save_half)
+    with pytest.raises(WriteError, match="the disk is full"):
+        save_checkpoint(model, checkpoint, NAME)
+    assert checkpoint.read_bytes() == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 def test_a_channels_last_network_is_saved_and_loaded(model, checkpoint):
@@ -208,7 +221,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 def test_a_compressed_checkpoint_is_loaded_too(model, tmp_path):
     path = tmp_path / "compressed.safetensors"
     prune_2to4_(model)
-    save_compressed(model, path, model=NAME)
+    save_compressed(model, path, network=NAME)
     loaded = load_checkpoint(path).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
@@ -264,7 +277,7 @@ def test_a_checkpoint_that_does_not_tell_its_classes_is_refused(checkpoint):
     assert "fc.weight is missing or of another shape" in refusal(load_checkpoint, checkpoint)
 
 
-def test_the_model_of_a_checkpoint_is_told_by_its_header_or_by_name(model, checkpoint, tmp_path):
+def test_the_model_of_a_checkpoint_is_found_by_its_header_or_by_name(model, checkpoint, tmp_path):
     for path, name in ((checkpoint, None), (checkpoint, NAME)):
         found = checkpoint_model(path, name)
         assert type(found) is type(model)

@@ -139,7 +139,7 @@ def test_a_gemm_is_checked_along_its_sum(tmp_path, inputs, attributes, stored_tr
     assert table.is_2to4.tolist() == [sparse]
 
 
-def test_a_bias_is_no_weight(tmp_path):
+def test_a_bias_is_not_a_weight(tmp_path):
     gemm = node("Gemm", "x", "w", "b", transB=1)
     table = verify(tmp_path, [gemm], w=weight(6, 8), b=np.ones(6, np.float32))
     assert table.weight.tolist() == ["w"]
@@ -208,7 +208,7 @@ def test_a_batched_weight_is_looked_at_along_its_sum_where_polygraphy_takes_the_
 
 
 @pytest.mark.parametrize("shape", [(), (0, 8), (8, 0)])
-def test_a_constant_that_can_be_no_weight_has_a_row_that_says_so(tmp_path, shape):
+def test_a_constant_that_cannot_be_a_weight_has_a_row_that_says_so(tmp_path, shape):
     table = verify(tmp_path, [node("MatMul", "x", "w")], w=np.ones(shape, np.float32))
     assert table.eligible.tolist() == [False]
     assert table.reason.tolist() == [f"a weight cannot have the shape {shape}"]
@@ -346,7 +346,7 @@ def test_external_data_is_read(tmp_path, sparse):
     assert verify_onnx(path).is_2to4.tolist() == [sparse]
 
 
-def test_missing_or_truncated_external_data_is_told_in_one_sentence(tmp_path):
+def test_missing_or_truncated_external_data_is_reported_in_one_sentence(tmp_path):
     path = with_external_data(tmp_path, weight(16, 8, 3, 3))
     data = path.parent / "weights.bin"
     data.write_bytes(data.read_bytes()[:1000])
@@ -404,7 +404,7 @@ def test_a_weight_of_a_shape_computed_at_run_time_is_computed_at_run_time(tmp_pa
 
 
 @pytest.mark.parametrize("op", ["RandomNormal", "RandomNormalLike"])
-def test_random_numbers_are_no_constant(tmp_path, op):
+def test_random_numbers_are_not_constant(tmp_path, op):
     inputs, attributes = ([], {"shape": [4, 4]}) if op == "RandomNormal" else (["w"], {})
     nodes = [helper.make_node(op, inputs, ["v"], **attributes), node("MatMul", "x", "v")]
     table = verify(tmp_path, nodes, w=weight(4, 4))
@@ -722,13 +722,13 @@ def test_every_weight_of_a_file_has_its_row(tmp_path):
     assert table.is_2to4.tolist() == [False, True, True]
 
 
-def test_constants_nested_too_deeply_are_told_in_one_sentence(tmp_path):
+def test_constants_nested_too_deeply_are_reported_in_one_sentence(tmp_path):
     chain = [helper.make_node("Identity", [f"w{i}"], [f"w{i + 1}"]) for i in range(1000)]
     with pytest.raises(HelpersError, match=r"^The constants or functions of \S+/model\.onnx are "):
         verify(tmp_path, [*chain, node("MatMul", "x", "w1000")], w0=weight(8, 8))
 
 
-def test_a_long_network_is_no_nesting(tmp_path):
+def test_a_long_network_is_not_nested(tmp_path):
     chain = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
     table = verify(tmp_path, [*chain, node("MatMul", "x3000", "w")], w=weight(8, 8).T.copy())
     assert table.is_2to4.tolist() == [True]
@@ -746,7 +746,7 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"not an ONNX file", b"\x89PNG\r\n" * 100])
-def test_a_file_that_is_no_model_is_refused_in_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_a_model_is_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     assert refusal(path).startswith(f"{path} is not a valid ONNX model: ")
@@ -761,7 +761,7 @@ def test_a_truncated_model_is_refused_in_one_sentence(tmp_path, share):
     assert refusal(path).startswith(f"{path} is not a valid ONNX model: ")
 
 
-def test_a_missing_file_is_told_in_one_sentence(tmp_path):
+def test_a_missing_file_is_reported_in_one_sentence(tmp_path):
     path = tmp_path / "model.onnx"
     assert refusal(path).startswith(f"{path} cannot be read: No such file")
 

@@ -165,7 +165,7 @@ def kept_sum(model: nn.Module) -> float:
     return sum(float((weight.abs() * mask_2to4(weight)).sum().detach()) for weight in weights)
 
 
-def test_a_network_that_cannot_be_traced_is_left_alone_with_the_reason():
+def test_a_network_that_cannot_be_traced_is_left_unchanged_with_the_reason():
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -182,7 +182,7 @@ def test_a_network_that_cannot_be_traced_is_left_alone_with_the_reason():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_network_that_comes_out_changed_is_restored(model, monkeypatch):
+def test_a_network_whose_outputs_change_is_restored(model, monkeypatch):
     """A wrong rule must not get through: here channels are moved in one layer only."""
     weight = model.layer2[0].conv1.weight
     before = copy.deepcopy(model.state_dict())
@@ -287,7 +287,7 @@ def test_a_copy_that_does_not_run_in_double_precision_is_an_error_in_one_sentenc
     left_alone(Sandwich(single_only), r"Sandwich does not run in double .*no kernel for double\)")
 
 
-def test_outputs_that_are_all_zero_are_no_proof():
+def test_outputs_that_are_all_zero_prove_nothing():
     model = Sandwich()
     with torch.no_grad():
         model.two.weight.zero_()
@@ -300,7 +300,7 @@ def test_a_model_without_floating_point_outputs_is_not_called_equal(behind):
     left_alone(Sandwich(behind=behind), "or there are none")
 
 
-def test_outputs_that_are_nan_are_no_proof():
+def test_outputs_that_are_nan_prove_nothing():
     left_alone(Sandwich(behind=lambda x: (x - x) / (x - x)), "Sandwich returns NaN")
 
 
@@ -323,3 +323,25 @@ def test_an_interrupted_comparison_restores_the_model(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         permute_channels_(model, IMAGE, escapes=0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class WithOption(nn.Module):
+    """Has an input that may be None, and a layer that no graph shows in either mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.unused = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None):
+        x = self.first(x)
+        return self.second(x if mask is None else x * mask)
+
+
+def test_an_input_that_is_not_a_tensor_is_left_unchanged():
+    model, x = WithOption().eval(), torch.randn(2, 16)
+    before = model(x)
+    report = permute_channels_(model, (x, None), escapes=0)
+    assert list(report.permuted.weight) == ["second.weight"]
+    torch.testing.assert_close(model(x), before)

@@ -113,7 +113,7 @@ def test_a_weight_is_known_in_any_view_part_or_copy(use, mode):
     assert product.weight == "w"
 
 
-def test_a_factor_that_is_computed_otherwise_is_no_weight():
+def test_a_factor_that_is_computed_differently_is_not_a_weight():
     weight = torch.randn(8, 8)
     (product,) = products_of(lambda: torch.randn(8, 8) @ (2 * weight), weights={"w": weight})
     assert product.weight == ""
@@ -157,7 +157,7 @@ def test_copies_that_autocast_keeps_are_made_again():
                 layer.weight.mul_(2)
 
 
-def test_an_error_of_the_one_who_watches_comes_out_and_leaves_nothing_behind():
+def test_an_error_of_the_callback_is_raised_and_leaves_nothing_behind():
     def refuse(_):
         raise KeyError("enough")
 

@@ -74,7 +74,7 @@ def test_the_eligible_weights_are_2to4_afterwards():
     assert zeros_are_held(model, masks)
 
 
-def test_pruning_is_by_magnitude_and_leaves_the_rest_alone():
+def test_pruning_is_by_magnitude_and_leaves_the_rest_unchanged():
     model, dense = network(), network().state_dict()
     masks = prune_2to4_(model)
     for key, value in model.state_dict().items():
@@ -374,7 +374,7 @@ def test_zeros_are_held_under_distributed_data_parallel(tmp_path):
         lambda model: model.load_state_dict(model.state_dict(), assign=True),
     ],
 )
-def test_zeros_are_held_when_the_weights_change_under_way(change):
+def test_zeros_are_held_when_the_weights_change_during_training(change):
     model = network()
     masks = prune_2to4_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -637,3 +637,17 @@ def test_a_network_of_the_readers_own_is_pruned_held_saved_and_loaded(rules, tmp
     assert all(torch.equal(read[name], masks[name]) for name in masks)
     report = sparsity_report(loaded, example=example, rules=rules)
     assert (report.eligible.kept == 100).all()
+
+
+def test_packed_masks_without_a_shape_are_refused():
+    packed = pack_masks({"fc.weight": torch.ones(4, 4, dtype=torch.bool)})
+    del packed["fc.weight.shape"]
+    with pytest.raises(HelpersError, match=r"fc\.weight\.shape is missing"):
+        unpack_masks(packed)
+
+
+def test_a_model_without_numbers_is_not_pruned():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(HelpersError, match=r"0\.weight is on the device `meta`"):
+        prune_2to4_(model)

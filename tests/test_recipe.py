@@ -46,10 +46,10 @@ def test_a_training_of_one_step_or_none_has_a_rate(epochs, warmup, step_epochs):
      ("warmup", float("nan"))],
 )  # fmt: skip
 def test_a_value_out_of_its_range_is_refused_by_name(name, value):
-    with pytest.raises(InputError, match=rf"^{name} of a recipe is .*, not {value}\.$"):
+    with pytest.raises(InputError, match=rf"^{name} of a recipe must be .*, not {value}\.$"):
         dataclasses.replace(RECIPE, **{name: value})
 
 
 def test_an_epoch_of_no_steps_is_refused():
-    with pytest.raises(InputError, match="An epoch of 0 steps"):
+    with pytest.raises(InputError, match="An epoch has 0 steps"):
         schedule(RECIPE, steps_per_epoch=0)

@@ -158,7 +158,7 @@ def test_where_nothing_can_be_gained_the_order_stays(matrix):
     assert search_permutation(matrix).tolist() == list(range(matrix.shape[1]))
 
 
-def test_progress_is_told_of_every_round_and_every_escape():
+def test_progress_is_reported_after_every_round_and_every_escape():
     matrix = normal(32, 32)
     calls = {0: 0, 10: 0}
     for escapes in calls:

@@ -447,7 +447,7 @@ def test_a_weight_that_is_used_twice_is_pruned_once_for_all_its_inputs(shared):
     assert model.other.weight is model.one.weight
 
 
-def test_the_network_is_not_run_past_the_layer_that_is_looked_at():
+def test_the_network_is_not_run_past_the_layer_that_is_observed():
     model = network()
     runs = []
     model[4].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -516,10 +516,15 @@ def test_under_autocast_layers_see_what_the_pruned_ones_before_them_hand_on():
     assert same(inside.state_dict(), outside.state_dict())
 
 
-def test_a_model_without_an_eligible_weight_is_left_alone_with_a_warning(caplog):
+def test_a_model_without_an_eligible_weight_is_left_unchanged_with_a_warning(caplog):
     for model in (nn.Sequential(nn.ReLU()), nn.Conv2d(3, 8, 3)):
         assert prune_sparsegpt_(model, [torch.zeros(2, 3, 8, 8)]) == {}
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(HelpersError, match="on the device `meta`, without numbers"):
+        prune_sparsegpt_(nn.Linear(8, 8, device="meta"), [torch.zeros(2, 8)])
 
 
 class Transposing(nn.Module):

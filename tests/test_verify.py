@@ -91,7 +91,7 @@ def resnet(sparse):
 def test_a_checkpoint_has_the_table_of_its_network(tmp_path, compressed, sparse):
     net, path = resnet(sparse), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, model="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x4d")
     else:
         save_checkpoint(net, path, "resnext14_8x4d")
     table = verify_file(path, create_on_meta("resnext14_8x4d", 10))
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
 def test_a_checkpoint_that_names_its_network_asks_for_the_model(tmp_path, compressed):
     net, path = resnet(sparse=True), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, model="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x4d")
     else:
         save_checkpoint(net, path, "resnext14_8x4d")
     for verify in (verify_file, verify_checkpoint):
@@ -144,11 +144,11 @@ def state_of(name, classes=10):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     path, resnet50 = tmp_path / "net.safetensors", state_of("resnet50")
     other = create_on_meta("vgg11", 10)
-    assert difference(resnet50, other, path) == "features.0.weight is missing there"
+    assert difference(resnet50, other, path) == "features.0.weight is missing in the file"
     # The same names, and grouped convolutions that would not be eligible.
     other = create_on_meta("resnext50_32x4d", 10)
     assert difference(resnet50, other, path) == (
-        "layer1.0.conv1.weight is 64x64x1x1 there and 128x64x1x1 in the model"
+        "layer1.0.conv1.weight is 64x64x1x1 in the file and 128x64x1x1 in the model"
     )
 
 
@@ -174,9 +174,9 @@ def test_the_number_of_classes_may_differ(tmp_path, name):
 def test_only_the_outputs_of_the_last_layer_may_differ(tmp_path, name):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     state = model.state_dict() | {name: torch.zeros(4, 1)}
-    assert f"{name} is 4x1 there" in difference(state, model, tmp_path / "net.safetensors")
+    assert f"{name} is 4x1 in the file" in difference(state, model, tmp_path / "net.safetensors")
     state = model.state_dict() | {"0.bias": torch.zeros(4)}
-    assert "0.bias is 4 there" in difference(state, model, tmp_path / "net.safetensors")
+    assert "0.bias is 4 in the file" in difference(state, model, tmp_path / "net.safetensors")
 
 
 def test_regnets_are_verified(tmp_path):
@@ -207,7 +207,7 @@ def test_a_model_without_numbers_is_refused():
         verify_model(create_on_meta("resnet18", 10))
 
 
-def test_a_model_is_of_no_use_for_an_onnx_file(tmp_path):
+def test_a_model_is_refused_for_an_onnx_file(tmp_path):
     with pytest.raises(InputError, match=r"net\.onnx is not a safetensors checkpoint.*Leave"):
         verify_file(tmp_path / "net.onnx", nn.Linear(4, 4))
 

@@ -43,11 +43,11 @@ from helpers.sparsity.prune import (
     restore_weights_,
     unpack_masks,
 )
+from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
+from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
 
 if TYPE_CHECKING:
     from helpers.sparsity.permute import PermutationReport, permute_channels_
-    from helpers.sparsity.sparsegpt import prune_sparsegpt_, sparsegpt_2to4
-    from helpers.sparsity.verify import verify_checkpoint, verify_file, verify_model, verify_onnx
 
 __all__ = [
     "Compressed",
@@ -83,17 +83,8 @@ __all__ = [
     "verify_onnx",
 ]
 
-# These modules import pandas, numba or ONNX; each is loaded when one of its names is used.
-_LOADED_ON_USE = {
-    "PermutationReport": "permute",
-    "permute_channels_": "permute",
-    "prune_sparsegpt_": "sparsegpt",
-    "sparsegpt_2to4": "sparsegpt",
-    "verify_checkpoint": "verify",
-    "verify_file": "verify",
-    "verify_model": "verify",
-    "verify_onnx": "verify",
-}
+# `permute` imports numba, which takes longer than the rest of the package.
+_LOADED_ON_USE = {"PermutationReport": "permute", "permute_channels_": "permute"}
 
 
 def __getattr__(name: str) -> object:

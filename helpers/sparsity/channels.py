@@ -36,7 +36,7 @@ from torch import Tensor
 
 Numbers = NDArray[np.int64]
 
-# The channels of a larger tensor stay if it is not used as the weight of a layer.
+# The channels of a larger tensor are fixed unless it is the weight of a layer.
 _MOST_ELEMENTS = 1_000_000
 
 # What a signature counts: the first number of a key, so that keys of two kinds differ.
@@ -187,7 +187,7 @@ class Channels:
         return labels
 
     def constant(self, shape: Iterable[int], reason: str) -> Tensor:
-        """Return labels for values that stay whatever moves elsewhere: one fixed channel."""
+        """Return labels of one fixed channel, for values that do not move."""
         channel = self.new(1)
         self.fix(channel, reason)
         shape = tuple(shape)

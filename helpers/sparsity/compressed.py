@@ -139,7 +139,7 @@ _AGAIN = "Copy it again, or write it again with save_compressed."
 
 
 def save_compressed(
-    network: nn.Module | Mapping[str, Tensor], path: Path, model: str | None = None
+    model: nn.Module | Mapping[str, Tensor], path: Path, network: str | None = None
 ) -> list[str]:
     """Write a model as one safetensors file with its 2:4 weights compressed.
 
@@ -149,9 +149,9 @@ def save_compressed(
     weights give the same bytes.
 
     Args:
-        network: a model or its `state_dict`, on any device.
+        model: a model or its `state_dict`, on any device.
         path: file to write, in one piece or not at all.
-        model: the network's name, such as `resnet18`; kept in the header.
+        network: the network's name, such as `resnet18`; kept in the header.
 
     Returns:
         The names of the compressed weights.
@@ -160,13 +160,17 @@ def save_compressed(
         InputError: an entry is not a tensor that safetensors can hold, or two entries
             would have the same name; nothing is written.
     """
-    state = network.state_dict() if isinstance(network, nn.Module) else network
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     stored: dict[str, Tensor] = {}
     sparse: list[str] = []
     tied: dict[str, str] = {}
     holders: dict[tuple, str] = {}
     for name, tensor in state.items():
-        _require_storable(name, tensor)
+        if kind := _why_not_storable(tensor):
+            raise InputError(
+                f"{name} is not a plain dense tensor but {kind}, which safetensors cannot hold. "
+                "Convert it to one, or leave it out of the state_dict."
+            )
         holder = holders.setdefault(_memory(tensor), name)
         if holder != name:
             tied[name] = holder
@@ -181,7 +185,7 @@ def save_compressed(
                     "one. Rename the tensor."
                 )
         stored |= parts
-    header = {"version": _VERSION, "model": model, "sparse": sparse, "tied": tied}
+    header = {"version": _VERSION, "model": network, "sparse": sparse, "tied": tied}
     header["sha256"] = state_checksum(stored, header)
     with atomic_write(path) as part:
         # One entry: with two safetensors writes them in a random order.
@@ -272,18 +276,15 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{name}.values": compressed.values, f"{name}.metadata": compressed.metadata}
 
 
-def _require_storable(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise InputError(
-            f"{name} is not a plain dense tensor but {_kind(tensor)}, which safetensors cannot "
-            "hold. Convert it to one, or leave it out of the state_dict."
-        )
-
-
-def _kind(value: Any) -> str:
+def _why_not_storable(value: Any) -> str:
+    """Return what an entry is that safetensors cannot hold; empty if it can."""
     if not isinstance(value, Tensor):
         return f"an object of type {type(value).__name__}"
-    return "a quantized tensor" if value.is_quantized else f"a {value.layout} tensor"
+    if value.is_quantized:
+        return "a quantized tensor"
+    if value.layout != torch.strided:
+        return f"a {value.layout} tensor"
+    return "a tensor on the device `meta`, without numbers" if value.is_meta else ""
 
 
 def _memory(tensor: Tensor) -> tuple:
@@ -298,7 +299,7 @@ def state_checksum(state: Mapping[str, Tensor], header: Mapping[str, Any] | None
 
     Args:
         state: a `state_dict`, in any order and on any device.
-        header: whatever else the checksum is to cover, as JSON.
+        header: anything else that the checksum should cover, as JSON.
     """
     text = "" if header is None else json.dumps(header, sort_keys=True)
     digest = hashlib.sha256(text.encode())

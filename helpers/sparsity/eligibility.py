@@ -3,15 +3,15 @@
 Each one that cannot has its reason. Explained in `02_prune_2_4.ipynb`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.errors import InputError
-from helpers.layers import LayerWeight, layer_table, layer_weights
+from helpers.layers import Example, LayerWeight, layer_table, layer_weights
 from helpers.sparsity.masks import kept_magnitude_2to4
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Selection = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 
 def _any(weight: LayerWeight) -> str:
-    """Take whatever the pattern itself fits."""
+    """Allow every weight whose input channels come in fours."""
     return _why_not_in_fours(weight.input_channels, weight.groups)
 
 
@@ -36,7 +36,7 @@ def _why_not_in_fours(channels: int, groups: int) -> str:
 
 
 def _tensorrt(weight: LayerWeight) -> str:
-    """Take what TensorRT's documentation and maintainers say it has sparse kernels for."""
+    """Allow what TensorRT has sparse kernels for, by its documentation and maintainers."""
     return why_not_tensorrt(weight.input_channels, weight.groups, weight.transposed)
 
 
@@ -56,7 +56,7 @@ def why_not_tensorrt(channels: int, groups: int = 1, transposed: bool = False) -
 
 
 def _asp(weight: LayerWeight) -> str:
-    """Take what NVIDIA's ASP takes, so that results can be compared with published ones."""
+    """Allow what NVIDIA's ASP prunes, so that results can be compared with published ones."""
     if weight.transposed:
         return "transposed: not among ASP's layers"
     outputs, inputs = weight.tensor.shape[:2]
@@ -68,7 +68,7 @@ def _asp(weight: LayerWeight) -> str:
 
 
 def _cusparselt(weight: LayerWeight) -> str:
-    """Take the matrix products that cuSPARSELt takes, in the type that the weight has."""
+    """Allow the matrix products that cuSPARSELt has, in the data type of the weight."""
     rows, columns, *kernel = weight.tensor.shape
     if weight.transposed or weight.groups > 1 or any(size > 1 for size in kernel):
         return NOT_A_PRODUCT
@@ -103,8 +103,8 @@ def why_not_sparse(weight: LayerWeight, rules: str = "tensorrt") -> str:
     Args:
         weight: as `helpers.layers.layer_weights` returns it.
         rules: `tensorrt`; `asp`, the layers that NVIDIA's ASP prunes; `cusparselt`, matrix
-            products in PyTorch (FP32 weights are treated as FP16); `any`, whatever has its
-            input channels in fours.
+            products in PyTorch (FP32 weights are treated as FP16); `any`, every weight with
+            its input channels in fours.
 
     Raises:
         InputError: there are no such rules.
@@ -162,14 +162,37 @@ def select_weights(
     return candidates
 
 
+def why_none_eligible(model: nn.Module, rules: str, candidates: Sequence[Candidate]) -> str:
+    """Return why a model has no eligible weight, and what to do.
+
+    Args:
+        model: the model.
+        rules: by which its weights were selected.
+        candidates: what `select_weights` returned.
+    """
+    name = type(model).__name__
+    if not candidates:
+        return (
+            f"{name} has no linear layer, convolution or attention layer. "
+            "Give a model that has one."
+        )
+    first = candidates[0]
+    return (
+        f"no weight of {name} can be sparse by the rules {rules!r} ({first.name}: {first.reason}). "
+        "Call sparsity_report for the reason of each weight; other `rules`, `include` or "
+        "`exclude` may allow more."
+    )
+
+
 def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | type[nn.Module]]:
-    """Return a selection as a list; a pattern that fits no weight is a mistake."""
+    """Return a selection as a list; a pattern that matches no weight is a mistake."""
     items = [selection] if isinstance(selection, str | type) else list(selection)
     for item in items:
         if isinstance(item, str) and not any(_matches(item, each) for each in weights.values()):
+            first = ", ".join(list(weights)[:5]) or "none"
             raise InputError(
-                f"No weight and no layer is called {item!r}. "
-                f"The model has {', '.join(list(weights)[:5])}, ..."
+                f"No weight or layer matches {item!r}. The weights of the model are "
+                f"{first}{', ...' if len(weights) > 5 else ''}."
             )
     return items
 
@@ -237,7 +260,7 @@ class SparsityReport:
         return 1 / (1 - self.macs_share / 100 / 2)
 
     def facts(self) -> dict[str, float | str]:
-        """Return the totals, as an artifact's sidecar records them."""
+        """Return the totals by name, to be recorded."""
         return {
             "rules": self.rules,
             "layers": len(self.layers),
@@ -291,7 +314,7 @@ def _per_cent(part: float, whole: float) -> float:
 def sparsity_report(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
-    example: Tensor | tuple[Tensor, ...] | None = None,
+    example: Example | None = None,
     rules: str = "tensorrt",
     include: Selection = (),
     exclude: Selection = (),

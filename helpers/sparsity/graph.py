@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,13 +22,13 @@ from helpers.sparsity.channels import ChannelGroups, Channels
 from helpers.sparsity.graph_rules import Op, label_outputs
 
 
-def find_channel_groups(model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGroups:
+def find_channel_groups(model: nn.Module, example: tuple[Any, ...]) -> ChannelGroups:
     """Return which channels of a model may change places.
 
     Args:
         model: a model that `torch.export` can trace; it is traced in evaluation mode, and
             in training mode too if that leaves parameters unused.
-        example: its positional inputs, batch first.
+        example: its positional inputs; the first dimension of a tensor is the batch.
 
     Raises:
         InputError: the model cannot be traced.
@@ -37,13 +38,15 @@ def find_channel_groups(model: nn.Module, example: tuple[Tensor, ...]) -> Channe
     if any(id(parameter) not in channels.placements for parameter in model.parameters()):
         # Auxiliary heads, for instance, whose inputs are channels too. Two samples, because
         # one has no variance.
-        pairs = tuple(torch.cat([value, value]) for value in example)
+        pairs = tuple(
+            torch.cat([value, value]) if isinstance(value, Tensor) else value for value in example
+        )
         _label_graph(channels, model, _trace(model, pairs, training=True))
     return channels.solve()
 
 
 def _trace(
-    model: nn.Module, example: tuple[Tensor, ...], training: bool
+    model: nn.Module, example: tuple[Any, ...], training: bool
 ) -> torch.export.ExportedProgram:
     """Return the graph of a model in one of its two modes; the model keeps its own."""
     try:

@@ -62,8 +62,20 @@ def _input_dim(weight: Tensor, m: int, name: str, dim: int) -> int:
     return dim % len(shape)
 
 
+def require_numbers(weight: Tensor, name: str) -> None:
+    """Raise an error for a tensor on the device `meta` and for a sparse one."""
+    if weight.is_meta:
+        raise InputError(f"{name} is on the device `meta`, without numbers. Load weights first.")
+    if weight.layout != torch.strided:
+        raise InputError(
+            f"{name} is a {weight.layout} tensor, and the pattern is one of dense tensors. "
+            "Convert it with .to_dense()."
+        )
+
+
 def _rankable(weight: Tensor, name: str) -> Tensor:
     """Return a weight, without its gradient, in a floating-point type."""
+    require_numbers(weight, name)
     weight = weight.detach()
     if weight.dtype == torch.int8:
         return weight.half()  # exact, and unlike INT8 it has a number for the magnitude of -128
@@ -96,7 +108,8 @@ def mask_2to4(
 
     Raises:
         InputError: `in` is not a multiple of four, a value is NaN or infinite, the weight
-            has another data type, or the mask cannot be written to `out`.
+            has another data type or no numbers (on the device `meta`), or the mask cannot be
+            written to `out`.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378.
     """
@@ -139,7 +152,7 @@ def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
 
 
 def _fill_(mask: Tensor, groups: Tensor) -> bool:
-    """Do the same with torch's own operations, on whatever device the groups are.
+    """Do the same with operators of PyTorch, on any device.
 
     On a CPU this takes 4 times (3x3 convolution) to 20 times (matrix) as long as the loops.
     """
@@ -261,9 +274,10 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
         dim: the dimension of the input channels; 0 for a transposed convolution.
 
     Raises:
-        InputError: the weight has fewer than two dimensions, there is no dimension `dim`,
-            or `in` is not a multiple of four.
+        InputError: the weight has fewer than two dimensions or no numbers (on the device
+            `meta`), there is no dimension `dim`, or `in` is not a multiple of four.
     """
+    require_numbers(weight, "the weight")
     dim = _input_dim(weight, 4, "the weight", dim)
     return holds_2to4((weight.detach() != 0).swapaxes(dim, 1))
 

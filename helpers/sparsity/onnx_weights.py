@@ -81,8 +81,8 @@ class NodeWeight:
 def node_weights(path: Path) -> Iterator[NodeWeight]:
     """Yield the weights of every convolution, matrix product and recurrent layer in a file.
 
-    A node that can run sparse and whose weight is computed at run time is among them. The bodies
-    of If, Loop and Scan and the calls of local functions are included.
+    A weight that is computed at run time is included if its node could run sparse, and so are
+    the weights in the bodies of If, Loop and Scan and in local functions.
 
     Raises:
         InputError: the file is missing or damaged, or is not an ONNX model.
@@ -97,7 +97,7 @@ def node_weights(path: Path) -> Iterator[NodeWeight]:
             functions={_key(function): function for function in model.functions},
         )
         for node, inner in scope.walk():
-            yield from _weights(node, inner)
+            yield from _weights_of(node, inner)
     except RecursionError as error:
         raise InputError(
             f"The constants or functions of {shown(path)} are nested too deeply. Simplify the "
@@ -105,7 +105,7 @@ def node_weights(path: Path) -> Iterator[NodeWeight]:
         ) from error
 
 
-def _weights(node: NodeProto, scope: "_Scope") -> Iterator[NodeWeight]:
+def _weights_of(node: NodeProto, scope: "_Scope") -> Iterator[NodeWeight]:
     """Yield the weights of one node; most nodes have none."""
     if node.domain not in STANDARD_DOMAINS:
         return
@@ -113,14 +113,14 @@ def _weights(node: NodeProto, scope: "_Scope") -> Iterator[NodeWeight]:
     candidates = [side for side in sides if side < len(node.input) and node.input[side]]
     constant = [side for side in candidates if scope.is_constant(node.input[side])]
     for side in constant:
-        yield _weight(node, scope, side)
+        yield _weight_at(node, scope, side)
     if not constant and node.op_type in _SPARSE_OPS:
         why = "the weight is computed at run time"
         name = node.input[candidates[-1]]
         yield NodeWeight(node.name, node.op_type, name, None, why_unknown=why)
 
 
-def _weight(node: NodeProto, scope: "_Scope", side: int) -> NodeWeight:
+def _weight_at(node: NodeProto, scope: "_Scope", side: int) -> NodeWeight:
     name = node.input[side]
     source = scope.resolve(name)
     if source.value is None:

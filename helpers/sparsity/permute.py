@@ -6,9 +6,9 @@ order, but the order decides which four weights form a group, and so which weigh
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from helpers.errors import InputError
-from helpers.layers import LayerWeight, layer_weights
+from helpers.layers import LayerWeight
 from helpers.sparsity.channels import (
     ChannelGroups,
     Numbers,
@@ -27,9 +27,9 @@ from helpers.sparsity.channels import (
     gather_positions,
     reorder_,
 )
-from helpers.sparsity.eligibility import Selection, eligible_weights
+from helpers.sparsity.eligibility import Selection, select_weights
 from helpers.sparsity.graph import find_channel_groups
-from helpers.sparsity.masks import kept_magnitude, mask_2to4
+from helpers.sparsity.masks import kept_magnitude_2to4
 from helpers.sparsity.search import kept_2to4, search_permutation
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PermutationReport:
 
 def permute_channels_(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Tensor | tuple[Any, ...],
     rules: str = "tensorrt",
     include: Selection = (),
     exclude: Selection = (),
@@ -90,10 +90,10 @@ def permute_channels_(
 
     Args:
         model: a model that `torch.export` can trace.
-        example: inputs of the shape that it takes; on the model's device.
+        example: its positional inputs, tensors on the model's device and other values.
         rules: the rules that decide which weights will be pruned, as in `eligible_weights`.
         include: names or types of layers, as in `eligible_weights`.
-        exclude: likewise.
+        exclude: as `include`.
         escapes: how often each search may leave a local optimum.
 
     Returns:
@@ -108,9 +108,9 @@ def permute_channels_(
     additions of this project.
     """
     example = example if isinstance(example, tuple) else (example,)
-    eligible = eligible_weights(model, rules, include, exclude)
-    weights = {name: weight for name, weight in layer_weights(model).items() if name in eligible}
-    before = {name: _kept(weight) for name, weight in weights.items()}
+    candidates = select_weights(model, rules, include, exclude)
+    weights = {weight.name: weight for weight in candidates if weight.eligible}
+    before = _kept_magnitudes(weights)
     try:
         groups = find_channel_groups(model, example)
     except InputError as why:
@@ -120,17 +120,19 @@ def permute_channels_(
         return _report(before, before, reasons, 0.0)
 
     inputs = _random_like(example)
-    expected = _outputs(model, inputs)  # before the search, which takes its time
+    expected = _outputs(model, inputs)  # before the search, so that an error comes early
     _check_comparable(expected, type(model).__name__)
     moves, reasons = _search_sets(groups, readers, reasons, escapes)
     error = _apply_or_restore_(model, groups, gather_index(groups, moves), inputs, expected)
-    after = {name: _kept(weight) for name, weight in weights.items()}
+    after = _kept_magnitudes(weights)
     return _report(before, after, reasons, error)
 
 
-def _kept(weight: LayerWeight) -> float:
-    tensor = weight.tensor.detach()
-    return kept_magnitude(tensor, mask_2to4(tensor, weight.name, weight.input_dim))
+def _kept_magnitudes(weights: Mapping[str, LayerWeight]) -> dict[str, float]:
+    return {
+        name: kept_magnitude_2to4(weight.tensor, name, weight.input_dim)
+        for name, weight in weights.items()
+    }
 
 
 def _report(
@@ -168,7 +170,7 @@ Move = tuple[Numbers, Numbers]
 
 
 def _readers_by_set(
-    groups: ChannelGroups, weights: dict[str, LayerWeight]
+    groups: ChannelGroups, weights: Mapping[str, LayerWeight]
 ) -> tuple[dict[int, list[_Reader]], dict[str, str]]:
     """Return what reads each interchangeable set, and why each weight stays if no search gains."""
     readers: dict[int, list[_Reader]] = defaultdict(list)
@@ -248,7 +250,7 @@ def _search(
 
 
 def _fours(groups: ChannelGroups, number: int, channels: Numbers) -> Numbers:
-    """Return the coupled groups that lie, four by four, wholly in a set, (fours, 4).
+    """Return the fours of coupled groups that lie entirely in a set, (fours, 4).
 
     They are sorted within a four, and the fours among themselves, so that equal groupings
     are equal arrays. Empty if a coupled group is read twice, after a flattening for
@@ -275,7 +277,7 @@ def _apply_or_restore_(
     model: nn.Module,
     groups: ChannelGroups,
     index: Numbers,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
     expected: list[Tensor],
 ) -> float:
     """Reorder the model if its outputs stay the same; return their maximum relative error."""
@@ -298,18 +300,18 @@ def _apply_or_restore_(
     return error
 
 
-def _random_like(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return random inputs in double precision; indices and masks as they are."""
+def _random_like(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return random inputs in double precision; all but floating-point tensors as they are."""
     generator = torch.Generator().manual_seed(0)
     return tuple(
         torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-        if value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for value in example
     )
 
 
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """Return the floating-point and complex outputs of a copy of the model in double precision."""
     try:
         double = copy.deepcopy(model).double().eval()
@@ -319,8 +321,8 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         line = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(
             f"A copy of {type(model).__name__} does not run in double precision "
-            f"({type(error).__name__}: {line[:200]}), which it takes to compare its outputs before "
-            "and after: leave its channels as they are."
+            f"({type(error).__name__}: {line[:200]}), so its outputs before and after cannot be "
+            "compared: leave its channels as they are."
         ) from error
     leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]

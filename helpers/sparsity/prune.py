@@ -18,7 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_weights
-from helpers.sparsity.eligibility import Candidate, Selection, select_weights
+from helpers.sparsity.eligibility import (
+    Candidate,
+    Selection,
+    select_weights,
+    why_none_eligible,
+)
 from helpers.sparsity.masks import is_2to4, mask_2to4
 
 Masks = dict[str, Tensor]
@@ -74,13 +79,13 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
         InputError: the model has no weight of that name and shape, or a mask is not
             boolean; nothing has been changed then.
     """
-    weights = _weights(model, masks)
+    weights = _parameters(model, masks)
     with torch.no_grad():
         for weight, mask in zip(weights, masks.values(), strict=True):
             weight.mul_(mask.to(weight.device))
 
 
-def _weights(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
+def _parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
     """Return the parameters that masks belong to, in their order."""
     weights = []
     for name, mask in masks.items():
@@ -129,24 +134,9 @@ def prune_2to4_(
     candidates = select_weights(model, rules, include, exclude)
     masks = _masks(_eligible(candidates))
     if not masks:
-        _logger.warning("%s", _nothing_pruned(model, rules, candidates))
+        _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
     apply_masks_(model, masks)
     return masks
-
-
-def _nothing_pruned(model: nn.Module, rules: str, candidates: Sequence[Candidate]) -> str:
-    name = type(model).__name__
-    if not candidates:
-        return (
-            f"Nothing was pruned: {name} has no linear layer, convolution or attention layer. "
-            "Give a model that has one."
-        )
-    first = candidates[0]
-    return (
-        f"Nothing was pruned: no weight of {name} can be sparse by the rules {rules!r} "
-        f"({first.name}: {first.reason}). Call sparsity_report for the reason of each weight; "
-        "other `rules`, `include` or `exclude` may take more."
-    )
 
 
 def masks_of(
@@ -221,7 +211,7 @@ def hold_masks(
             step hooks, or `check_every` is negative; later, in a checked step, a weight is
             not 2:4.
     """
-    _weights(model, masks)  # a mistake shows here, and not in the first step
+    _parameters(model, masks)  # a mistake shows here, and not in the first step
     if check_every < 0:
         raise InputError(f"check_every is {check_every}; give a number of steps, or 0 for never.")
     input_dims: dict[str, int] = {}
@@ -231,7 +221,7 @@ def hold_masks(
     steps = 0
 
     def put_zeros_back(*_: object) -> None:
-        weights: list[Tensor] = [*_weights(model, masks)]
+        weights: list[Tensor] = [*_parameters(model, masks)]
         for (name, mask), weight in zip(masks.items(), weights, strict=True):
             if name not in factors or not _alike(factors[name], weight):
                 # Of the weight's own type and strides: only then is it one multiplication.
@@ -243,7 +233,7 @@ def hold_masks(
     def check(*_: object) -> None:
         nonlocal steps
         if steps % check_every == 0:
-            for name, weight in zip(masks, _weights(model, masks), strict=True):
+            for name, weight in zip(masks, _parameters(model, masks), strict=True):
                 if not is_2to4(weight, input_dims.get(name, 1)):
                     remedy = "Something besides this optimizer wrote to it, or training diverged."
                     raise _not_2to4(name, remedy)
@@ -279,7 +269,7 @@ def removed_weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         InputError: the model has no weight of a mask's name and shape, or a mask is not
             boolean.
     """
-    weights = zip(masks.items(), _weights(model, masks), strict=True)
+    weights = zip(masks.items(), _parameters(model, masks), strict=True)
     return {name: weight.detach()[~mask.to(weight.device)] for (name, mask), weight in weights}
 
 
@@ -295,7 +285,7 @@ def restore_weights_(model: nn.Module, masks: Masks, removed: dict[str, Tensor])
         InputError: masks, values and the model's weights do not belong together; nothing
             has been changed then.
     """
-    weights = _weights(model, masks)
+    weights = _parameters(model, masks)
     for name, mask in masks.items():
         zeros = int((~mask).sum())
         if name not in removed or removed[name].numel() != zeros:
@@ -326,9 +316,15 @@ def pack_masks(masks: Masks) -> dict[str, Tensor]:
 
 
 def unpack_masks(packed: Mapping[str, Tensor]) -> Masks:
-    """Return the masks, on the CPU, that `pack_masks` was given."""
+    """Return the masks, on the CPU, that `pack_masks` was given.
+
+    Raises:
+        InputError: the shape of a mask is missing.
+    """
     masks = {}
     for name in (name for name in packed if not name.endswith(_SHAPE)):
+        if name + _SHAPE not in packed:
+            raise InputError(f"{name}{_SHAPE} is missing. Give all that pack_masks returned.")
         shape = torch.Size(packed[name + _SHAPE].tolist())
         bits = np.unpackbits(packed[name].cpu().numpy(), count=shape.numel())
         masks[name] = torch.from_numpy(bits).view(torch.bool).view(shape)

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
 from helpers.products import Product, aten, watch_products
-from helpers.sparsity.eligibility import Selection, eligible_weights
-from helpers.sparsity.masks import diverged, mask_2to4
+from helpers.sparsity.eligibility import Selection, select_weights, why_none_eligible
+from helpers.sparsity.masks import diverged, mask_2to4, require_numbers
+from helpers.sparsity.prune import Masks
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def prune_sparsegpt_(
     exclude: Selection = (),
     dampening: float = 0.01,
     block_size: int = 128,
-) -> dict[str, Tensor]:
+) -> Masks:
     """Prune 2:4 in place, and change the kept weights so that each layer's outputs stay close.
 
     One layer after another, in the order of execution, loses the weights that matter
@@ -77,11 +78,13 @@ def prune_sparsegpt_(
             "`calibration_data` is an iterator, which is exhausted after one pass, but is read "
             "once for every layer. Pass a list or a DataLoader."
         )
-    weights = eligible_weights(model, rules, include, exclude)
+    candidates = select_weights(model, rules, include, exclude)
+    weights = {weight.name: weight.parameter for weight in candidates if weight.eligible}
     if not weights:
-        _logger.warning("Nothing is pruned: no weight is eligible by the rules %r.", rules)
+        _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
         return {}
     for name, weight in weights.items():
+        require_numbers(weight, name)
         if not weight.isfinite().all():
             raise diverged(name)
     masks = {}
@@ -194,7 +197,9 @@ def _prune_weight_(
     return mask
 
 
-# What a weight is multiplied with.
+# --- what a weight is multiplied with ---
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass whose remaining layers are not needed.
 
@@ -321,7 +326,9 @@ def _windows(product: Product) -> Tensor:
     return windows
 
 
-# The model around it.
+# --- the model around it ---
+
+
 def _batches(
     calibration_data: Iterable[Any], weights: Mapping[str, Tensor]
 ) -> Iterator[ModelInputs]:

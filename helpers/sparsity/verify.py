@@ -101,17 +101,21 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
         )
     if model is None:
         rows = [
-            {"weight": name, **asdict(_judged(_kept(tensor), 1, why_not_tensorrt(tensor.shape[1])))}
+            {
+                "weight": name,
+                **asdict(_judged(_nonzero(tensor), 1, why_not_tensorrt(tensor.shape[1]))),
+            }
             for name, tensor in state.items()
             if tensor.dim() >= 2
         ]
         return _table(["weight"], rows)
-    if difference := _difference(state, model):
+    weights = layer_weights(model)
+    if difference := _difference(state, model, weights):
         raise InputError(
             f"{shown(path)} does not hold the weights of this {type(model).__name__}: "
             f"{difference}. Give the model that it was saved from."
         )
-    return _table_of(layer_weights(model), state)
+    return _table_of(weights, state)
 
 
 def verify_onnx(path: Path) -> "pd.DataFrame":
@@ -157,11 +161,11 @@ class _Verdict:
     reason: str
 
 
-def _judged(kept: np.ndarray, groups: int, reason: str) -> _Verdict:
+def _judged(nonzero: np.ndarray, groups: int, reason: str) -> _Verdict:
     """Return the verdict on a weight (out, in, ...), given where it is not zero."""
-    zeros = 100 * (1 - np.count_nonzero(kept) / kept.size) if kept.size else float("nan")
-    is_2to4 = holds_2to4(kept)
-    return _Verdict(kept.shape, groups, not reason, is_2to4, round(zeros, 2), reason)
+    zeros = 100 * (1 - np.count_nonzero(nonzero) / nonzero.size) if nonzero.size else float("nan")
+    is_2to4 = holds_2to4(nonzero)
+    return _Verdict(nonzero.shape, groups, not reason, is_2to4, round(zeros, 2), reason)
 
 
 def _unknown(reason: str) -> _Verdict:
@@ -194,33 +198,35 @@ def _table_of(weights: Mapping[str, LayerWeight], tensors: Mapping[str, Tensor])
     for name, weight in weights.items():
         reason = why_not_sparse(weight)
         if name in tensors:
-            kept = _kept(tensors[name]).swapaxes(1, weight.input_dim)
-            verdict = _judged(kept, weight.groups, reason)
-        else:  # computed by the model: a checkpoint holds what from
+            nonzero = _nonzero(tensors[name]).swapaxes(1, weight.input_dim)
+            verdict = _judged(nonzero, weight.groups, reason)
+        else:  # the model computes it from what the checkpoint holds
             verdict = _unknown(reason)
         row = {"layer": weight.layer_name, "type": type(weight.layer).__name__, "weight": name}
         rows.append(row | asdict(verdict))
     return _table(["layer", "type", "weight"], rows)
 
 
-def _kept(weight: Tensor) -> np.ndarray:
+def _nonzero(weight: Tensor) -> np.ndarray:
     return (weight.detach() != 0).cpu().numpy()
 
 
-def _difference(state: Mapping[str, Tensor], model: nn.Module) -> str:
+def _difference(
+    state: Mapping[str, Tensor], model: nn.Module, weights: Mapping[str, LayerWeight]
+) -> str:
     """Return the first way in which a checkpoint's weights are not the model's; empty if none."""
-    last = list(layer_weights(model).values())[-1:]
+    last = list(weights.values())[-1:]
     # The number of classes may differ: it changes no other layer, and no verdict.
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
     for name, parameter in model.named_parameters():
         if name not in state:
-            return f"{name} is missing there"
+            return f"{name} is missing in the file"
         found, wanted = list(state[name].shape), list(parameter.shape)
         if id(parameter) in any_rows and found:
             found[0] = wanted[0]
         if found != wanted:
             shapes = ["x".join(map(str, shape)) for shape in (state[name].shape, parameter.shape)]
-            return f"{name} is {shapes[0]} there and {shapes[1]} in the model"
+            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
     # A weight that the model does not have would not be verified.
     known = model.state_dict().keys()
     for name, tensor in state.items():

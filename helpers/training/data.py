@@ -72,7 +72,7 @@ def make_splits(
     if len(plain) <= validation_images:
         raise DataError(
             f"{dataset} has {len(plain)} training images in {shown(folder)}, too few to hold "
-            f"{validation_images} of them out for validation. See that the data set is complete, "
+            f"{validation_images} of them out for validation. Check that the data set is complete, "
             "or hold out fewer."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +156,7 @@ def _fashion_mnist(folder: Path) -> _Parts:
         raise DataError(
             f"Fashion-MNIST could not be read from {shown(raw)} ({reason}). The four .gz files "
             "belong there: in this project, `git checkout -- data/FashionMNIST` restores them. "
-            "Delete any file there that does not end in .gz, see that the disk has 60 MB free, "
+            "Delete any file there that does not end in .gz, check that the disk has 60 MB free, "
             "and run this again."
         ) from error
 

@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainingError(HelpersError, RuntimeError):
-    """A training diverged."""
+    """Training diverged."""
 
 
 def evaluate(model: nn.Module, loader: DataLoader) -> Accuracy:
@@ -65,7 +65,7 @@ def _right(models: Sequence[nn.Module], loader: DataLoader) -> Tensor:
     where, right = device(), []
     with ExitStack() as modes:
         for model in models:
-            # Not in inference mode: weights made inside it could not be trained any more.
+            # Outside of inference mode: weights that are moved inside it cannot be trained.
             _move(model, where)
             modes.enter_context(in_mode(model, training=False))
         modes.enter_context(torch.inference_mode())
@@ -93,7 +93,7 @@ class Epoch:
 
 @dataclass
 class _Progress:
-    """All that a training needs in order to continue as if it had never stopped."""
+    """What a training needs to continue as if it had never stopped."""
 
     procedure: str
     start: str  # checksum of the weights it began with
@@ -104,7 +104,7 @@ class _Progress:
     history: list[dict] = field(default_factory=list)
 
     def add(self, epoch: Epoch, model: nn.Module, optimizer: SGD, scheduler: LambdaLR) -> None:
-        """Take over what a finished epoch has left."""
+        """Record a finished epoch."""
         if epoch.validation > max((past["validation"] for past in self.history), default=-1.0):
             self.best = copy.deepcopy(model.state_dict())
         self.history.append(asdict(epoch))
@@ -143,7 +143,7 @@ def train(
         One `Epoch` for each epoch.
 
     Raises:
-        TrainingError: the loss is not a finite number any more.
+        TrainingError: the loss became NaN or infinite.
         InputError: there is no whole batch of training images, or the progress file is damaged.
 
     Source: the procedure is that of Mishra et al., arXiv 2104.08378: repeat the
@@ -222,7 +222,7 @@ def _train_epoch(
 def _resume(
     path: Path, fresh: _Progress, model: nn.Module, optimizer: SGD, scheduler: LambdaLR
 ) -> _Progress:
-    """Return the progress of an interrupted training, or `fresh` if it is of another one."""
+    """Return the progress of an interrupted training, or `fresh` if the file is of another."""
     try:
         stored = _Progress(**torch.load(path, map_location=device(), weights_only=True))
     except Exception as error:  # torch.load fails in many ways on a damaged file
@@ -236,11 +236,12 @@ def _resume(
         state_checksum(stored.best),
     ):
         _logger.warning(
-            "%s is of another training (weights, recipe or seed); starting at epoch 1.", path.name
+            "%s belongs to another training (weights, recipe or seed); starting at epoch 1.",
+            path.name,
         )
         return fresh
     _logger.info(
-        "%s: going on after epoch %d. Delete it to start at epoch 1.",
+        "%s: continuing after epoch %d. Delete it to start at epoch 1.",
         path.name,
         len(stored.history),
     )

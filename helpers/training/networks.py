@@ -19,7 +19,7 @@ from torchvision.models import ResNeXt101_32X8D_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from helpers.errors import InputError
-from helpers.files import shown
+from helpers.files import atomic_write, shown
 from helpers.sparsity.compressed import Checkpoint, read_checkpoint
 
 
@@ -122,15 +122,17 @@ def save_checkpoint(model: nn.Module, path: Path, name: str) -> None:
 
     Args:
         model: on any device.
-        path: file to write.
+        path: file to write, in one piece or not at all.
         name: as `create_model` takes it; `load_checkpoint` creates that model.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; nothing is written.
+        WriteError: the disk is full or the folder cannot be written to.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     _require_finite(state, "the model")
-    save_file(state, path, metadata={"model": name})
+    with atomic_write(path) as part:
+        save_file(state, part, metadata={"model": name})
 
 
 def load_checkpoint(path: Path) -> nn.Module:
@@ -190,7 +192,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _number_of_classes(path: Path, name: str, state: Mapping[str, Tensor]) -> int:
-    """Return for how many classes a checkpoint's last layer has weights.
+    """Return the number of classes that a checkpoint's last layer has.
 
     That layer is the one whose shape changes with the number of classes, whatever its name.
     """

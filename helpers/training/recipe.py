@@ -34,25 +34,25 @@ class Recipe:
             "epochs": (self.epochs >= 0, "at least 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "warmup": (0 <= self.warmup <= 1, "from 0 to 1"),
-            "step_epochs": (self.step_epochs is None or self.step_epochs >= 1, "None or from 1 up"),
+            "step_epochs": (self.step_epochs is None or self.step_epochs > 0, "above 0 or None"),
         }
         for name, (holds, wanted) in ranges.items():
             if not holds:
-                raise InputError(f"{name} of a recipe is {wanted}, not {getattr(self, name)}.")
+                raise InputError(f"{name} of a recipe must be {wanted}, not {getattr(self, name)}.")
 
 
 def schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """Return the factor on the learning rate for each step of a training.
 
     Args:
-        recipe: its epochs, warm-up and decay count.
+        recipe: its epochs, warm-up and decay are used.
         steps_per_epoch: batches in an epoch.
 
     Raises:
         InputError: there are no steps in an epoch.
     """
     if steps_per_epoch < 1:
-        raise InputError(f"An epoch of {steps_per_epoch} steps trains nothing: it takes 1 or more.")
+        raise InputError(f"An epoch has {steps_per_epoch} steps, and needs at least 1.")
     total = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup * total)
     decay = max(total - warmup, 1)  # a warm-up may last to the end
