@@ -675,6 +675,8 @@ def _pack_tap(
 @_helper
 def _inside(start: int, stride: int, width: int, length: int) -> tuple[int, int]:
     """Return the range of i within `length` for which start + i * stride is within `width`."""
+    if stride == 1:  # the usual one needs no division
+        return min(max(-start, 0), length), min(max(width - start, 0), length)
     low = 0 if start >= 0 else (-start + stride - 1) // stride
     high = 0 if start >= width else (width - 1 - start) // stride + 1
     return min(low, length), min(high, length)
