@@ -139,6 +139,14 @@ def test_threads_do_not_change_a_bit(layer, shape):
     assert torch.equal(ours(input, threads=1), ours(input, threads=64))
 
 
+def test_threads_start_without_the_openmp_of_pytorch(monkeypatch):
+    ours = CpuLayer.from_conv(sparse_(nn.Conv2d(64, 66, 3, padding=1)))
+    input = torch.randn(1, 64, 14, 14)
+    expected = ours(input, threads=1)
+    monkeypatch.setattr(cpu_kernels, "_gomp_parallel", lambda: None)
+    assert torch.equal(ours(input, threads=2), expected)
+
+
 def test_the_residual_may_be_the_output():
     layer = sparse_(nn.Conv2d(64, 66, 1))
     input, residual = torch.randn(1, 64, 14, 14), torch.randn(1, 66, 14, 14)

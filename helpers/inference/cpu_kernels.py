@@ -16,6 +16,7 @@ be named; numba compiles the rest. Both are kept on disk for the next process. A
 code is in this one file, since numba looks for changes in no other.
 """
 
+import ctypes
 import logging
 import threading
 import time
@@ -85,7 +86,7 @@ PLAN = np.dtype(
         # Addresses that change from call to call, and others.
         *[(name, np.intp) for name in "input output residual scratch".split()],
         *[(name, np.intp) for name in "values positions bias".split()],
-        ("next_unit", np.intp),  # of the number of the next unit to be taken
+        *[(name, np.intp) for name in "next_unit next_thread".split()],  # of numbers to take
         # The layer; channels and rows are those of one group. A linear layer has one image, with
         # its tokens in one row.
         *[(name, np.intp) for name in "tokens images groups channels rows".split()],
@@ -622,14 +623,14 @@ def _take_next(typing: Any, counter: Any) -> Any:
 
 
 @_intrinsic
-def _call(typing: Any, function: Any, plan: Any, thread: Any) -> Any:
-    """Call a compiled `work(plan, thread)` at an address."""
+def _call(typing: Any, function: Any, plan: Any) -> Any:
+    """Call a compiled function of a plan at an address."""
 
-    def call(b: _Assembler, function: ir.Value, plan: ir.Value, thread: ir.Value) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [_INT64, _INT64])
-        b.call(b.inttoptr(function, kind.as_pointer()), [plan, thread])
+    def call(b: _Assembler, function: ir.Value, plan: ir.Value) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [_INT64])
+        b.call(b.inttoptr(function, kind.as_pointer()), [plan])
 
-    return types.void(types.intp, types.intp, types.intp), _generator(call)
+    return types.void(types.intp, types.intp), _generator(call)
 
 
 # --- one unit of a layer ---
@@ -949,12 +950,12 @@ def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
 
 
 @_helper
-def _compute_units(plans: Any, kept: int, thread: int) -> None:
+def _compute_units(plans: Any, kept: int) -> None:
     """Compute units of a layer until no thread has left any."""
     kept = literally(kept)
     plan = carray(plans, 1)[0]
     units = plan.groups * plan.tiles * plan.parts
-    scratch = plan.scratch + thread * plan.scratch_bytes
+    scratch = plan.scratch + _take_next(plan.next_thread) * plan.scratch_bytes
     number = _take_next(plan.next_unit)
     while number < units:
         _compute(plan, kept, number, scratch)
@@ -964,27 +965,27 @@ def _compute_units(plans: Any, kept: int, thread: int) -> None:
 # What is compiled: plain functions with nothing bound to them, for numba finds those again.
 
 
-def _sparse(plans: Any, thread: int) -> None:
-    _compute_units(plans, 2, thread)
+def _sparse(plans: Any) -> None:
+    _compute_units(plans, 2)
 
 
-def _dense_twin(plans: Any, thread: int) -> None:
-    _compute_units(plans, 4, thread)
+def _dense_twin(plans: Any) -> None:
+    _compute_units(plans, 4)
+
+
+def _on_each_thread(work: int, plan: int, threads: int) -> None:
+    """Call the function at an address once on each thread."""
+    for _ in prange(threads):
+        _call(work, plan)
 
 
 # --- compile once, run on several threads ---
 
 
-def _on_each_thread(work: int, plan: int, threads: int) -> None:
-    """Call the function at an address once on each thread."""
-    for thread in prange(threads):
-        _call(work, plan, thread)
-
-
 @cache
 def _work(kept: int) -> Any:
     """Return the compiled function that computes units of a layer."""
-    signature = types.void(types.CPointer(numba.from_dtype(PLAN)), types.intp)
+    signature = types.void(types.CPointer(numba.from_dtype(PLAN)))
     what, function = {2: ("sparse kernel", _sparse), 4: ("dense twin", _dense_twin)}[kept]
 
     def compile(keep: bool) -> Any:
@@ -1003,6 +1004,22 @@ def _start() -> Any:
         return njit(signature, parallel=True, nogil=True, cache=keep)(_on_each_thread)
 
     return _compiled(compile, "start of threads")
+
+
+@cache
+def _gomp_parallel() -> Any:
+    """Return the function of PyTorch's OpenMP that calls another on several threads, or None.
+
+    It is the one behind `#pragma omp parallel` in GCC. Numba would load a second OpenMP, and
+    the threads of each spin for a while after their work, in the way of the other's.
+    """
+    try:
+        parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel
+    except (OSError, AttributeError):
+        return None  # another OpenMP, as on macOS and Windows
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
@@ -1036,7 +1053,7 @@ def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
 # Two layers never run at once: they would share the scratch, and numba's simplest threads
 # cannot be started twice.
 _running = threading.Lock()
-_next_unit = np.zeros(1, np.int64)
+_numbers = np.zeros(2, np.int64)  # of the next unit, and of the next thread
 
 
 class _Scratch:
@@ -1071,7 +1088,8 @@ class Plan:
         record = np.zeros(1, PLAN)
         for name, value in fields.items():
             record[name] = value
-        record["next_unit"] = _next_unit.ctypes.data
+        record["next_unit"] = _numbers.ctypes.data
+        record["next_thread"] = _numbers.ctypes.data + _numbers.itemsize
         self.scratch_bytes = threads * int(record["scratch_bytes"][0])
         self._address = record.ctypes.data
         # A view, because a structured array is slow to write to.
@@ -1083,13 +1101,10 @@ class Plan:
         with _running:
             _scratch.grow(self.scratch_bytes)
             self._addresses[:] = input, output, residual, _scratch.address
-            _next_unit[0] = 0
+            _numbers[:] = 0
             if self.threads == 1:
-                work.ctypes(self._address, 0)
-                return
-            before = numba.get_num_threads()
-            numba.set_num_threads(self.threads)
-            try:
+                work.ctypes(self._address)
+            elif (parallel := _gomp_parallel()) is not None:
+                parallel(work.address, self._address, self.threads, 0)
+            else:
                 _start()(work.address, self._address, self.threads)
-            finally:
-                numba.set_num_threads(before)
