@@ -196,7 +196,7 @@ def test_a_network_runs_the_kernel_that_was_chosen_for_each_shape():
     few, many = random(2, 16), random(8, 16)
     for rows in (few, many):
         folded(rows)  # chooses
-    tuned.kernels = {name: lambda input, name=name: name for name in tuned.kernels}
+    tuned.kernels = {name: lambda *_, name=name: name for name in tuned.kernels}
     assert (folded(few), folded(many)) == ("dense layer", "dense GEMM")
 
 
@@ -209,7 +209,7 @@ class Convolution3x3(Kernel):
     def takes(cls, layer: ProductLayer) -> bool:
         return isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)
 
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
+    def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
         return self.epilogue.apply_(self.layer(input))
 
 

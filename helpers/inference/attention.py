@@ -5,6 +5,7 @@ linear layers around the attention, its projections can be replaced like any oth
 """
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +35,15 @@ class SelfAttention(nn.Module):
         self.out = _linear_of(attention.out_proj.get_parameter("weight"), attention.out_proj.bias)
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        split = self.qkv(query).unflatten(-1, (3, self.heads, -1))  # ..., token, 3, head, width
-        q, k, v = split.movedim(-3, 0).transpose(-3, -2)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(-3, -2).flatten(-2)), None
+        return self.out(attend(self.qkv(query), self.heads)), None
+
+
+def attend(projected: Tensor, heads: int) -> Tensor:
+    """Return what attention mixes of queries, keys and values (..., token, 3 * width)."""
+    split = projected.unflatten(-1, (3, heads, -1))  # ..., token, 3, head, width
+    q, k, v = split.movedim(-3, 0).transpose(-3, -2)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.transpose(-3, -2).flatten(-2)
 
 
 def split_self_attention_(model: fx.GraphModule) -> None:
@@ -48,6 +54,27 @@ def split_self_attention_(model: fx.GraphModule) -> None:
             continue
         if is_self_attention(layer, calls):
             model.set_submodule(name, SelfAttention(layer))
+
+
+def inline_self_attention_(model: fx.GraphModule) -> None:
+    """Write each `SelfAttention` into the graph as the calls that it makes, in place."""
+    for name, calls in module_calls(model).items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, SelfAttention):
+            continue
+        for call in calls:
+            given = dict(zip(ARGUMENTS, call.args, strict=False)) | call.kwargs
+            with model.graph.inserting_before(call):
+                projected = model.graph.call_module(f"{name}.qkv", (given["query"],))
+                mixed = model.graph.call_function(attend, (projected, layer.heads))
+                output = model.graph.call_module(f"{name}.out", (mixed,))
+            for user in list(call.users):
+                if user.target is operator.getitem and user.args[1] == 0:
+                    user.replace_all_uses_with(output)
+                    model.graph.erase_node(user)
+            if not call.users:
+                model.graph.erase_node(call)
+    model.recompile()
 
 
 def is_self_attention(layer: nn.MultiheadAttention, calls: Sequence[fx.Node]) -> bool:

@@ -1,11 +1,13 @@
 """Choose the fastest kernel of a layer by timing. Explained in `06_infer_and_benchmark.ipynb`."""
 
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ Timer = Callable[[Sequence[Callable[[], Tensor]]], list[float]]
 
 NOISE = 0.02  # a kernel that is faster by less than this share of the time is not faster
 TOLERANCE = 10  # roundings of the largest output by which two kernels may differ
+CPU_TOLERANCE = 1e-4  # of the largest output, for FP32 on a CPU: the order of the sums differs
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,74 @@ class Choice:
     algorithm: dict[str, int]
     milliseconds: dict[str, float]  # by kernel
     refused: dict[str, str] = field(default_factory=dict)  # why a kernel does not run, by kernel
+
+
+def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> list[float]:
+    """Return how many milliseconds each call takes on the host's clock, measured in turns.
+
+    It is the lower quartile of its runs: other programs only ever make a run longer.
+
+    Args:
+        calls: what to time.
+        seconds: for how long to time each, in at least five runs.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    for turn in order:
+        _time_once(calls[turn])  # sets itself up
+        taken[turn].append(_time_once(calls[turn]))
+    rounds = max(2, min(25, math.ceil(seconds / max(1e-6, sum(map(sum, taken)) / len(calls)) / 2)))
+    for _ in range(rounds):
+        order.append(order.pop(0))
+        for turn in order + order[::-1]:
+            taken[turn].append(_time_once(calls[turn]))
+    return [1000 * float(np.percentile(own, 25)) for own in taken]
+
+
+def _time_once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class ChoiceCache:
+    """Choices by a key that says in words what they depend on, kept in a JSON file.
+
+    Args:
+        path: the file; without one they last as long as this object.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.choices: dict[str, Choice] = {}
+
+    def get(self, key: str, measure: Callable[[], Choice]) -> Choice:
+        """Return the choice that is kept under a key, or else measure it and keep it.
+
+        Raises:
+            InputError: the file cannot be read.
+            WriteError: the file cannot be written.
+        """
+        if key not in self.choices:
+            self.choices |= self._read()  # another runner may have measured it meanwhile
+        if key not in self.choices:
+            choice = measure()
+            self.choices |= self._read() | {key: choice}  # others may have written while it did
+            if self.path is not None:
+                write_json(self.path, self.choices)
+        return self.choices[key]
+
+    def _read(self) -> dict[str, Choice]:
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            entries = json.loads(self.path.read_text())
+            return {key: Choice(**entry) for key, entry in entries.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{shown(self.path)} does not hold choices of kernels ({error}). "
+                "Delete it; they will be measured again."
+            ) from error
 
 
 class Autotuner:
@@ -44,10 +115,15 @@ class Autotuner:
     """
 
     def __init__(self, timer: Timer, cache: Path | None = None) -> None:
-        self.timer, self.cache = timer, cache
-        self.choices: dict[str, Choice] = {}
+        self.timer, self.cache = timer, ChoiceCache(cache)
 
-    def choose(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
+    def choose(
+        self,
+        layer: str,
+        kernels: Sequence[Kernel],
+        input: Tensor,
+        residual: Tensor | None = None,
+    ) -> Choice:
         """Return the fastest of the kernels of one layer for an input.
 
         The first kernel is the reference: the others must return its numbers, and it is kept
@@ -58,6 +134,7 @@ class Autotuner:
             layer: name of the layer, for errors.
             kernels: at least one.
             input: what the layer is called with, real numbers of the right shape.
+            residual: what it is called with too, if the kernels' epilogue adds one.
 
         Raises:
             RunnerError: memory is short, or a kernel returns other numbers than the first.
@@ -65,25 +142,21 @@ class Autotuner:
             InputError: the cache cannot be read.
         """
         key = measurement_key(kernels, input)
-        if key not in self.choices:
-            self.choices |= self._read_cache()  # another runner may have measured it meanwhile
-        if key not in self.choices:
-            self.choices[key] = self._time(layer, kernels, input)
-            if self.cache is not None:
-                write_json(self.cache, self.choices)
-        return self.choices[key]
+        return self.cache.get(key, lambda: self._time(layer, kernels, input, residual))
 
-    def _time(self, layer: str, kernels: Sequence[Kernel], input: Tensor) -> Choice:
+    def _time(
+        self, layer: str, kernels: Sequence[Kernel], input: Tensor, residual: Tensor | None
+    ) -> Choice:
         first, *others = kernels
         algorithms: dict[str, dict[str, int]] = {first.name: {}}
-        calls: list[Callable[[], Tensor]] = [partial(first, input)]
+        calls: list[Callable[[], Tensor]] = [first.bind(input, residual)]
         refused: dict[str, str] = {}
-        reference = first(input)
+        reference = first(input, residual)
         for kernel in others:
             try:
                 algorithm = kernel.search(input)
-                output = kernel(input, **algorithm)
-                right = _agree(output, reference)
+                call = kernel.bind(input, residual, **algorithm)
+                right = _agree(call(), reference)
             except torch.OutOfMemoryError as error:
                 raise RunnerError(
                     f"{layer}: memory is short for the {kernel.name} and an input of shape "
@@ -101,33 +174,18 @@ class Autotuner:
                     f"{torch.__version__}: use another version."
                 )
             algorithms[kernel.name] = algorithm
-            calls.append(partial(kernel, input, **algorithm))
+            calls.append(call)
         times = dict(zip(algorithms, self.timer(calls), strict=True))
         best = min(times, key=times.__getitem__)
         if times[best] >= (1 - NOISE) * times[first.name]:
             best = first.name
         return Choice(best, algorithms[best], times, refused)
 
-    def _read_cache(self) -> dict[str, Choice]:
-        if self.cache is None or not self.cache.exists():
-            return {}
-        try:
-            entries = json.loads(self.cache.read_text())
-            return {key: Choice(**entry) for key, entry in entries.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{shown(self.cache)} does not hold choices of kernels ({error}). "
-                "Delete it; they will be measured again."
-            ) from error
-
 
 def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     """Return in words everything that the speed of a layer's kernels depends on."""
     layer, epilogue = kernels[0].layer, str(kernels[0].epilogue)
-    if input.is_cuda:
-        where = torch.cuda.get_device_name(input.device)
-    else:
-        where = f"{machine.cpu_name()} with {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(input.device) if input.is_cuda else cpu_and_threads()
     parts = [
         where,
         f"torch {torch.__version__}",
@@ -137,6 +195,14 @@ def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     if isinstance(layer, nn.Conv2d):
         down, right = layer.stride
         parts.append(f"stride {down}x{right}")
+        if layer.kernel_size != (1, 1):
+            parts.append(f"kernel {_times(layer.kernel_size)}, padding {_times(layer.padding)}")
+        if layer.dilation != (1, 1):
+            parts.append(f"dilation {_times(layer.dilation)}")
+        if layer.groups > 1:
+            parts.append(f"{layer.groups} groups")
+        if not input.is_cuda and not input.is_contiguous():
+            parts.append("channels-last")
     if layer.bias is not None:
         parts.append("bias")
     if epilogue:
@@ -144,10 +210,24 @@ def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     return ", ".join(parts) + ": " + " or ".join(kernel.name for kernel in kernels)
 
 
+def cpu_and_threads() -> str:
+    """Return the processor and how many threads PyTorch uses on it."""
+    return f"{machine.cpu_name()} with {torch.get_num_threads()} threads"
+
+
+def _times(pair: tuple[int, ...] | str) -> str:
+    return pair if isinstance(pair, str) else "x".join(map(str, pair))
+
+
 def _agree(output: Tensor, reference: Tensor) -> bool:
     """Return whether two kernels' outputs are equal but for rounding."""
-    # FP32 convolutions run in TF32 on a GPU, which rounds as FP16 does.
-    rounding = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float16).eps)
+    if not output.numel():
+        return output.shape == reference.shape
+    if output.is_cuda or output.dtype != torch.float32:
+        # FP32 convolutions run in TF32 on a GPU, which rounds as FP16 does.
+        tolerance = TOLERANCE * max(torch.finfo(output.dtype).eps, torch.finfo(torch.float16).eps)
+    else:
+        tolerance = CPU_TOLERANCE
     output, reference = output.float(), reference.float()
     # A NaN compares as false.
-    return bool((output - reference).abs().max() <= TOLERANCE * rounding * reference.abs().max())
+    return bool((output - reference).abs().max() <= tolerance * reference.abs().max())

@@ -123,6 +123,13 @@ class CpuLayer:
         self._bias = _padded_bias(bias, self.rows, groups)
         self._prepared = lru_cache(maxsize=32)(self._prepare)
 
+    def plan(self, shape: torch.Size, threads: int) -> Plan | None:
+        """Return how inputs of a shape are computed, to be run again and again; None if empty.
+
+        Unlike a call, `Plan.run` does not look at what it is given.
+        """
+        return self._prepare(shape, min(threads, MOST_THREADS))[1]
+
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, relu: bool = False, sparse: bool = True) -> "CpuLayer":
         """Return a layer that computes what a convolution does.

@@ -6,7 +6,9 @@ is a matrix product; say in `takes` which layers it can compute; and name it in 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,19 @@ class Epilogue:
     """What a kernel does to a layer's output before it returns it."""
 
     relu: bool = False
+    add: bool = False  # a residual, before the ReLU
 
-    def apply_(self, output: Tensor) -> Tensor:
-        """Do it to a tensor in place, for a kernel that cannot do it while it writes."""
+    def apply_(self, output: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Do it to a tensor, in place, for a kernel that cannot do it while it writes."""
+        if residual is not None:
+            # A residual of another shape or type makes the sum one of that shape or type.
+            same = residual.shape == output.shape and residual.dtype == output.dtype
+            output = output.add_(residual) if same else output + residual
         return output.relu_() if self.relu else output
 
     def __str__(self) -> str:
-        return "ReLU" if self.relu else ""
+        parts = {"residual": self.add, "ReLU": self.relu}
+        return ", ".join(name for name, present in parts.items() if present)
 
 
 NO_EPILOGUE = Epilogue()
@@ -53,17 +61,56 @@ class Kernel(ABC):
         return True
 
     @abstractmethod
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
+    def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
         """Return what the layer returns for an input.
 
         Args:
             input: what the layer would be called with.
+            residual: what is added, if the epilogue has `add`.
             **algorithm: as `search` returns it, or nothing.
         """
+
+    def bind(
+        self, input: Tensor, residual: Tensor | None = None, **algorithm: int
+    ) -> Callable[[], Tensor]:
+        """Return a call of this kernel, to be timed; what is set up once is done before."""
+        return partial(self, input, residual, **algorithm)
+
+    def fits(self, input: Tensor, residual: Tensor) -> bool:
+        """Return whether a residual has the type and the shape of the layer's output."""
+        output = self.layer(input)
+        return residual.shape == output.shape and residual.dtype == output.dtype
 
     def search(self, input: Tensor) -> dict[str, int]:
         """Return the arguments with which this kernel is fastest for an input's shape."""
         return {}
+
+
+# A kernel for inputs of one shape: returns the output for an input and what is added to it.
+Call = Callable[..., Tensor]
+
+
+class CpuKernel(Kernel):
+    """A kernel that sets itself up for each shape of its input, for FP32 on a CPU."""
+
+    writes_to_buffer = False  # whether `for_shape` takes the buffer of the output
+
+    @abstractmethod
+    def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
+        """Return this kernel for inputs of one shape.
+
+        Args:
+            shape: of the input.
+            out: a contiguous tensor to write every output to, where the kernel can do so.
+        """
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
+        return self.for_shape(input.shape)(input, residual)
+
+    def bind(
+        self, input: Tensor, residual: Tensor | None = None, **algorithm: int
+    ) -> Callable[[], Tensor]:
+        return partial(self.for_shape(input.shape), input, residual)
 
 
 class DenseLayer(Kernel):
@@ -71,8 +118,8 @@ class DenseLayer(Kernel):
 
     name = "dense layer"
 
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
-        return self.epilogue.apply_(self.layer(input))
+    def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
+        return self.epilogue.apply_(self.layer(input), residual)
 
 
 class Gemm(Kernel):
@@ -99,7 +146,8 @@ class Gemm(Kernel):
     def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
         """Return the product (rows, out) for rows (rows, in), with bias and epilogue."""
 
-    def __call__(self, input: Tensor, **algorithm: int) -> Tensor:
+    def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
+        assert residual is None  # no product here adds one
         pixels = self.channels_last(input)
         product = self.multiply(self.as_rows(pixels), **algorithm)
         output = product.view(*pixels.shape[:-1], len(self.weight))

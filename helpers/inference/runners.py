@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
+from helpers import machine
 from helpers.errors import InputError
 from helpers.files import shown
 from helpers.inference import cuda_graphs
@@ -24,7 +25,6 @@ from helpers.inference.errors import RunnerError
 from helpers.inference.export import INPUT, OUTPUT
 from helpers.inference.fold import fold_batch_norm
 from helpers.inference.onnx_session import OnnxSession
-from helpers.machine import device
 from helpers.metrics import Accuracy, accuracy
 
 
@@ -74,6 +74,20 @@ class Runner(ABC):
         return Accuracy(correct, total)
 
 
+def one_tensor(logits: Any, name: str) -> Tensor:
+    """Return what a model returned, which must be one tensor; `name` is the runner's.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"{name}: the model returns a {type(logits).__name__}, but a runner takes "
+            "one tensor of logits. Wrap the model in a module that returns one of its outputs."
+        )
+    return logits
+
+
 @dataclass(frozen=True)
 class CapturedModel:
     """A model captured in a CUDA graph for images of one shape."""
@@ -93,7 +107,9 @@ class TorchRunner(Runner):
         model: a model that torch.fx can trace; it is not changed.
         dtype: FP16 on a GPU and FP32 on a CPU unless given.
         compile: let `torch.compile` fuse the model's operators and try its kernels, which
-            takes minutes for each batch size of a large model.
+            takes minutes for each batch size of a large model. On a CPU it also rearranges the
+            weights once and for all (freezing).
+        device: the GPU if there is one, unless given.
 
     Raises:
         InputError: the model cannot be traced; later on, it returns no single tensor.
@@ -101,9 +117,13 @@ class TorchRunner(Runner):
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        self.device = device()
+        self.device = device or machine.device()
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
         self.compile = compile
@@ -137,7 +157,14 @@ class TorchRunner(Runner):
         """Return what runs images of one shape."""
         if self.on_gpu:
             return self.capture_for_shape(self.model, images)
-        return self.compile_for_shape(self.model)
+        compiled = self.compile_for_shape(self.model)
+        if self.compile:
+            from torch._inductor import config
+
+            # Weights are frozen, that is rearranged, where this is set while they are traced.
+            with config.patch(freezing=True):
+                compiled(images)
+        return compiled
 
     def compile_for_shape(self, model: fx.GraphModule) -> Callable[[Tensor], Tensor]:
         """Return the model as this runner calls it: compiled, or as it is."""
@@ -146,8 +173,9 @@ class TorchRunner(Runner):
         # A module of its own for each shape: torch.compile gives up on a module that it has
         # compiled for eight shapes, and then runs it as it is.
         own = fx.GraphModule(model, copy.deepcopy(model.graph))
-        mode = "max-autotune-no-cudagraphs" if self.on_gpu else "default"
-        return torch.compile(own, mode=mode, dynamic=False)
+        if self.on_gpu:
+            return torch.compile(own, mode="max-autotune-no-cudagraphs", dynamic=False)
+        return torch.compile(own, dynamic=False)
 
     def capture_for_shape(self, model: fx.GraphModule, images: Tensor) -> CapturedModel:
         """Return the model captured in a CUDA graph that reads these images."""
@@ -160,21 +188,13 @@ class TorchRunner(Runner):
                 f"{self.name}: the model cannot be prepared for {len(images)} images of shape "
                 f"{tuple(images.shape[1:])} ({error}). Use a smaller batch if memory is short."
             ) from error
-        return CapturedModel(graph, images, self._one_tensor(logits))
-
-    def _one_tensor(self, logits: Any) -> Tensor:
-        if not isinstance(logits, Tensor):
-            raise InputError(
-                f"{self.name}: the model returns a {type(logits).__name__}, but a runner takes "
-                "one tensor of logits. Wrap the model in a module that returns one of its outputs."
-            )
-        return logits
+        return CapturedModel(graph, images, one_tensor(logits, self.name))
 
     @torch.inference_mode()
     def run(self) -> None:
         ready = self.ready[self.images.shape]
         if not isinstance(ready, CapturedModel):
-            self.logits = self._one_tensor(ready(self.images))
+            self.logits = one_tensor(ready(self.images), self.name)
             return
         self.logits = ready.logits
         self.start.record()

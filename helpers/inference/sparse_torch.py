@@ -10,7 +10,7 @@ Explained in `06_infer_and_benchmark.ipynb`.
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
 from helpers.inference.errors import RunnerError
 from helpers.inference.kernels import DenseGemm, Gemm
 from helpers.inference.runners import CapturedModel, TorchRunner
-from helpers.inference.tuned_layers import TunedLayer, tune_layers_
+from helpers.inference.tuned_layers import TunedLayer, choice_table, tune_layers_
 from helpers.layers import LayerWeight
 from helpers.sparsity.eligibility import why_not_sparse
 
@@ -155,21 +155,7 @@ class SparseTorchRunner(TorchRunner):
         where one does not. `network_times` tells whether the network of these kernels is the
         fastest and is therefore run.
         """
-        import pandas as pd
-
-        rows: list[dict[str, Any]] = []
-        for layer in self.layers:
-            for shape, choice in layer.choices.items():
-                row: dict[str, Any] = {
-                    "layer": layer.name,
-                    "input": "x".join(map(str, shape)),
-                    "kernel": choice.kernel,
-                    **choice.milliseconds,
-                }
-                if choice.refused:
-                    row["refused"] = choice.refused
-                rows.append(row)
-        return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
+        return choice_table(self.layers)
 
     def network_times(self) -> "pd.DataFrame":
         """Return one row for each input shape so far: how fast each network is, and which runs.

@@ -4,16 +4,25 @@ Explained in `06_infer_and_benchmark.ipynb`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from helpers.inference.attention import SelfAttention, split_self_attention_
+from helpers.inference.attention import (
+    SelfAttention,
+    inline_self_attention_,
+    split_self_attention_,
+)
 from helpers.inference.autotune import Autotuner, Choice
 from helpers.inference.kernels import DenseLayer, Epilogue, Kernel, ProductLayer
+from helpers.inference.residuals import absorb_additions_, remove_identities_
 from helpers.inference.traced import called_module, first_input, is_read, module_calls
 from helpers.layers import LayerWeight, is_plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class TunedLayer(nn.Module):
@@ -31,17 +40,29 @@ class TunedLayer(nn.Module):
         self.kernels = {kernel.name: kernel for kernel in kernels}
         self.choices: dict[torch.Size, Choice] = {}
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.shape not in self.choices:
-            self.choices[input.shape] = self._choose(input)
-        choice = self.choices[input.shape]
-        return self.kernels[choice.kernel](input, **choice.algorithm)
+    @property
+    def epilogue(self) -> Epilogue:
+        """What was fused into the layer."""
+        return next(iter(self.kernels.values())).epilogue
 
-    def _choose(self, input: Tensor) -> Choice:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        choice = self.choice(input, residual)
+        return self.kernels[choice.kernel](input, residual, **choice.algorithm)
+
+    def choice(self, input: Tensor, residual: Tensor | None = None) -> Choice:
+        """Return the kernel for inputs of this shape; the first time it is chosen."""
+        first = next(iter(self.kernels.values()))
+        if residual is not None and not first.fits(input, residual):
+            return Choice(first.name, {}, {})  # it is broadcast, which only PyTorch does
+        if input.shape not in self.choices:
+            self.choices[input.shape] = self._choose(input, residual)
+        return self.choices[input.shape]
+
+    def _choose(self, input: Tensor, residual: Tensor | None) -> Choice:
         kernels = list(self.kernels.values())
         if self.autotuner is None:
             return Choice(kernels[-1].name, {}, {})
-        return self.autotuner.choose(self.name, kernels, input)
+        return self.autotuner.choose(self.name, kernels, input, residual)
 
 
 def tune_layers_(
@@ -49,6 +70,7 @@ def tune_layers_(
     kernels: Sequence[type[Kernel]],
     may_replace: Callable[[LayerWeight], bool] = lambda weight: True,
     autotuner: Autotuner | None = None,
+    residuals: bool = False,
 ) -> list[TunedLayer]:
     """Replace the layers that some kernel takes by layers that choose among kernels, in place.
 
@@ -60,21 +82,52 @@ def tune_layers_(
         kernels: those to choose among, beside the dense layer itself.
         may_replace: decides from a layer's weight whether the layer may be replaced.
         autotuner: chooses for each layer; without one the last kernel that takes a layer runs.
+        residuals: take the addition of a residual into the layer too; the kernels must do that.
 
     Returns:
         The new layers, in order of execution.
     """
-    tuned = []
+    tuned: list[TunedLayer] = []
     split_self_attention_(model)
-    for name, layer, calls in _product_layers(model):
+    if residuals:
+        inline_self_attention_(model)
+        remove_identities_(model)
+    # All layers are still plain ones while it is decided what each of them takes in.
+    for name, layer, calls in list(_product_layers(model)):
         fitting = [kernel for kernel in kernels if kernel.takes(layer)]
         if fitting and may_replace(LayerWeight(f"{name}.weight", layer, "weight")):
-            epilogue = Epilogue(relu=_absorb_relus_(model, calls))
-            own = [kernel(layer, epilogue) for kernel in fitting]
-            tuned.append(TunedLayer(name, [DenseLayer(layer, epilogue), *own], autotuner))
-            model.set_submodule(name, tuned[-1])
+            add = residuals and absorb_additions_(model, calls)
+            epilogue = Epilogue(relu=_absorb_relus_(model, calls), add=add)
+            own = [DenseLayer(layer, epilogue), *(kernel(layer, epilogue) for kernel in fitting)]
+            tuned.append(TunedLayer(name, own, autotuner))
+    for tuned_layer in tuned:
+        model.set_submodule(tuned_layer.name, tuned_layer)
     model.recompile()
     return tuned
+
+
+def choice_table(layers: Sequence[TunedLayer]) -> "pd.DataFrame":
+    """Return one row for each layer and input shape so far: the kernel that was chosen, and why.
+
+    The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and where they were
+    measured the milliseconds of every kernel, under its name; `refused` says why a kernel does
+    not run, where one does not.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        for shape, choice in layer.choices.items():
+            row: dict[str, Any] = {
+                "layer": layer.name,
+                "input": "x".join(map(str, shape)),
+                "kernel": choice.kernel,
+                **choice.milliseconds,
+            }
+            if choice.refused:
+                row["refused"] = choice.refused
+            rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
 
 
 def _product_layers(

@@ -1,0 +1,179 @@
+"""The fastest dense runner of a model on a CPU: what sparsity has to be compared with.
+
+Neither ONNX Runtime nor PyTorch is always the faster one, and PyTorch's plain calls are up to
+three times slower than its best on some processors. So all are measured.
+Explained in `06_infer_and_benchmark.ipynb`.
+"""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from helpers.errors import HelpersError
+from helpers.inference.autotune import Choice, ChoiceCache, cpu_and_threads, host_times
+from helpers.inference.cpu_runner import CpuRunner
+from helpers.inference.errors import RunnerError
+from helpers.inference.export import export_onnx
+from helpers.inference.fold import fold_batch_norm
+from helpers.inference.runners import OnnxRunner, Runner, TorchRunner
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Seconds for which each whole model is timed, in at least five runs.
+SECONDS = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+# Returns the milliseconds that a run of each of several models takes.
+NetworkTimer = Callable[[Sequence[Callable[[], object]]], list[float]]
+
+
+def time_networks(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Return the milliseconds of runs of whole models, measured in turns."""
+    return host_times(calls, SECONDS)
+
+
+class DenseCpuRunner(Runner):
+    """A model in the fastest dense runner of this CPU, chosen for each shape of images.
+
+    It is one of ONNX Runtime, PyTorch compiled with frozen weights (where a C++ compiler is
+    there), and PyTorch with oneDNN's calls. Each shape is prepared when it is first loaded.
+
+    Args:
+        model: a model in FP32 that torch.fx can trace; it is not changed.
+        cache: JSON file for the choices, so that they are measured once.
+        timer: times the runs of whole models.
+        compile: consider PyTorch compiled, which takes up to minutes for a large model.
+
+    Raises:
+        InputError: the model cannot be traced, or as `CpuRunner`.
+        RunnerError: later on, none of the runners takes the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: Path | None = None,
+        timer: NetworkTimer = time_networks,
+        compile: bool = True,
+    ) -> None:
+        self.model, self.timer, self.cache = model, timer, ChoiceCache(cache)
+        self.fingerprint = fingerprint(fold_batch_norm(model))
+        self.makers: dict[str, Callable[[tuple[int, ...]], Runner]] = {
+            "ONNX Runtime": self._onnx_runner,
+            "oneDNN": lambda shape: CpuRunner(model, "dense", cache),
+        }
+        if compile and has_compiler():
+            self.makers["PyTorch compiled"] = self._compiled_runner
+        self.runners: dict[str, Runner] = {}
+        self.choices: dict[tuple[torch.Size, int], Choice] = {}
+        self.name = "the fastest dense runner, CPU, FP32"
+
+    def _onnx_runner(self, shape: tuple[int, ...]) -> Runner:
+        channels, height, width = shape[1:]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            return OnnxRunner(export_onnx(self.model, path, (channels, height, width)))
+
+    def _compiled_runner(self, shape: tuple[int, ...]) -> Runner:
+        return TorchRunner(self.model, torch.float32, compile=True, device=torch.device("cpu"))
+
+    def load(self, images: Tensor) -> None:
+        key = images.shape, torch.get_num_threads()
+        if key not in self.choices:
+            own = network_key(self.fingerprint, images, self.makers)
+            self.choices[key] = self.cache.get(own, lambda: self._measure(images))
+        self.current = self._runner(self.choices[key].kernel, images.shape)
+        self.name = f"{self.current.name} (the fastest dense runner here)"
+        self.current.load(images)
+
+    def _runner(self, name: str, shape: tuple[int, ...]) -> Runner:
+        # ONNX Runtime keeps the number of threads, compiled code the shape.
+        key = f"{name}, {torch.get_num_threads()} threads"
+        if key not in self.runners:
+            self.runners[key] = self.makers[name](shape)
+        return self.runners[key]
+
+    def _measure(self, images: Tensor) -> Choice:
+        runners: dict[str, Runner] = {}
+        refused: dict[str, str] = {}
+        for name in self.makers:
+            try:
+                runner = self._runner(name, images.shape)
+                runner(images)
+            except (HelpersError, RuntimeError, torch.onnx.OnnxExporterError) as error:
+                refused[name] = str(error)
+                _logger.warning("%s does not take the model and is left out: %s", name, error)
+                continue
+            runners[name] = runner
+        if not runners:
+            raise RunnerError(
+                f"No dense runner takes the model on images of shape {tuple(images.shape)}: "
+                + "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            )
+        times = self.timer([runner.run for runner in runners.values()])
+        milliseconds = dict(zip(runners, times, strict=True))
+        return Choice(min(milliseconds, key=milliseconds.__getitem__), {}, milliseconds, refused)
+
+    def run(self) -> None:
+        self.current.run()
+
+    def fetch(self) -> Tensor:
+        return self.current.fetch()
+
+    def invalidate_output(self) -> None:
+        self.current.invalidate_output()
+
+    def network_times(self) -> "pd.DataFrame":
+        """Return one row for each input shape so far: how fast each runner is, and which runs."""
+        return network_table(self.choices)
+
+
+def network_table(choices: Mapping[tuple[torch.Size, int], Choice]) -> "pd.DataFrame":
+    """Return one row for each input shape and number of threads, with what was measured."""
+    import pandas as pd
+
+    rows = [
+        {
+            "input": "x".join(map(str, shape)),
+            "threads": threads,
+            **choice.milliseconds,
+            "runs": choice.kernel,
+        }
+        for (shape, threads), choice in choices.items()
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["input", "threads", "runs"])
+
+
+def fingerprint(folded: fx.GraphModule) -> str:
+    """Return what tells models of different speed apart: their steps and layers."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in folded.named_parameters()]
+    return hashlib.sha256(f"{folded.code}{folded}{shapes}".encode()).hexdigest()[:16]
+
+
+def network_key(model: str, images: Tensor, runners: Mapping[str, object]) -> str:
+    """Return in words everything that the speed of whole models depends on."""
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime", "numba")]
+    shape = "x".join(map(str, images.shape))
+    parts = [cpu_and_threads(), *versions, f"model {model}", f"float32 {shape}"]
+    return ", ".join(parts) + ": " + " or ".join(runners)
+
+
+def has_compiler() -> bool:
+    """Return whether there is a C++ compiler, which `torch.compile` needs on a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
