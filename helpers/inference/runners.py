@@ -214,7 +214,7 @@ class TorchRunner(Runner):
 
 
 class OnnxRunner(Runner):
-    """ONNX Runtime on the CPU.
+    """ONNX Runtime on the CPU, a dense library: it multiplies by zeros as by any other number.
 
     Args:
         path: an ONNX file with one input and the output `logits`.

@@ -180,7 +180,7 @@ def _prune_weight_(
 ) -> Tensor:
     """Prune a layer's weight in place and return its mask."""
     # (groups, rows, kernel positions * input channels): four columns in a row are four
-    # input channels at one position, which is the pattern that the hardware reads.
+    # input channels at one position, which is the pattern that sparse kernels read.
     groups, channels = len(hessian), weight.shape[1]
     split = weight.detach().reshape(groups, len(weight) // groups, channels, -1)
     matrix = split.transpose(2, 3).flatten(2)
