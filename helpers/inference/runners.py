@@ -159,10 +159,10 @@ class TorchRunner(Runner):
             return self.capture_for_shape(self.model, images)
         compiled = self.compile_for_shape(self.model)
         if self.compile:
-            from torch._inductor import config
+            from torch._inductor import config as inductor
 
             # Weights are frozen, that is rearranged, where this is set while they are traced.
-            with config.patch(freezing=True):
+            with inductor.patch(freezing=True):
                 compiled(images)
         return compiled
 
