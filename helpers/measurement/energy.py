@@ -231,7 +231,8 @@ def measure_energy(
     if joules <= 0:
         raise EnergyError(
             f"The {counter.device}'s energy counter moved by {joules:.3f} J in {elapsed:.1f} s: "
-            "it stands still, or the driver was reloaded. Images per joule are unknown; measure again."
+            "it stands still, or the driver was reloaded. Images per joule are unknown; measure "
+            "again."
         )
     told = [state for state in states if state is not None]
     if not told:
