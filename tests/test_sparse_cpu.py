@@ -131,7 +131,7 @@ def test_the_controls_run_whatever_is_the_fastest(model, kernels):
 def test_a_dense_runner_of_another_model_is_refused(model):
     other = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     runner = SparseCpuRunner(model, dense=Counting(other), timer=last)
-    with pytest.raises(InputError, match="differ by .* with the same weights"):
+    with pytest.raises(InputError, match=r"differ by .* with the same weights"):
         runner.load(random(2, *SHAPE))
 
 
@@ -172,7 +172,7 @@ def test_a_dense_runner_that_does_not_take_the_model_is_left_out(
         runner(random(2, *SHAPE))
     assert "ONNX Runtime does not take the model and is left out: no such operator" in caplog.text
     runner.makers = {"ONNX Runtime": runner.makers["ONNX Runtime"]}
-    with pytest.raises(RunnerError, match="No dense runner takes the model.*no such operator"):
+    with pytest.raises(RunnerError, match=r"No dense runner takes the model.*no such operator"):
         runner(random(3, *SHAPE))
 
 

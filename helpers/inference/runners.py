@@ -36,6 +36,7 @@ class Runner(ABC):
     """
 
     name: str
+    on_gpu = False  # where it computes
 
     @abstractmethod
     def load(self, images: Tensor) -> None:
@@ -263,6 +264,8 @@ class TensorRTRunner(Runner):
             later on, it cannot be captured.
         InputError: the file cannot be read; later on, the engine does not take such images.
     """
+
+    on_gpu = True
 
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
