@@ -19,6 +19,7 @@ from helpers.tutorial.artifacts import ArtifactError, Artifacts
 from helpers.tutorial.backends import (
     BACKENDS,
     backend_status,
+    find_controls,
     find_runner,
     find_runners,
     network_files,
@@ -71,6 +72,30 @@ def test_on_a_cpu_the_sparse_network_runs_beside_the_fastest_dense_runner(no_gpu
         images = torch.randn(2, 1, 28, 28)
         with torch.inference_mode():
             assert torch.allclose(runner.model(images), expected(images), atol=1e-5)
+
+
+def test_the_controls_on_a_cpu_are_the_twin_and_another_copy_of_the_dense_network(
+    no_gpu, tiny_settings
+):
+    artifacts = Artifacts(tiny_settings)
+    save_checkpoints(artifacts)
+    dense, controls = find_runner(artifacts, "dense"), find_controls(artifacts)
+    assert list(controls) == ["twin", "dense again"]
+    assert controls["twin"].kernels == "twin"
+    assert type(controls["dense again"]) is type(dense)
+    assert controls["dense again"] is not dense
+    caches = {runner.cache.path for runner in (dense, controls["dense again"])}
+    assert caches == {artifacts.folder / "06_kernels.json"}, "both measure once"
+
+
+def test_without_cpu_kernels_the_control_is_another_copy_of_the_dense_network(
+    no_gpu, tiny_settings, exported
+):
+    artifacts = Artifacts(tiny_settings)
+    put(artifacts, "04_dense_fp32.onnx", exported[1]["fp32"].read_bytes())
+    controls = find_controls(artifacts, "ONNX Runtime")
+    assert list(controls) == ["dense again"]
+    assert isinstance(controls["dense again"], OnnxRunner)
 
 
 def test_only_the_cpu_kernels_have_a_twin(no_gpu, tiny_settings):

@@ -380,7 +380,7 @@ def why_no_engine() -> str:
     if not torch.cuda.is_available():
         return (
             "No NVIDIA GPU was found, so engines can be built here but not run; "
-            "ONNX Runtime and PyTorch run the same models on the CPU instead."
+            "the 2:4 kernels, PyTorch and ONNX Runtime run the same models on the CPU instead."
         )
     try:
         import pycuda.driver  # noqa: F401

@@ -1,4 +1,4 @@
-"""The dense and the sparse network on the best backend of this machine.
+"""The dense and the sparse network on the best backend of this machine, and their controls.
 
 Explained in `06_infer_and_benchmark.ipynb`.
 """
@@ -67,8 +67,9 @@ def _cpu_runner(network: str, path: Path) -> Runner:
     return SparseCpuRunner(model, "twin" if network == TWIN else "sparse", cache)
 
 
-# The sparse network in the same kernel with its zeros multiplied: what sparsity alone changes.
-TWIN = "twin"
+# The controls: the dense network once more, and the sparse network in the same kernels with its
+# zeros multiplied, which tells what sparsity alone changes.
+DENSE_AGAIN, TWIN = "dense again", "twin"
 
 _ENGINES = {network: f"05_{network}.engine" for network in NETWORKS}
 _ONNX = {network: f"04_{network}_fp32.onnx" for network in NETWORKS}
@@ -79,9 +80,7 @@ BACKENDS = {
     "cuSPARSELt": Backend(why_no_sparse_gemms, NETWORKS, _torch_runner),
     "TensorRT-RTX": Backend(partial(_why_not_built_with, "TensorRT-RTX"), _ENGINES, _engine_runner),
     # The last two run anywhere; ONNX Runtime multiplies by the zeros.
-    "2:4 CPU kernels": Backend(
-        _runs_anywhere, NETWORKS, _cpu_runner, {TWIN: NETWORKS["sparse"]}
-    ),
+    "2:4 CPU kernels": Backend(_runs_anywhere, NETWORKS, _cpu_runner, {TWIN: NETWORKS["sparse"]}),
     "ONNX Runtime": Backend(_runs_anywhere, _ONNX, _onnx_runner),
 }
 
@@ -125,6 +124,24 @@ def find_runners(artifacts: Artifacts, backend: str | None = None) -> dict[str, 
             for another GPU or version.
     """
     return {network: find_runner(artifacts, network, backend) for network in NETWORKS}
+
+
+def find_controls(artifacts: Artifacts, backend: str | None = None) -> dict[str, Runner]:
+    """Return the runners to measure beside those of `find_runners`, for a fair comparison.
+
+    `dense again` is a second copy of the dense network: what it differs by is chance. With
+    `2:4 CPU kernels` there is also `twin`, which `find_runner` explains.
+
+    Args:
+        artifacts: where the networks are.
+        backend: as `find_runners` takes it.
+
+    Raises:
+        ArtifactError: as `find_runners`.
+        RunnerError: as `find_runners`.
+    """
+    controls = {name: find_runner(artifacts, name, backend) for name in _find(backend).controls}
+    return {**controls, DENSE_AGAIN: find_runner(artifacts, "dense", backend)}
 
 
 def find_runner(artifacts: Artifacts, network: str, backend: str | None = None) -> Runner:
