@@ -31,6 +31,8 @@ IMAGES = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 class FakeRunner(Runner):
     """Notes its calls and takes as long as it is told, on a clock that it moves itself."""
 
+    on_gpu = True
+
     def __init__(self, name: str, calls: list[str], clock, seconds: float = 0.125) -> None:
         self.name, self.calls, self.clock, self.seconds = name, calls, clock, seconds
         self.first = 0.0  # what the first run takes on top
@@ -437,6 +439,37 @@ def test_on_a_gpu_the_energy_of_each_runner_is_measured(clock, fake_gpu, monkeyp
     assert sparse["perf_per_watt_low"] == pytest.approx(60 / 50)
     assert sparse["perf_per_watt_high"] == pytest.approx(60 / 40)
     assert set(table.idle_watts) == {42}
+
+
+def test_on_a_cpu_the_energy_is_the_processors(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmark, "CpuEnergyCounter", lambda: "the processor's counter")
+    monkeypatch.setattr(benchmark, "idle_watts", lambda counter: 42.0)
+
+    def measured(work, counter: str) -> EnergyWindow:
+        assert counter == "the processor's counter"
+        return EnergyWindow(
+            calls=10, joules=600 if work.__self__.name == "dense" else 400, seconds=1
+        )
+
+    monkeypatch.setattr(benchmark, "measure_energy", measured)
+    table = sweep(pair(clock), (1, 2, 2), batch_sizes=(9,), seconds=0, energy_rounds=2)
+    clocks = {"sm_mhz", "celsius", "throttles"}
+    assert list(table.columns) == [*COLUMNS, *(name for name in ENERGY if name not in clocks)]
+    assert list(table.images_per_joule) == [9 / 60, 9 / 40]
+    assert list(table.perf_per_watt) == pytest.approx([1, 1.5])
+
+
+def test_runners_on_the_cpu_of_a_machine_with_a_gpu_use_the_processors_energy(
+    clock, fake_gpu, monkeypatch, caplog
+):
+    def refuse() -> None:
+        raise EnergyError("this processor counts no energy")
+
+    monkeypatch.setattr(FakeRunner, "on_gpu", False)
+    monkeypatch.setattr(benchmark, "CpuEnergyCounter", refuse)
+    sweep(pair(clock), (1, 2, 2), batch_sizes=(1,), seconds=0)
+    assert "this processor counts no energy" in caplog.text
 
 
 def test_energy_windows_alternate_their_order(clock, monkeypatch):

@@ -1,12 +1,19 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 import torch
 
-from helpers.measurement.energy import EnergyCounter, EnergyError, idle_watts, measure_energy
+from helpers.measurement.energy import (
+    CpuEnergyCounter,
+    EnergyCounter,
+    EnergyError,
+    idle_watts,
+    measure_energy,
+)
 
 UUID = "b17a6f0c-0000-1111-2222-333344445555"
 
@@ -134,6 +141,81 @@ def test_every_throttle_reason_has_a_name(nvml):
         nvml.reasons = bit
         (name,) = counter.state().throttles
         assert name
+
+
+# --- the processor -------------------------------------------------------------------------
+
+
+class FakeRapl:
+    """Two processors of a folder as Linux shows it; each draws so many watts on a clock."""
+
+    largest = 262_143_328_850  # microjoules
+
+    def __init__(self, folder, clock, watts: float) -> None:
+        self.folder, self.clock, self.watts = folder, clock, watts
+        names = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1"}
+        names |= {"intel-rapl:0:0": "core", "intel-rapl:2": "psys", "dtpm": ""}
+        for zone, name in names.items():
+            (folder / zone).mkdir(parents=True)
+            (folder / zone / "name").write_text(f"{name}\n")
+            (folder / zone / "max_energy_range_uj").write_text(f"{self.largest}\n")
+        self.refresh()
+
+    def refresh(self) -> None:
+        used = int(1e6 * self.watts * self.clock.now)
+        for zone, start in (("0", 123), ("1", self.largest - 5_000_000), ("0:0", 1), ("2", 2)):
+            reading = (start + used) % (self.largest + 1)
+            (self.folder / f"intel-rapl:{zone}" / "energy_uj").write_text(f"{reading}\n")
+
+
+@pytest.fixture
+def rapl(tmp_path, clock) -> FakeRapl:
+    return FakeRapl(tmp_path / "powercap", clock, watts=30.0)
+
+
+def test_the_energy_of_all_processors_is_added_and_a_counter_may_start_again(rapl, clock):
+    counter = CpuEnergyCounter(rapl.folder)
+    assert counter.joules() == 0
+    for seconds in (0.1, 1.0, 20.0):  # the second one starts again within the first second
+        clock.now = seconds
+        rapl.refresh()
+        assert counter.joules() == pytest.approx(2 * 30 * seconds)
+
+
+def test_a_window_on_a_processor_is_a_second_and_has_no_clock(rapl, clock):
+    def work() -> None:
+        clock.now += 0.1
+        rapl.refresh()
+
+    window = measure_energy(work, CpuEnergyCounter(rapl.folder))
+    assert window.seconds == pytest.approx(1, abs=0.11)
+    assert window.watts == pytest.approx(60)
+    assert (window.sm_mhz, window.celsius, window.throttles) == (None, None, frozenset())
+
+
+def test_a_processor_without_a_counter_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(EnergyError, match="processor's energy counter cannot be read") as raised:
+        CpuEnergyCounter(tmp_path)
+    assert "images per joule are left out" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_counter_that_only_root_may_read_says_how_to_allow_it(rapl, monkeypatch):
+    read = Path.read_text
+
+    def refuse(file: Path) -> str:
+        if file.name == "energy_uj":
+            raise PermissionError(13, "Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(EnergyError, match=r"only root may read .*sudo chmod a\+r"):
+        CpuEnergyCounter(rapl.folder)
+
+
+def test_a_processors_counter_that_stands_still_is_told(rapl, clock):
+    with pytest.raises(EnergyError, match="The processor's energy counter moved by 0"):
+        measure_energy(lambda: clock.sleep(0.3), CpuEnergyCounter(rapl.folder))
 
 
 # --- a window ------------------------------------------------------------------------------

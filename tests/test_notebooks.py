@@ -194,3 +194,10 @@ def test_a_notebook_prints_what_the_library_logs_in_the_cell_that_does_it():
     notebook, _ = execute("import helpers.tutorial", log.format(1), log.format(2))
     texts = [[output.text for output in cell.outputs] for cell in notebook.cells]
     assert texts == [[], ["epoch 1\n"], ["epoch 2\n"]]
+
+
+def test_a_notebook_shows_no_warning_about_a_cuda_toolkit_without_a_gpu():
+    warn = "import logging\nlogging.getLogger('torch.utils.cpp_extension').warning('No CUDA')"
+    before, after = (execute(first, warn)[0] for first in ("", "import helpers.tutorial"))
+    assert [output.name for output in before.cells[1].outputs] == ["stderr"]
+    assert after.cells[1].outputs == []

@@ -208,6 +208,28 @@ def test_a_control_in_the_sweep_is_a_band_without_bars():
     assert len(axis.patches) == 4
 
 
+def test_the_dense_twin_is_a_third_model_in_both_figures():
+    table = sweep_table().drop(columns="images_per_joule")
+    twin = table[table.network == "dense"].assign(
+        network="twin", p50=[12.0, 4.0], speedup_low=[0.7, 0.2], speedup_high=[0.8, 0.3]
+    )
+    table = pd.concat([table, twin])
+    left, right = plots.plot_sweep(table, "on a CPU").axes
+    assert legend(left) == ["dense", "twin", "sparse"]
+    assert [bar.get_height() for bar in left.patches] == pytest.approx(
+        [1000, 8000 / 9, 250, 8000 / 12, 500, 8000 / 6]
+    )
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in left.patches]
+    assert np.mean(centres[:4:2] + centres[4:5]) == pytest.approx(0), "centred on the batch size"
+    (axis,) = plots.plot_case_study(record(table)).axes
+    for figure in (right, axis):
+        assert texts(figure) == ["0.50", "1.50", "0.25", "0.75"]
+        assert legend(figure) == ["speed", "speed of the twin"]
+        shown = [(low, high) for _, low, high in intervals(figure)]
+        assert shown == [(0.25, 0.75), (1.25, 1.75), (0.2, 0.3), (0.7, 0.8)]
+    assert to_hex(left.patches[2].get_facecolor()) == to_hex(axis.patches[2].get_facecolor())
+
+
 def test_a_sweep_without_energy_shows_no_energy():
     _, right = plots.plot_sweep(sweep_table().drop(columns="images_per_joule"), "on a CPU").axes
     assert texts(right) == ["0.50", "1.50"]

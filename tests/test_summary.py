@@ -13,7 +13,7 @@ from helpers.files import sha256, write_json
 from helpers.tutorial import artifacts as artifacts_module
 from helpers.tutorial import summary as results
 from helpers.tutorial.artifacts import ArtifactError, Artifacts
-from helpers.tutorial.summary import summary
+from helpers.tutorial.summary import describe_gain, summary
 
 PRUNING = {"sparse_layers": 9, "layers": 14, "parameters_share": 90.5, "macs_share": 80.25}
 BUILT = {"megabytes": 1.5, "builder": "TensorRT-RTX", "version": "1.7", "built_for": "8.6"}
@@ -47,8 +47,13 @@ def finished(tiny_settings, monkeypatch) -> Artifacts:
             "speedup_high": [1.0, 2.25, 1.25, 1.0, 0.75, 1.5],
         }
     )
-    results.save_benchmark(artifacts, {"sparse": SimpleNamespace(name="made up")}, rows)
+    results.save_benchmark(artifacts, named("made up"), rows)
     return artifacts
+
+
+def named(sparse: str, dense: str | None = None) -> dict[str, SimpleNamespace]:
+    """Stand for the runners of both networks, of which the record keeps the names."""
+    return {"dense": SimpleNamespace(name=dense or sparse), "sparse": SimpleNamespace(name=sparse)}
 
 
 def test_the_summary_gives_the_key_figures_of_every_step(finished):
@@ -88,14 +93,88 @@ def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
         }
     )
     without = pd.DataFrame({"network": networks, "batch": 1, "p50": 1.0})  # the counter failed
-    made_up = {"sparse": SimpleNamespace(name="made up")}
-    results.save_benchmark(finished, made_up, pd.concat([rows, without]))
+    results.save_benchmark(finished, named("made up"), pd.concat([rows, without]))
     figures = summary(finished.settings)
     assert figures["images per joule, batch 8"] == (
         "dense 4.00, sparse 5.00: 1.25x [1.20, 1.30] (dense against itself 1.05x [1.00, 1.10])"
     )
     assert {"latency p50, batch 1", "latency p50, batch 8"} <= set(figures)
     assert "images per joule, batch 1" not in figures
+
+
+def test_the_summary_gives_the_twin_and_the_dense_runner_where_they_differ(finished):
+    rows = sweep_table({"sparse": (4.0, 1.2, 1.3), "twin": (8.0, 0.6, 0.7)})
+    results.save_benchmark(finished, named("2:4 kernels", "the fastest dense runner"), rows)
+    figures = summary(finished.settings)
+    assert figures["measured with"] == "2:4 kernels; dense: the fastest dense runner"
+    assert figures["latency p50, batch 8"] == (
+        "dense 5.00 ms, sparse 4.00 ms: 1.25x [1.20, 1.30] "
+        "(dense against itself 1.00x [0.95, 1.05], dense twin 0.62x [0.60, 0.70])"
+    )
+
+
+def sweep_table(
+    networks: dict[str, tuple[float, float, float]],
+    batch: int = 8,
+    again: tuple[float, float] = (0.95, 1.05),
+) -> pd.DataFrame:
+    """Return the rows of a batch size: of each network the p50, and its speed-up's interval."""
+    networks = {"dense": (5.0, 1.0, 1.0), "dense again": (5.0, *again), **networks}
+    columns = ["network", "p50", "speedup_low", "speedup_high"]
+    rows = [[name, *values] for name, values in networks.items()]
+    return pd.DataFrame(rows, columns=columns).assign(batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("p50", "low", "high", "again", "expected"),
+    [
+        (4.0, 1.2, 1.3, (0.95, 1.05), "Sparse is faster than dense: 1.25x at batch 8."),
+        (
+            4.0, 1.2, 1.3, (0.7, 1.25),  # as large as chance
+            "The speed-up does not show on this machine. "
+            "No difference is clear of chance: 1.25x at batch 8.",
+        ),
+        (
+            4.8, 0.9, 1.2, (0.95, 0.98),
+            "The speed-up does not show on this machine. "
+            "No difference is clear of chance: 1.04x at batch 8.",
+        ),
+        (
+            10.0, 0.4, 0.6, (0.95, 1.05),
+            "The speed-up does not show on this machine. "
+            "Sparse is slower than dense: 0.50x at batch 8.",
+        ),
+        (
+            10.0, 0.4, 0.6, (0.5, 1.05),
+            "The speed-up does not show on this machine. "
+            "No difference is clear of chance: 0.50x at batch 8.",
+        ),
+        (
+            4.0, float("nan"), float("nan"), (0.95, 1.05),
+            "The speed-up does not show on this machine. "
+            "No difference is clear of chance: 1.25x at batch 8.",
+        ),
+    ],
+    ids=["faster", "as chance", "contains 1", "slower", "slower as chance", "no interval"],
+)  # fmt: skip
+def test_a_gain_is_claimed_where_its_interval_is_clear_of_chance(p50, low, high, again, expected):
+    assert describe_gain(sweep_table({"sparse": (p50, low, high)}, again=again)) == expected
+
+
+def test_the_gain_is_described_for_every_batch_size_and_beside_the_twin():
+    one = sweep_table({"sparse": (5.0, 0.9, 1.1), "twin": (6.0, 0.8, 0.9)}, batch=1)
+    eight = sweep_table({"sparse": (4.0, 1.2, 1.3), "twin": (8.0, 0.6, 0.7)})
+    more = sweep_table({"sparse": (2.5, 1.9, 2.1), "twin": (4.0, 1.2, 1.3)}, batch=32)
+    assert describe_gain(pd.concat([one, eight, more])) == (
+        "Sparse is faster than dense: 1.25x at batch 8, 2.00x at batch 32. "
+        "No difference is clear of chance: 1.00x at batch 1. "
+        "Skipping the zeros buys, over the dense twin: 2.00x at batch 8, 1.60x at batch 32."
+    )
+
+
+def test_without_a_gain_nothing_is_said_about_the_twin_since_the_dense_model_may_have_run():
+    table = sweep_table({"sparse": (5.0, 0.9, 1.1), "twin": (20.0, 0.2, 0.3)})
+    assert describe_gain(table).endswith("No difference is clear of chance: 1.00x at batch 8.")
 
 
 @pytest.mark.parametrize("name", [*RUN, "06_benchmark.json"])
@@ -119,7 +198,7 @@ def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys
 def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
     content = json.loads(finished.path("06_benchmark.json").read_text())
     parents = finished.describe("06_benchmark.json")["parents"]
-    assert set(parents) == {"04_dense_fp32.onnx", "04_sparse_fp32.onnx"}
+    assert set(parents) == {"01_dense.safetensors", "03_retrained.safetensors"}
     assert content["machine"] == machine.describe()
     assert content["versions"] == machine.versions()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])
@@ -127,15 +206,14 @@ def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
         "network": "sparse", "batch": 1, "p50": 1.0, "speedup_low": 1.75, "speedup_high": 2.25,
     }  # fmt: skip
 
-    gpu = {"sparse": SimpleNamespace(name="an engine")}
-    results.save_benchmark(finished, gpu, pd.DataFrame({"batch": [1]}), "TensorRT")
+    results.save_benchmark(finished, named("an engine"), pd.DataFrame({"batch": [1]}), "TensorRT")
     parents = finished.describe("06_benchmark.json")["parents"]
     assert set(parents) == {"05_dense.engine", "05_sparse.engine"}
 
 
 def test_values_that_are_not_measured_are_null(finished):
     rows = pd.DataFrame({"batch": [1, 2], "gpu_p50": [0.5, float("nan")]})
-    results.save_benchmark(finished, {"sparse": SimpleNamespace(name="mixed")}, rows)
+    results.save_benchmark(finished, named("mixed"), rows)
     content = json.loads(finished.path("06_benchmark.json").read_text())
     assert content["rows"] == [{"batch": 1, "gpu_p50": 0.5}, {"batch": 2, "gpu_p50": None}]
 

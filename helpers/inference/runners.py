@@ -36,6 +36,7 @@ class Runner(ABC):
     """
 
     name: str
+    on_gpu = False  # where it computes
 
     @abstractmethod
     def load(self, images: Tensor) -> None:
@@ -264,6 +265,8 @@ class TensorRTRunner(Runner):
         InputError: the file cannot be read; later on, the engine does not take such images.
     """
 
+    on_gpu = True
+
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
             raise RunnerError(reason)
@@ -377,7 +380,7 @@ def why_no_engine() -> str:
     if not torch.cuda.is_available():
         return (
             "No NVIDIA GPU was found, so engines can be built here but not run; "
-            "ONNX Runtime and PyTorch run the same models on the CPU instead."
+            "the 2:4 kernels, PyTorch and ONNX Runtime run the same models on the CPU instead."
         )
     try:
         import pycuda.driver  # noqa: F401

@@ -81,7 +81,8 @@ class SparseTorchRunner(TorchRunner):
 
     On a GPU each batch size is prepared when it is first loaded, on these images: every
     layer's kernels are timed, then the model of the fastest kernels is timed in turns with the
-    dense models, and the fastest of all is kept. On a CPU nothing is timed.
+    dense models, and the fastest of all is kept. On a CPU, where this runner serves as a test of
+    the conversion, nothing is timed; there `SparseCpuRunner` chooses and gains.
 
     Args:
         model: a model pruned 2:4; it is not changed.

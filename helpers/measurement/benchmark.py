@@ -24,6 +24,7 @@ from helpers.errors import HelpersError, InputError
 from helpers.inference.runners import Runner
 from helpers.layers import in_mode
 from helpers.measurement.energy import (
+    CpuEnergyCounter,
     EnergyCounter,
     EnergyError,
     EnergyWindow,
@@ -358,8 +359,8 @@ def sweep(
         batch_sizes: images at a time.
         seconds: least time to measure for each runner and batch size.
         seed: of the random images.
-        energy_rounds: windows of 5 s for each runner and batch size, on a GPU; with
-            one there is no interval, with none no energy.
+        energy_rounds: windows of 5 s on a GPU, of 1 s on a CPU, for each runner and batch
+            size; with one there is no interval, with none no energy.
 
     Returns:
         One row for each runner and batch size, times in milliseconds: `network`, `batch`,
@@ -367,9 +368,10 @@ def sweep(
         `fetch_p50` (the transfers), and `speedup` over the first runner at the median,
         with the ends of its 95 % interval, `speedup_low` and `speedup_high`.
         On a GPU also `gpu_p50` (by CUDA events) and `overhead_p50` (what the host adds);
-        where the GPU has an energy counter also `images_per_joule`,
-        `watts`, `idle_watts`, `sm_mhz`, `celsius`, `throttles`, and `perf_per_watt`,
-        relative to the first runner, with `perf_per_watt_low` and `perf_per_watt_high`.
+        where the GPU or the processor has an energy counter also `images_per_joule`,
+        `watts`, `idle_watts`, and `perf_per_watt`, relative to the first runner, with
+        `perf_per_watt_low` and `perf_per_watt_high`; on a GPU then also `sm_mhz`, `celsius`
+        and `throttles`.
 
     If the energy counter fails at a batch size, that is logged, and its rows have no energy.
 
@@ -382,7 +384,7 @@ def sweep(
             f'The first of the runners, {", ".join(runners) or "none"}, must be "dense": all '
             "others are compared with it."
         )
-    meter = _gpu_energy() if energy_rounds else None
+    meter = _energy_meter(list(runners.values())) if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for batch in tqdm(batch_sizes, desc="batch sizes", leave=False):
@@ -405,12 +407,19 @@ def sweep(
     return pd.DataFrame(rows)
 
 
-def _gpu_energy() -> tuple[EnergyCounter, float] | None:
-    """Return the GPU's energy counter and idle power; None if it has none, which is logged."""
-    if not torch.cuda.is_available():
-        return None
+def _energy_meter(
+    runners: Sequence[Runner],
+) -> tuple[EnergyCounter | CpuEnergyCounter, float] | None:
+    """Return the energy counter of what the runners run on, and its idle power.
+
+    None, which is logged, if it has no counter.
+    """
     try:
-        counter = EnergyCounter()
+        counter = (
+            EnergyCounter()
+            if torch.cuda.is_available() and any(runner.on_gpu for runner in runners)
+            else CpuEnergyCounter()
+        )
         return counter, idle_watts(counter)
     except EnergyError as error:
         _logger.warning("%s", error)
@@ -418,7 +427,7 @@ def _gpu_energy() -> tuple[EnergyCounter, float] | None:
 
 
 def energy_in_turns(
-    runners: Sequence[Runner], counter: EnergyCounter, rounds: int = 3
+    runners: Sequence[Runner], counter: EnergyCounter | CpuEnergyCounter, rounds: int = 3
 ) -> list[list[EnergyWindow]]:
     """Measure the energy of several runners on their loaded images, in turns.
 
@@ -450,12 +459,17 @@ def _energy_row(
     """Return a runner's energy as columns of a sweep's table."""
     joules = [np.array([window.joules_per_call]) for window in own]
     base_joules = [np.array([window.joules_per_call]) for window in base]
-    return {
+    row: dict[str, float | str] = {
         "images_per_joule": batch / float(np.mean(joules)),
         "watts": float(np.mean([window.watts for window in own])),
-        "sm_mhz": float(np.mean([window.sm_mhz for window in own])),
-        "celsius": max(window.celsius for window in own),
-        "throttles": ", ".join(sorted({name for window in own for name in window.throttles})),
+    }
+    clocks = [window.sm_mhz for window in own if window.sm_mhz is not None]
+    if clocks:
+        row["sm_mhz"] = float(np.mean(clocks))
+        row["celsius"] = max(window.celsius for window in own if window.celsius is not None)
+        row["throttles"] = ", ".join(sorted({name for each in own for name in each.throttles}))
+    return {
+        **row,
         **_bounds("perf_per_watt", bootstrap_ratio(base_joules, joules, np.mean)),
     }
 

@@ -1,4 +1,4 @@
-"""Energy of the GPU, from the counter that NVIDIA's driver keeps.
+"""Energy of the GPU or the processor, from the counters that their drivers keep.
 
 This module only reads: it never changes a clock, a power limit or a mode. Explained in
 `06_infer_and_benchmark.ipynb`.
@@ -7,13 +7,16 @@ This module only reads: it never changes a clock, a power limit or a mode. Expla
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from helpers.errors import UnavailableError
 
-WINDOW = 5.0  # seconds; the counter is refreshed about every 100 ms, which is 2 % of it
+WINDOW = 5.0  # seconds; the GPU's counter is refreshed about every 100 ms, which is 2 % of it
+CPU_WINDOW = 1.0  # seconds; the processor's counter is refreshed about every millisecond
+POWERCAP = Path("/sys/class/powercap")  # where Linux shows the processor's counters
 
 # Why the clocks may be below their best, by NVML's names. An idle GPU lowers them too, but is
 # not throttled.
@@ -30,7 +33,7 @@ THROTTLES = {
 
 
 class EnergyError(UnavailableError):
-    """The energy counter of the GPU cannot be read."""
+    """The energy counter of the GPU, or of the processor, cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class EnergyCounter:
 
     Source: NVML's `nvmlDeviceGetTotalEnergyConsumption`, on Volta and later.
     """
+
+    device = "GPU"
+    window = WINDOW
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -100,6 +106,73 @@ class EnergyCounter:
             raise _unreadable(error) from error
 
 
+class CpuEnergyCounter:
+    """The energy that the processors of this machine have used, in joules.
+
+    It covers all packages, with all their cores and whatever else runs on them; most
+    processors leave out the memory.
+
+    Raises:
+        EnergyError: this system has no such counter, or does not let this user read it.
+
+    Source: Linux's power capping framework, which shows Intel's and AMD's RAPL counters.
+    """
+
+    device = "processor"
+    window = CPU_WINDOW
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
+        self._packages = [
+            zone
+            for zone in sorted(folder.glob("*-rapl:*"))
+            if _read(zone / "name").startswith("package")
+        ]
+        if not self._packages:
+            raise _cpu_unreadable("this system shows none, as is usual in virtual machines")
+        # A counter starts again from zero behind its largest reading.
+        self._largest = [int(_read(zone / "max_energy_range_uj")) for zone in self._packages]
+        self._last = [self._microjoules(zone) for zone in self._packages]
+        self._total = 0
+
+    def _microjoules(self, zone: Path) -> int:
+        return int(_read(zone / "energy_uj"))
+
+    def joules(self) -> float:
+        """Return the energy since this object was made; ask at least every few minutes.
+
+        Raises:
+            EnergyError: the system refuses it.
+        """
+        for number, zone in enumerate(self._packages):
+            now = self._microjoules(zone)
+            step = now - self._last[number]
+            self._total += step if step >= 0 else step + self._largest[number] + 1
+            self._last[number] = now
+        return self._total / 1e6
+
+    def state(self) -> None:
+        """Return nothing: clock and temperature are not part of the counter."""
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except PermissionError as error:
+        raise _cpu_unreadable(
+            f"only root may read {file}; `sudo chmod a+r {file.parent.parent}/*/energy_uj` lets "
+            "everyone read it until the next start"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _cpu_unreadable(error) from error
+
+
+def _cpu_unreadable(reason: object) -> EnergyError:
+    return EnergyError(
+        f"The processor's energy counter cannot be read ({reason}), so images per joule are "
+        "left out."
+    )
+
+
 def _unreadable(reason: object) -> EnergyError:
     return EnergyError(
         f"The GPU's energy counter cannot be read ({reason}), so images per joule are "
@@ -109,14 +182,14 @@ def _unreadable(reason: object) -> EnergyError:
 
 @dataclass(frozen=True)
 class EnergyWindow:
-    """Energy, time and state of the GPU while work was repeated for some seconds."""
+    """Energy and time while work was repeated for some seconds, and the state of a GPU."""
 
     calls: int
     joules: float
     seconds: float
-    sm_mhz: float  # mean over the window
-    celsius: int  # highest in the window
-    throttles: frozenset[str]  # all that occurred in the window
+    sm_mhz: float | None = None  # mean over the window; None on a CPU, as what follows
+    celsius: int | None = None  # highest in the window
+    throttles: frozenset[str] = frozenset()  # all that occurred in the window
 
     @property
     def joules_per_call(self) -> float:
@@ -125,25 +198,29 @@ class EnergyWindow:
 
     @property
     def watts(self) -> float:
-        """Mean power of the board."""
+        """Mean power of the board, or of the processors."""
         return self.joules / self.seconds
 
 
 def measure_energy(
-    work: Callable[[], object], counter: EnergyCounter, seconds: float = WINDOW
+    work: Callable[[], object],
+    counter: EnergyCounter | CpuEnergyCounter,
+    seconds: float | None = None,
 ) -> EnergyWindow:
     """Repeat `work` for some seconds and return the energy it took.
 
     Args:
-        work: must return only when the GPU has finished.
-        counter: the GPU's energy counter.
-        seconds: least length of the window; below 5 the counter's refresh adds an error.
+        work: must return only when it is finished, on a GPU too.
+        counter: the energy counter of the GPU or of the processor.
+        seconds: least length of the window; the counter's own unless given, and in less its
+            refresh adds an error.
 
     Raises:
         EnergyError: the counter stood still or was reset during the window.
     """
+    seconds = counter.window if seconds is None else seconds
     calls = 0
-    states: list[GpuState] = []
+    states: list[GpuState | None] = []
     before, start = counter.joules(), time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         if elapsed >= len(states):  # once a second, so that the GPU hardly waits for it
@@ -153,19 +230,23 @@ def measure_energy(
     joules = counter.joules() - before
     if joules <= 0:
         raise EnergyError(
-            f"The GPU's energy counter moved by {joules:.3f} J in {elapsed:.1f} s: it stands "
-            "still, or the driver was reloaded. Images per joule are unknown; measure again."
+            f"The {counter.device}'s energy counter moved by {joules:.3f} J in {elapsed:.1f} s: "
+            "it stands still, or the driver was reloaded. Images per joule are unknown; measure "
+            "again."
         )
+    told = [state for state in states if state is not None]
+    if not told:
+        return EnergyWindow(calls, joules, elapsed)
     return EnergyWindow(
         calls=calls,
         joules=joules,
         seconds=elapsed,
-        sm_mhz=float(np.mean([state.sm_mhz for state in states])),
-        celsius=max(state.celsius for state in states),
-        throttles=frozenset(name for state in states for name in state.throttles),
+        sm_mhz=float(np.mean([state.sm_mhz for state in told])),
+        celsius=max(state.celsius for state in told),
+        throttles=frozenset(name for state in told for name in state.throttles),
     )
 
 
-def idle_watts(counter: EnergyCounter) -> float:
-    """Return the power of the GPU in watts while this process does not use it."""
-    return measure_energy(lambda: time.sleep(0.1), counter, 2 * WINDOW).watts
+def idle_watts(counter: EnergyCounter | CpuEnergyCounter) -> float:
+    """Return the power of the GPU or the processors in watts while this process is idle."""
+    return measure_energy(lambda: time.sleep(0.1), counter, 2 * counter.window).watts

@@ -38,6 +38,8 @@ class _Printer(logging.Handler):
 
 def print_log() -> None:
     """Print what `helpers` logs from level INFO on; a second call changes nothing."""
+    # torch.compile warns of a CUDA toolkit on a machine without a GPU, which is no fault.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logger = logging.getLogger("helpers")
     if not any(isinstance(handler, _Printer) for handler in logger.handlers):
         logger.addHandler(_Printer())

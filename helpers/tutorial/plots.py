@@ -1,6 +1,7 @@
 """The tutorial's figures. Each function draws one and returns it.
 
-Dense is grey and sparse is green throughout; pruned but not yet retrained is orange.
+Dense is grey and sparse is green throughout; pruned but not yet retrained is orange, and the
+dense twin is blue.
 """
 
 import textwrap
@@ -28,9 +29,10 @@ from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training.loop import Epoch
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
+TWIN = "#3d7ea6"  # the sparse model with its zeros multiplied, measured on a CPU
 COLOURS = {"dense": DENSE, "sparse": SPARSE}
-GAIN_COLOURS = {"speed": SPARSE, "performance per watt": "#a8cf80"}
-GAIN_MARKERS = {"speed": "o", "performance per watt": "s"}
+GAIN_COLOURS = {"speed": SPARSE, "performance per watt": "#a8cf80", "speed of the twin": TWIN}
+GAIN_MARKERS = {"speed": "o", "performance per watt": "s", "speed of the twin": "^"}
 EMPTY = "#f2f2f0"
 
 
@@ -225,7 +227,8 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
 
     Both are at the median. Above 1 sparse is better, in speed and, where measured, in images
     per joule. A line through a point is its 95 % interval; the grey band is that of the dense
-    model against its copy, if the table has "dense again".
+    model against its copy, if the table has "dense again". The dense twin is drawn as a third
+    model if the table has "twin".
 
     Args:
         table: as `helpers.measurement.benchmark.sweep` returns it.
@@ -234,9 +237,13 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     figure, (left, right) = _axes(9.5, 3.4, 2)
     batch_sizes = sorted(table.batch.unique())
     places = np.arange(len(batch_sizes))
-    for offset, (name, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
+    networks = [name for name in ("dense", "twin", "sparse") if name in set(table.network)]
+    width = 0.8 / len(networks)
+    for column, name in enumerate(networks):
         own = table[table.network == name].set_index("batch").loc[batch_sizes]
-        left.bar(places + offset, 1000 * own.index / own.p50, 0.38, color=colour, label=name)
+        offsets = places + (column - (len(networks) - 1) / 2) * width
+        colour = {**COLOURS, "twin": TWIN}[name]
+        left.bar(offsets, 1000 * own.index / own.p50, 0.95 * width, color=colour, label=name)
     left.set_ylabel("images/s at the median")
     left.legend(frameon=False)
     for label, gain in _gains(table).items():
@@ -269,7 +276,8 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
     """Draw the case study's figure: speed and performance per watt against batch size.
 
     Both are those of the sparse model relative to the dense one, with their 95 % intervals;
-    performance per watt is left out where no energy was measured.
+    performance per watt is left out where no energy was measured. On a CPU the speed of the
+    dense twin stands beside them.
 
     Args:
         record: the content of `06_benchmark.json`, as `json.loads` returns it.
@@ -294,10 +302,15 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
 
 
 def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the gain of sparse over dense by batch size, in speed and, if measured, energy."""
+    """Return the gains over dense by batch size: of sparse in speed and energy, and of the twin.
+
+    Energy and the twin are there if they were measured.
+    """
     gains = {"speed": speedup_by_batch(table)}
     if "images_per_joule" in table:
         gains["performance per watt"] = perf_per_watt_by_batch(table)
+    if "twin" in set(table.network):
+        gains["speed of the twin"] = speedup_by_batch(table, "twin")
     return gains
 
 

@@ -20,10 +20,10 @@ from helpers.training import loop, networks
 from helpers.training.data import first_images
 from helpers.tutorial import inputs
 from helpers.tutorial.artifacts import NETWORKS, Artifacts
-from helpers.tutorial.backends import find_runner, find_runners
+from helpers.tutorial.backends import find_controls, find_runners
 from helpers.tutorial.checks import check
 from helpers.tutorial.settings import Settings, relative
-from helpers.tutorial.summary import save_benchmark
+from helpers.tutorial.summary import describe_gain, save_benchmark
 
 
 def evaluate(settings: Settings) -> None:
@@ -112,13 +112,11 @@ def build(settings: Settings, compute_capability: str | None) -> None:
 
 
 def benchmark(settings: Settings) -> None:
-    """Measure dense and sparse side by side over batch sizes (notebook 06)."""
+    """Measure dense, sparse and the controls side by side over batch sizes (notebook 06)."""
     from helpers.tutorial import plots  # here, since no other step draws
 
     artifacts = Artifacts(settings)
-    runners = find_runners(artifacts)
-    # The dense network against itself shows how much of any ratio is chance.
-    runners["dense again"] = find_runner(artifacts, "dense")
+    runners = find_runners(artifacts) | find_controls(artifacts)
     table = sweep(
         runners, settings.image_shape, settings.batch_sizes, settings.seconds_per_batch_size
     )
@@ -128,6 +126,7 @@ def benchmark(settings: Settings) -> None:
     figure = plots.plot_case_study(json.loads(path.read_text()))
     plots.save(figure, artifacts.figures / "06_case_study.png")
     print(table.round(2).to_string(index=False))
+    print(describe_gain(table))
 
 
 def pretrain(settings: Settings) -> None:

@@ -32,6 +32,7 @@ def save_benchmark(
     """
     content = {
         "runner": runners["sparse"].name,
+        "dense_runner": runners["dense"].name,
         **machine.provenance(),
         "rows": table.to_dict("records"),
     }
@@ -79,25 +80,67 @@ def summary(settings: Settings) -> dict[str, str]:
         )
     benchmark = json.loads(artifacts.require("06_benchmark.json").read_text())
     rows["measured with"] = benchmark["runner"]
+    if benchmark["dense_runner"] != benchmark["runner"]:
+        rows["measured with"] += f"; dense: {benchmark['dense_runner']}"
     return rows | _gain_rows(pd.DataFrame(benchmark["rows"]))
 
 
 def _gain_rows(table: pd.DataFrame) -> dict[str, str]:
-    """Return, for each batch size, what sparse gains, beside what chance alone gives."""
+    """Return, for each batch size, what sparse gains, beside what the controls show."""
     measures = {"latency p50": ("p50", " ms", speedup_by_batch)}
     if "images_per_joule" in table:
         measures["images per joule"] = ("images_per_joule", "", perf_per_watt_by_batch)
+    controls = {"dense against itself": backends.DENSE_AGAIN}
+    if backends.TWIN in set(table.network):
+        controls["dense twin"] = backends.TWIN
     rows = {}
     for label, (column, unit, compare) in measures.items():
         values = table.pivot(index="batch", columns="network", values=column)
-        gains, chances = compare(table), compare(table, other="dense again")
+        gains = compare(table)
+        others = {name: compare(table, other=network) for name, network in controls.items()}
         for batch, own in values.dropna().iterrows():  # energy may be missing at a batch
-            gain, chance = Ratio(**gains.loc[batch]), Ratio(**chances.loc[batch])
+            beside = [f"{name} {Ratio(**other.loc[batch])}" for name, other in others.items()]
             rows[f"{label}, batch {batch}"] = (
                 f"dense {own['dense']:.2f}{unit}, sparse {own['sparse']:.2f}{unit}: "
-                f"{gain} (dense against itself {chance})"
+                f"{Ratio(**gains.loc[batch])} ({', '.join(beside)})"
             )
     return rows
+
+
+def describe_gain(table: pd.DataFrame) -> str:
+    """Return in a few sentences at which batch sizes the sparse model is faster.
+
+    A difference counts if its 95 % interval lies beyond 1 and beyond that of the dense model
+    against itself. Where sparse is faster and the dense twin was measured, the last sentence
+    compares the two.
+
+    Args:
+        table: as `helpers.measurement.benchmark.sweep` returns it, with `dense again`.
+    """
+    gains = speedup_by_batch(table)
+    chances = speedup_by_batch(table, backends.DENSE_AGAIN)
+    faster = gains[gains.low > chances.high.clip(lower=1)]
+    slower = gains[gains.high < chances.low.clip(upper=1)]
+    unclear = gains.drop([*faster.index, *slower.index])
+    sentences = []
+    if faster.empty:
+        sentences.append("The speed-up does not show on this machine.")
+    else:
+        sentences.append(f"Sparse is faster than dense: {_listed(faster)}.")
+    if not slower.empty:
+        sentences.append(f"Sparse is slower than dense: {_listed(slower)}.")
+    if not unclear.empty:
+        sentences.append(f"No difference is clear of chance: {_listed(unclear)}.")
+    if backends.TWIN in set(table.network) and not faster.empty:
+        # Elsewhere the sparse runner may have run the dense model, which skips no zeros.
+        twins = speedup_by_batch(table, backends.TWIN).loc[faster.index]
+        skipped = faster[["value"]] / twins[["value"]]
+        sentences.append(f"Skipping the zeros buys, over the dense twin: {_listed(skipped)}.")
+    return " ".join(sentences)
+
+
+def _listed(ratios: pd.DataFrame) -> str:
+    return ", ".join(f"{value:.2f}x at batch {batch}" for batch, value in ratios.value.items())
 
 
 def save_reference(settings: Settings) -> Path:
