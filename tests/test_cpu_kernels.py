@@ -1,8 +1,10 @@
 """The CPU engine's layers against FP64, over shapes, buffers, threads, and instruction sets."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -153,6 +155,19 @@ def test_the_residual_may_be_the_output():
     ours = CpuLayer.from_conv(layer)
     apart = ours(input, residual=residual)
     assert torch.equal(ours(input, residual=residual, out=residual), apart)
+
+
+def test_a_plan_keeps_the_weights_that_it_reads():
+    layer, input = sparse_(nn.Conv2d(64, 66, 1)), torch.randn(1, 64, 14, 14)
+    out = torch.full((1, 66, 14, 14), NAN)
+    ours = CpuLayer.from_conv(layer)
+    weights = weakref.ref(ours._packed.values)
+    plan = ours.plan(input.shape, 1)
+    del ours
+    gc.collect()
+    assert weights() is not None
+    plan.run(input.data_ptr(), out.data_ptr(), 0)
+    assert ((out - layer(input)).abs().max() < 1e-4).item()
 
 
 def test_an_empty_batch_gives_an_empty_output():

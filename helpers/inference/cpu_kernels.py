@@ -33,6 +33,7 @@ from numba import carray, cfunc, literally, njit, prange, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -1080,11 +1081,14 @@ class Plan:
     Args:
         kept: how many weights of every four the values hold, 2 or 4.
         threads: how many threads share the work.
+        memory: the arrays that fields hold the addresses of; they live as long as the plan.
         fields: all of `PLAN` but the addresses that change from call to call.
     """
 
-    def __init__(self, kept: int, threads: int, **fields: float) -> None:
-        self.kept, self.threads = kept, threads
+    def __init__(
+        self, kept: int, threads: int, memory: tuple[NDArray[Any], ...], **fields: float
+    ) -> None:
+        self.kept, self.threads, self.memory = kept, threads, memory
         record = np.zeros(1, PLAN)
         for name, value in fields.items():
             record[name] = value

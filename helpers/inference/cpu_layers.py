@@ -236,6 +236,7 @@ class CpuLayer:
         return Plan(
             packed.kept,
             threads,
+            (packed.values, packed.positions, self._bias),
             values=packed.values.ctypes.data,
             positions=packed.positions.ctypes.data,
             bias=self._bias.ctypes.data,
