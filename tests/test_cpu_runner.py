@@ -8,11 +8,13 @@ import pytest
 import torch
 import torchvision
 from inference_cases import prepared, random, transformer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from helpers.errors import InputError, WriteError
 from helpers.inference import static_model as static
+from helpers.inference.attention import SelfAttention
 from helpers.inference.cpu_runner import CpuRunner
+from helpers.inference.traced import module_calls
 from helpers.measurement.benchmark import check_outputs
 from helpers.metrics import max_relative_error
 from helpers.sparsity import prune_2to4_
@@ -111,6 +113,12 @@ def test_attention_is_exact_with_what_is_added_to_it(timer):
     assert_exact(runner, model, random(3, 3, 32, 32))
     added = [layer.name for layer in runner.layers if layer.epilogue.add]
     assert len(added) == 4  # the attention and the feed-forward part of two blocks
+    assert not any(isinstance(part, SelfAttention) for part in called(runner.model))
+
+
+def called(model: fx.GraphModule) -> list[nn.Module]:
+    """Return the modules that a graph calls."""
+    return [model.get_submodule(name) for name in module_calls(model)]
 
 
 class Block(nn.Module):

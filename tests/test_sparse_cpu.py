@@ -137,7 +137,7 @@ def test_a_dense_runner_of_another_model_is_refused(model):
 
 @pytest.mark.parametrize(
     ("milliseconds", "fastest", "kind"),
-    [((1.0, 2.0), "ONNX Runtime", OnnxRunner), ((2.0, 1.0), "oneDNN", CpuRunner)],
+    [((1.0, 2.0), "ONNX Runtime", OnnxRunner), ((2.0, 1.0), "dense kernels", CpuRunner)],
 )
 def test_the_fastest_dense_runner_is_chosen_once(
     model, no_compiler, tmp_path, milliseconds, fastest, kind

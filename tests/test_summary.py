@@ -119,7 +119,7 @@ def test_the_summary_is_printed_with_the_folder_and_the_figures(finished, capsys
 def test_the_benchmark_is_saved_with_its_machine_and_what_was_run(finished):
     content = json.loads(finished.path("06_benchmark.json").read_text())
     parents = finished.describe("06_benchmark.json")["parents"]
-    assert set(parents) == {"04_dense_fp32.onnx", "04_sparse_fp32.onnx"}
+    assert set(parents) == {"01_dense.safetensors", "03_retrained.safetensors"}
     assert content["machine"] == machine.describe()
     assert content["versions"] == machine.versions()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])

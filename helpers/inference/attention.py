@@ -71,6 +71,7 @@ def inline_self_attention_(model: fx.GraphModule) -> None:
             for user in list(call.users):
                 if user.target is operator.getitem and user.args[1] == 0:
                     user.replace_all_uses_with(output)
+                if not user.users:  # nor does anyone read the weights of the attention
                     model.graph.erase_node(user)
             if not call.users:
                 model.graph.erase_node(call)

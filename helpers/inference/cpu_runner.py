@@ -28,23 +28,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # What a runner can be asked for, and what its name then says.
-KERNELS = {"sparse": "2:4 kernels", "twin": "dense twin of the 2:4 kernels", "dense": "oneDNN"}
+KERNELS = {
+    "sparse": "2:4 kernels",
+    "twin": "dense twin of the 2:4 kernels",
+    "dense": "dense kernels",
+}
 
 
-class SparseCpu(CpuKernel):
-    """The layer with 2:4 weights, whose zeros are skipped. Images are stored by channels."""
+class DenseCpu(CpuKernel):
+    """The layer in the kernel of this package, with all four of every four weights.
 
-    name = "2:4 kernel"
+    Images are stored by channels, and the output goes to a buffer. For layers that are not 2:4
+    it is one more dense kernel to choose from; for 2:4 layers it is the sparse kernel's twin.
+    """
+
+    name = "dense kernel"
     writes_to_buffer = True
-    sparse = True
+    sparse = False
 
     @classmethod
     def takes(cls, layer: ProductLayer) -> bool:
         if not is_plain(layer, nn.Linear, nn.Conv2d) or layer.weight.shape[1] % 4:
             return False
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-            return False
-        return is_2to4(layer.weight.detach())
+        return isinstance(layer, nn.Linear) or layer.padding_mode == "zeros"
 
     @cached_property
     def own(self) -> CpuLayer:
@@ -52,10 +58,6 @@ class SparseCpu(CpuKernel):
         if isinstance(self.layer, nn.Conv2d):
             return CpuLayer.from_conv(self.layer, self.epilogue.relu, self.sparse)
         return CpuLayer.from_linear(self.layer, self.epilogue.relu, self.sparse)
-
-    def twin(self) -> "DenseTwin":
-        """Return the same kernel with the zeros multiplied."""
-        return DenseTwin(self.layer, self.epilogue)
 
     def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
         output_shape = self.own.output_shape(shape)
@@ -75,6 +77,29 @@ class SparseCpu(CpuKernel):
             return output
 
         return call
+
+
+class SparseCpu(DenseCpu):
+    """The layer with 2:4 weights, whose zeros are skipped."""
+
+    name = "2:4 kernel"
+    sparse = True
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return super().takes(layer) and is_2to4(layer.weight.detach())
+
+    def twin(self) -> DenseCpu:
+        """Return the same kernel with the zeros multiplied: what differs is sparsity alone."""
+        return DenseCpu(self.layer, self.epilogue)
+
+
+class DenseCpuAlone(DenseCpu):
+    """The dense kernel for a layer that cannot be sparse."""
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return super().takes(layer) and not SparseCpu.takes(layer)
 
 
 class OneDnnBetween(OneDnn):
@@ -105,11 +130,8 @@ class OneDnnAlone(OneDnn):
         return super().takes(layer) and not SparseCpu.takes(layer)
 
 
-class DenseTwin(SparseCpu):
-    """The same kernel over all four of every four weights: what differs is sparsity alone."""
-
-    name = "dense twin"
-    sparse = False
+DENSE: tuple[type[Kernel], ...] = (OneDnn, DenseCpu)
+SPARSE: tuple[type[Kernel], ...] = (OneDnnAlone, OneDnnBetween, DenseCpuAlone, SparseCpu)
 
 
 class CpuRunner(Runner):
@@ -120,9 +142,10 @@ class CpuRunner(Runner):
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
-        kernels: `sparse` chooses for each layer between oneDNN and, where its weight is 2:4, the
-            kernel that skips zeros; `twin` is the same with the zeros multiplied, in the layers
-            for which the sparse kernel was chosen; `dense` is oneDNN alone.
+        kernels: `sparse` chooses for each layer between oneDNN and this package's kernel, which
+            skips zeros where the weight is 2:4; `twin` is the same with the zeros multiplied, in
+            the layers for which the sparse kernel was chosen; `dense` chooses between oneDNN and
+            the dense kernel.
         cache: JSON file for the choices of kernels, so that they are measured once.
         timer: times the kernels of a layer.
 
@@ -149,7 +172,7 @@ class CpuRunner(Runner):
         self.autotuner = Autotuner(timer, cache)
         self.model = fold_batch_norm(model)
         pool_channels_last_(self.model)
-        own = (OneDnn,) if kernels == "dense" else (OneDnnAlone, OneDnnBetween, SparseCpu)
+        own = DENSE if kernels == "dense" else SPARSE
         self.layers = tune_layers_(self.model, own, autotuner=self.autotuner, residuals=True)
         if kernels != "dense" and not any(SparseCpu.name in each.kernels for each in self.layers):
             raise InputError(

@@ -46,7 +46,7 @@ class DenseCpuRunner(Runner):
     """A model in the fastest dense runner of this CPU, chosen for each shape of images.
 
     It is one of ONNX Runtime, PyTorch compiled with frozen weights (where a C++ compiler is
-    there), and PyTorch with oneDNN's calls. Each shape is prepared when it is first loaded.
+    there), and `CpuRunner` with dense kernels alone. Each shape is prepared when it is first loaded.
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
@@ -70,7 +70,7 @@ class DenseCpuRunner(Runner):
         self.fingerprint = fingerprint(fold_batch_norm(model))
         self.makers: dict[str, Callable[[tuple[int, ...]], Runner]] = {
             "ONNX Runtime": self._onnx_runner,
-            "oneDNN": lambda shape: CpuRunner(model, "dense", cache),
+            "dense kernels": lambda shape: CpuRunner(model, "dense", cache),
         }
         if compile and has_compiler():
             self.makers["PyTorch compiled"] = self._compiled_runner
