@@ -46,7 +46,8 @@ class DenseCpuRunner(Runner):
     """A model in the fastest dense runner of this CPU, chosen for each shape of images.
 
     It is one of ONNX Runtime, PyTorch compiled with frozen weights (where a C++ compiler is
-    there), and `CpuRunner` with dense kernels alone. Each shape is prepared when it is first loaded.
+    there), and `CpuRunner` with dense kernels alone. Each shape is prepared when it is first
+    loaded.
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
