@@ -6,10 +6,11 @@ the same model in FP32, which is checked first, and take turns within one proces
 
 - `onnxruntime`: ONNX Runtime, which multiplies by the zeros.
 - `torch`: PyTorch at its best, the faster of compiled with frozen weights (where there is a
-  C++ compiler) and oneDNN's calls with weights in oneDNN's order. PyTorch's plain calls are up
-  to three times slower on some processors and are no measure. For layers it is `onednn`.
+  C++ compiler) and `CpuRunner` with dense kernels, among them oneDNN's with weights in oneDNN's
+  order. PyTorch's plain calls are up to three times slower on some processors and are not a
+  baseline. For single layers it is `onednn`.
 - `twin`: the 2:4 kernel with all zeros multiplied; `sparse` against it is what skipping saves.
-- `sparse`: each layer in the faster of oneDNN and the 2:4 kernel; where the whole model then
+- `sparse`: each layer in the fastest of oneDNN and the 2:4 kernel; where the whole model then
   loses, the faster dense runner, as `helpers.inference.sparse_cpu` chooses.
 
 A time is the median of the runs; `low_ms` and `high_ms` are its 95 % bootstrap interval over the
@@ -71,12 +72,8 @@ TURNS = 4  # runs of a contender in a round: two turns, each with a run that is 
 FEWEST_TOKENS = 197  # of an image in ViT-B/16
 LAYER_SECONDS = 0.1  # for each contender of a layer
 
-# Whether a layer of this network is measured alone, and what it is called then.
-LAYER_KINDS: dict[str, Callable[[ProductLayer], str]] = {
-    "resnext101_32x8d": lambda layer: "1x1" if _is_conv(layer, 1) else "",
-    "resnet50": lambda layer: "3x3" if _is_conv(layer, 3) else "",
-    "vit_b_16": lambda layer: "linear" if isinstance(layer, nn.Linear) else "",
-}
+# The kind of layers of a network that are measured alone, too.
+LAYER_KINDS = {"resnext101_32x8d": "1x1", "resnet50": "3x3", "vit_b_16": "linear"}
 
 
 @dataclass(frozen=True)
@@ -210,21 +207,49 @@ class Contenders:
 
     def facts(self) -> dict[str, Any]:
         """Return what runs for the loaded images."""
-        choices = self.sparse.kernel_choices()
-        own = choices[choices.input.str.startswith(f"{len(self.sparse.images)}x")]
-        kernels = own.drop(columns=["layer", "input", "kernel", "refused"], errors="ignore")
-        chosen = [row[row["kernel"]] for row in own.to_dict("records")]
         times = self.sparse.network_times().iloc[-1]
         return {
             "torch_runs": self.pytorch.current.name,
             "sparse_runs": times.runs,
             "models_ms": times.drop(["input", "threads", "runs"]).to_dict(),
-            "sparse_layers": int((own.kernel == SparseCpu.name).sum()),
-            "layers": len(own),
-            # Sums over the layers, each timed alone: the rest of a model's time is around them.
-            "chosen_layers_ms": sum(chosen),
-            "dense_layers_ms": kernels.drop(columns=SparseCpu.name).min(axis=1).sum(),
+            "profile": profile(self.sparse, len(self.sparse.images)),
         }
+
+
+def profile(sparse: CpuRunner, batch: int) -> list[dict[str, Any]]:
+    """Return where the time of the 2:4 model goes, by kind of layer and chosen kernel.
+
+    The milliseconds are those of layers timed alone; `gflops` counts the zeros as well, so that
+    dense and sparse kernels compare.
+    """
+    rows = []
+    for tuned in sparse.layers:
+        layer = next(iter(tuned.kernels.values())).layer
+        for shape, choice in tuned.choices.items():
+            if shape[0] == batch and choice.milliseconds:
+                outputs = copy.deepcopy(layer).to("meta")(torch.empty(shape, device="meta"))
+                rows.append(
+                    {
+                        "kind": layer_name(layer),
+                        "kernel": choice.kernel,
+                        "layers": 1,
+                        "ms": choice.milliseconds[choice.kernel],
+                        "flops": 2 * outputs.numel() * layer.weight[0].numel(),
+                    }
+                )
+    if not rows:
+        return []
+    table = pd.DataFrame(rows).groupby(["kind", "kernel"], as_index=False).sum()
+    table["gflops"] = table.pop("flops") / table.ms / 1e6
+    return table.sort_values("ms", ascending=False).to_dict("records")
+
+
+def layer_name(layer: ProductLayer) -> str:
+    """Return the kind of a layer, such as `3x3 grouped`."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    size = "x".join(map(str, layer.kernel_size))
+    return size if layer.groups == 1 else f"{size} grouped"
 
 
 # --- measuring ---
@@ -351,11 +376,12 @@ def layers_of(
         if SparseCpu.name not in tuned.kernels:
             continue
         layer = tuned.kernels[SparseCpu.name].layer
-        kind = LAYER_KINDS[name](layer)
+        kind = layer_name(layer)
         for shape in tuned.choices:
             too_few = kind == "linear" and shape[:-1].numel() < FEWEST_TOKENS
             key = str(layer), shape
-            if kind and shape[0] == batch and not too_few and key not in seen:
+            wanted = kind == LAYER_KINDS[name] and shape[0] == batch and not too_few
+            if wanted and key not in seen:
                 seen.add(key)
                 found[tuned.name] = kind, layer, shape
     return found
@@ -505,12 +531,6 @@ def main(
     if record.layers:
         print("Median over the layers, best dense library over 2:4 kernel and over twin:")
         print(layer_medians(record).round(2).to_string(index=False))
-
-
-def _is_conv(layer: ProductLayer, size: int) -> bool:
-    if not isinstance(layer, nn.Conv2d):
-        return False
-    return layer.kernel_size == (size, size) and layer.groups == 1
 
 
 def _threads(count: int) -> str:

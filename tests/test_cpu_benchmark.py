@@ -52,9 +52,7 @@ def test_every_contender_has_a_row_and_later_runs_keep_the_earlier_ones(
 ):
     # Linear layers of any number of tokens, to measure one here.
     monkeypatch.setattr(cpu, "FEWEST_TOKENS", 1)
-    monkeypatch.setitem(
-        cpu.LAYER_KINDS, NETWORK, lambda layer: "linear" if isinstance(layer, nn.Linear) else ""
-    )
+    monkeypatch.setitem(cpu.LAYER_KINDS, NETWORK, "linear")
     said, record = measure("--batches", "2")
     assert {"date", "machine", "versions", "what"} <= set(record)
     assert {row["contender"] for row in record["rows"]} == CONTENDERS
@@ -65,6 +63,8 @@ def test_every_contender_has_a_row_and_later_runs_keep_the_earlier_ones(
     (case,) = record["cases"]
     assert case["clock"] == "thread CPU time"
     assert all(first["max_relative_error"] < 1e-4 for first in case["first_outputs"].values())
+    assert {"1x1", "3x3 grouped", "linear"} <= {row["kind"] for row in case["profile"]}
+    assert sum(row["layers"] for row in case["profile"]) == 17
     assert {"layer", "kind", "shape", "p50_ms"} <= set(record["layers"][0])
     assert "sparse against" in said
     assert (tmp_path / "cpu.png").stat().st_size > 0
