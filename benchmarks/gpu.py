@@ -118,7 +118,7 @@ def has_figures(record: dict[str, Any]) -> bool:
     return bool(record.get("kernels")) or not pd.Series(times, dtype=float).isna().all()
 
 
-def random_model(name: str, shape: tuple[int, int, int]) -> nn.Module:
+def random_model(name: str, shape: tuple[int, int, int], num_classes: int = 1000) -> nn.Module:
     """Return a model with random weights whose outputs are usable numbers.
 
     Speed does not depend on the weights, but outputs can only be compared if they neither
@@ -127,7 +127,7 @@ def random_model(name: str, shape: tuple[int, int, int]) -> nn.Module:
     random weights.
     """
     torch.manual_seed(0)
-    model = networks.create_model(name, num_classes=1000).to(machine.device())
+    model = networks.create_model(name, num_classes).to(machine.device())
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean over all batches, not a moving one

@@ -168,6 +168,14 @@ def test_a_slow_runner_runs_in_every_turn(clock):
     assert [len(own) for own in result.rounds] == 4 * [2]
 
 
+def test_another_clock_can_be_given(clock):
+    """Here it counts half of the time, as a thread's own does that waits for the other half."""
+    (result,) = time_in_turns(
+        [FakeRunner("a", [], clock, 0.25)], IMAGES, seconds=1, clock=lambda: clock.now / 2
+    )
+    assert set(result.times) == {125}
+
+
 def test_the_warm_up_does_not_count(clock):
     runners = pair(clock)
     for runner in runners.values():

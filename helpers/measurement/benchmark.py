@@ -165,6 +165,7 @@ def time_in_turns(
     seconds: float = 3.0,
     warmup: float = 0.2,
     rounds: int = 12,
+    clock: Callable[[], float] | None = None,
 ) -> list[Latency]:
     """Time several runners on the same images, in turns.
 
@@ -179,6 +180,8 @@ def time_in_turns(
         warmup: seconds to run each before measuring.
         rounds: each runner gets two turns in each; a multiple of the number of runners, as 12
             is of 2, 3 and 4, gives each runner every place equally often.
+        clock: returns seconds; the host's clock unless given. `time.thread_time` counts only
+            while this thread computes, which suits runners of one thread on a busy machine.
 
     Returns:
         The latencies, in the order of the runners.
@@ -209,7 +212,7 @@ def time_in_turns(
     for number in tqdm(range(rounds), desc=f"batch {len(images)}", leave=False):
         order.append(order.pop(0))  # so that no runner always follows the same one
         for turn in order + order[::-1]:
-            runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds))
+            runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds), clock)
     for runner, answer in zip(runners, answers, strict=True):
         _check_unchanged(runner, answer)
     return [_latency(own, len(images)) for own in runs]
@@ -243,15 +246,18 @@ def _answer(runner: Runner) -> Tensor:
     return runner.fetch().clone()
 
 
-def _take_turn(runner: Runner, seconds: float) -> list[Run]:
+def _take_turn(
+    runner: Runner, seconds: float, clock: Callable[[], float] | None = None
+) -> list[Run]:
     """Time runs for some seconds, at least one."""
+    clock = clock or time.perf_counter
     runner.run()  # not counted: the previous runner has evicted this one's weights
     runs: list[Run] = []
     left = seconds
     while not runs or left > 0:
-        start = time.perf_counter()
+        start = clock()
         runner.run()
-        taken = time.perf_counter() - start
+        taken = clock() - start
         runs.append(Run(taken, runner.gpu_seconds()))
         left -= taken
     return runs
