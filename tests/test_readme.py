@@ -38,6 +38,25 @@ def test_the_results_are_those_of_the_recorded_run():
     ), list(again.batch[~contains_1])
 
 
+def test_the_speed_on_a_cpu_is_the_recorded_one():
+    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    names = {
+        "resnet50": "ResNet-50",
+        "resnext101_32x8d": "ResNeXt-101 32x8d",
+        "vit_b_16": "ViT-B/16",
+    }
+    shown = 0
+    for row in record["ratios"]:
+        if row["contender"] == "sparse" and row["network"] in names and row["threads"] == 1:
+            line = re.search(
+                rf"\| {re.escape(names[row['network']])} \| {row['batch']} \|.*\| (.*) \|", README
+            )
+            assert line is not None, row
+            assert line[1] == f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+            shown += 1
+    assert shown >= 4
+
+
 def test_the_control_is_the_recorded_one():
     record = json.loads((REFERENCE / "quick_dense_control.json").read_text())
     text = " ".join(README.split())
