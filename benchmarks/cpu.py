@@ -504,6 +504,7 @@ def draw(record: Record) -> plt.Figure:
     axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    plt.close(figure)  # the caller saves it; pyplot need not keep it
     return figure
 
 
