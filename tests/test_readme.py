@@ -53,6 +53,14 @@ def test_the_speed_on_a_cpu_is_the_recorded_one():
             )
             assert line is not None, row
             assert line[1] == f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+            case = {key: row[key] for key in ("network", "batch", "threads")}
+            for contender in (row["best_dense"], "sparse"):
+                (timed,) = (
+                    each["p50_ms"]
+                    for each in record["rows"]
+                    if each.items() >= (case | {"contender": contender}).items()
+                )
+                assert f" {timed:.0f} ms |" in line[0], contender
             shown += 1
     assert shown >= 4
 
