@@ -92,7 +92,7 @@ class Run:
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return the shape of a network's images."""
-        return (1, 28, 28) if name == "resnext14_8x4d" else (3, self.image_size, self.image_size)
+        return (1, 28, 28) if name == "resnext14_8x1d" else (3, self.image_size, self.image_size)
 
     def models(self, name: str) -> dict[str, nn.Module]:
         """Return a network's model with random weights, and the same model pruned 2:4."""
@@ -504,7 +504,7 @@ def main(
     _require_known("parts", parts, PARTS)
     _require_known("datatypes", datatypes, DATATYPES)
     _require_known(
-        "networks", networks, ["resnext14_8x4d", *list_models(module=torchvision.models)]
+        "networks", networks, ["resnext14_8x1d", *list_models(module=torchvision.models)]
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,7 @@ def exported(tmp_path_factory):
 def pruned_resnext() -> nn.Module:
     """The quick preset's model pruned 2:4, in evaluation mode."""
     torch.manual_seed(0)
-    model = networks.create_model("resnext14_8x4d", 10)
+    model = networks.create_model("resnext14_8x1d", 10)
     model(torch.randn(16, *SHAPE))  # gives the batch norms statistics other than 0 and 1
     sparsity.prune_2to4_(model)
     return model.eval()

@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def quick_network() -> nn.Module:
-    return networks.create_model("resnext14_8x4d", 10)
+    return networks.create_model("resnext14_8x1d", 10)
 
 
 def bottlenecks() -> nn.Module:

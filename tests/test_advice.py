@@ -111,7 +111,7 @@ def in_a_buffer(own: Behind, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_model_is_unchanged():
-    model = create_model("resnext14_8x4d", 10).train()
+    model = create_model("resnext14_8x1d", 10).train()
     model.bn1.eval()
     before = {
         key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()

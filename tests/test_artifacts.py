@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from helpers.files import atomic_write, sha256
 from helpers.machine import versions
-from helpers.training.networks import resnext14_8x4d, save_checkpoint
+from helpers.training.networks import resnext14_8x1d, save_checkpoint
 from helpers.tutorial import artifacts as module
 from helpers.tutorial.artifacts import NOTEBOOKS, ArtifactError, Artifacts
 from helpers.tutorial.settings import project_root
@@ -155,7 +155,7 @@ def test_an_artifact_without_facts_has_none(chain):
 
 def test_a_checkpoint_is_readable_by_all_users(artifacts):
     with artifacts.writing(DENSE) as path:
-        save_checkpoint(resnext14_8x4d(), path, "resnext14_8x4d")
+        save_checkpoint(resnext14_8x1d(), path, "resnext14_8x1d")
     assert artifacts.require(DENSE).stat().st_mode & 0o777 == 0o644
 
 

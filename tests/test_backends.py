@@ -46,10 +46,10 @@ def build_with(name: str, monkeypatch) -> None:
 def save_checkpoints(artifacts: Artifacts) -> None:
     """Leave the dense and the sparse checkpoint."""
     torch.manual_seed(0)
-    model = create_model("resnext14_8x4d", 10)
+    model = create_model("resnext14_8x1d", 10)
     for name in ("01_dense", "03_retrained"):
         with artifacts.writing(f"{name}.safetensors") as path:
-            save_checkpoint(model, path, "resnext14_8x4d")
+            save_checkpoint(model, path, "resnext14_8x1d")
         prune_2to4_(model)
 
 

@@ -158,7 +158,7 @@ def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, nu
 def test_pruning_and_retraining_follow_the_rules(run, tiny_settings):
     artifacts = Artifacts(tiny_settings)
     with artifacts.writing("01_dense.safetensors", facts={}) as path:
-        save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
+        save_checkpoint(create_model("resnext14_8x1d", 10), path, "resnext14_8x1d")
     status, _, errors = run("prune", "--rules", "nobodys")
     assert status == 1
     assert errors.startswith("InputError: ")
@@ -188,12 +188,12 @@ def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tin
 
 
 def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
-    model = create_model("resnext14_8x4d", 10)
-    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
+    model = create_model("resnext14_8x1d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x1d")
     assert run("verify", tmp_path / "dense.safetensors")[0] == 1
     prune_2to4_(model)
     save_compressed(model, tmp_path / "sparse.safetensors")
-    status, table, _ = run("verify", "--model", "resnext14_8x4d", tmp_path / "sparse.safetensors")
+    status, table, _ = run("verify", "--model", "resnext14_8x1d", tmp_path / "sparse.safetensors")
     assert status == 0
     assert table.splitlines()[-1] == "12 of 12 eligible weights are 2:4"
 
@@ -245,8 +245,8 @@ def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):
     row = {"datatype": "BF16", "m": 64, "n": 64, "k": 64, "dense_ms": 0.004, "sparse_ms": 0.003}
     record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 1000, "rows": [row]}
     (tmp_path / "gpu.json").write_text(json.dumps(record))
-    model = create_model("resnext14_8x4d", 10)
-    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
+    model = create_model("resnext14_8x1d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x1d")
     status, said, _ = run(
         "advise", tmp_path / "dense.safetensors", "--rates", tmp_path / "gpu.json",
         "--datatype", "BF16", "--batch", 4,
@@ -311,9 +311,9 @@ def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, 
 
 
 def test_the_same_weights_are_the_same_file(tmp_path):
-    model = create_model("resnext14_8x4d", 10)
+    model = create_model("resnext14_8x1d", 10)
     for attempt in range(10):
-        save_checkpoint(model, tmp_path / f"{attempt}.safetensors", "resnext14_8x4d")
+        save_checkpoint(model, tmp_path / f"{attempt}.safetensors", "resnext14_8x1d")
     assert len({sha256(path) for path in tmp_path.iterdir()}) == 1
 
 
@@ -329,7 +329,7 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
         assert status == 0, errors
 
     card = json.loads(
-        (tiny_settings.data_dir / "pretrained/resnext14_8x4d_fashionmnist.json").read_text()
+        (tiny_settings.data_dir / "pretrained/resnext14_8x1d_fashionmnist.json").read_text()
     )
     assert artifacts.facts("01_dense.safetensors")["test"] == card["test"]
     assert len(card["history"]) == tiny_settings.recipe.epochs

@@ -17,7 +17,7 @@ from helpers.inference.runners import TorchRunner
 from helpers.measurement.benchmark import BenchmarkError, Latency
 from helpers.sparsity import prune_2to4_
 
-NETWORK = "resnext14_8x4d"
+NETWORK = "resnext14_8x1d"
 CONTENDERS = {"onnxruntime", "torch", "twin", "sparse"}
 
 

@@ -196,13 +196,13 @@ import sys
 from pathlib import Path
 from helpers.errors import WriteError
 from helpers.files import atomic_write
-from helpers.training.networks import resnext14_8x4d, save_checkpoint
+from helpers.training.networks import resnext14_8x1d, save_checkpoint
 
 target = Path(sys.argv[1]) / "01_dense.safetensors"
 target.write_text("old")
 try:
     with atomic_write(target) as part:
-        save_checkpoint(resnext14_8x4d(), part, "resnext14_8x4d")
+        save_checkpoint(resnext14_8x1d(), part, "resnext14_8x1d")
 except WriteError as error:
     print(error)
 assert target.read_text() == "old"

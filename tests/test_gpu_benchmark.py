@@ -32,7 +32,7 @@ def measure(script, tmp_path, no_gpu):
         app.command()(script.main)
         result = CliRunner().invoke(
             app,
-            ["--out", str(tmp_path), "--networks", "resnext14_8x4d", "--batch-sizes", "2",
+            ["--out", str(tmp_path), "--networks", "resnext14_8x1d", "--batch-sizes", "2",
              "--batch-sizes", "1", "--squares", "32", "--seconds", "0.02", *arguments],
         )  # fmt: skip
         assert result.exit_code == 0, result.output
@@ -51,13 +51,13 @@ def only(*parts: str) -> list[str]:
 
 def test_each_part_writes_what_it_could_measure_with_its_machine(measure):
     said, files = measure(*only(*PARTS))
-    assert set(files) == {"products", "resnext14_8x4d", "advice", "profile"}
+    assert set(files) == {"products", "resnext14_8x1d", "advice", "profile"}
     for record in files.values():
         assert {"date", "machine", "versions"} <= set(record)
         assert "gpu" not in record["machine"]
     assert "s left" in said
 
-    network = files["resnext14_8x4d"]
+    network = files["resnext14_8x1d"]
     assert network["runner"].endswith("cpu, dense"), "no sparse kernel ran here, and none is named"
     assert {(row["network"], row["batch"]) for row in network["rows"]} == {
         (name, batch) for name in ("dense", "sparse") for batch in (1, 2)
@@ -110,7 +110,7 @@ def test_a_failed_part_keeps_its_results_and_the_others_run(measure, script, mon
     monkeypatch.setattr(script, "sweep", sweep_once)
     _, files = measure(*only("products", "networks", "profile"))
     assert files["products"]["stopped"] == "RuntimeError: the kernel has died"
-    network = files["resnext14_8x4d"]
+    network = files["resnext14_8x1d"]
     assert network["failed"] == [{"batch": 1, "reason": "RuntimeError: the kernel has died"}]
     assert {row["batch"] for row in network["rows"]} == {2}
     assert files["profile"]["kernels"]["sparse"]
@@ -177,13 +177,13 @@ def test_a_batch_starts_only_if_the_shortest_so_far_would_fit(measure, script, m
     monkeypatch.setattr(script, "sweep", slow_sweep)
     monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
     _, files = measure(*only("networks"), "--minutes", "5")
-    assert {row["batch"] for row in files["resnext14_8x4d"]["rows"]} == {2}
-    assert files["resnext14_8x4d"]["missing"] == "no time was left from batch 1 on"
+    assert {row["batch"] for row in files["resnext14_8x1d"]["rows"]} == {2}
+    assert files["resnext14_8x1d"]["missing"] == "no time was left from batch 1 on"
 
 
 def test_every_file_says_that_no_time_was_left(measure):
     _, files = measure("--minutes", "0", *only("products", "networks"))
-    assert set(files) == {"products", "resnext14_8x4d"}
+    assert set(files) == {"products", "resnext14_8x1d"}
     for record in files.values():
         assert "no time was left" in record["stopped"]
 
@@ -192,7 +192,7 @@ def test_a_run_that_stops_keeps_earlier_measurements(measure, script, tmp_path):
     _, before = measure(*only("networks"))
     said, after = measure("--minutes", "0", *only("networks"))
     assert after == before
-    assert "resnext14_8x4d.json keeps the measurements of an earlier run" in said
+    assert "resnext14_8x1d.json keeps the measurements of an earlier run" in said
 
 
 def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
@@ -204,9 +204,9 @@ def test_figures_stay_until_there_are_new_ones(measure, script, monkeypatch):
         patch.setattr(script, "sweep", fail)
         said, after = measure(*only("networks"))
     assert after == before
-    assert "resnext14_8x4d.json keeps the measurements of an earlier run" in said
+    assert "resnext14_8x1d.json keeps the measurements of an earlier run" in said
     _, after = measure(*only("networks"))
-    assert after["resnext14_8x4d"]["rows"] != before["resnext14_8x4d"]["rows"]
+    assert after["resnext14_8x1d"]["rows"] != before["resnext14_8x1d"]["rows"]
 
 
 def test_a_run_without_a_gpu_keeps_the_products_of_one(measure, tmp_path):
@@ -226,10 +226,10 @@ def test_a_file_that_is_not_a_record_is_overwritten(measure, tmp_path):
 def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, tmp_path):
     """The rates are invented; what is compared with them was measured."""
     measure(*only("networks"))
-    for row in (network := json.loads((tmp_path / "resnext14_8x4d.json").read_text()))["rows"]:
+    for row in (network := json.loads((tmp_path / "resnext14_8x1d.json").read_text()))["rows"]:
         row["gpu_p50"] = 0.1
     network["machine"]["gpu"] = "invented"
-    (tmp_path / "resnext14_8x4d.json").write_text(json.dumps(network))
+    (tmp_path / "resnext14_8x1d.json").write_text(json.dumps(network))
     sizes = {"datatype": "FP16", "m": 64, "n": 64, "k": 64, "dense_ms": 0.02, "sparse_ms": 0.01}
     record = {"machine": {"gpu": "invented"}, "bandwidth_gbps": 1000, "rows": [sizes]}
     (tmp_path / "products.json").write_text(json.dumps(record | {"date": "2001-01-01"}))
@@ -247,12 +247,12 @@ def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, 
     assert len(Rates.from_record(tmp_path / "products.json").checked) == 2
 
     before = files["products"]["checked"]
-    (tmp_path / "resnext14_8x4d.json").write_text(json.dumps({"stopped": "no memory"}))
+    (tmp_path / "resnext14_8x1d.json").write_text(json.dumps({"stopped": "no memory"}))
     _, files = measure(*only("advice"), "--networks", "resnet18")  # which has no file
     assert files["products"]["checked"] == before
 
     network["machine"]["gpu"] = "another"
-    (tmp_path / "resnext14_8x4d.json").write_text(json.dumps(network))
+    (tmp_path / "resnext14_8x1d.json").write_text(json.dumps(network))
     _, files = measure(*only("advice"))
     assert "were not measured on the same GPU" in files["advice"]["stopped"]
     assert files["products"]["checked"] == before
@@ -263,7 +263,7 @@ def test_the_advice_is_checked_against_files_of_an_earlier_run(measure, script, 
     [
         (("--parts", "lunch"), "lunch; there are products, networks"),
         (("--datatypes", "FP4"), "FP4; there are TF32, FP16"),
-        (("--networks", "../evil"), "../evil; there are resnext14_8x4d"),
+        (("--networks", "../evil"), "../evil; there are resnext14_8x1d"),
         (("--batch-sizes", "0"), "greater than or equal to 1"),
         (("--seconds", "-1"), "greater than or equal to 0"),
         (("--out", "/proc/results"), "cannot be written to"),

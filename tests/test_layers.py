@@ -13,7 +13,7 @@ from helpers.training.networks import create_model
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return create_model("resnext14_8x4d", 10)
+    return create_model("resnext14_8x1d", 10)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from helpers.training.networks import (
 from helpers.tutorial.inputs import load_pretrained, pretrained_path
 from helpers.tutorial.settings import Settings
 
-NAME = "resnext14_8x4d"
+NAME = "resnext14_8x1d"
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_damaged_pretrained_file_is_refused(copied):
     content[-1] ^= 1
     path.write_bytes(content)
     message = refusal(load_pretrained, copied)
-    assert "resnext14_8x4d_fashionmnist.safetensors is damaged" in message
+    assert "resnext14_8x1d_fashionmnist.safetensors is damaged" in message
     assert "git checkout -- data/pretrained" in message
 
 

@@ -18,7 +18,7 @@ IMAGE = (torch.zeros(1, 1, 28, 28),)
 def model() -> nn.Module:
     """The quick preset's network with uneven channels, as training leaves them."""
     torch.manual_seed(0)
-    model = create_model("resnext14_8x4d", 10).eval()
+    model = create_model("resnext14_8x1d", 10).eval()
     with torch.no_grad():
         for weight in eligible_weights(model, "any").values():
             weight.mul_(torch.randn(weight.shape[1]).exp().view(-1, *(1,) * (weight.dim() - 2)))
@@ -108,7 +108,7 @@ def test_a_permuted_network_is_pruned_and_saved_as_any_other(model, tmp_path):
     permute_channels_(model, IMAGE, escapes=5)
     prune_2to4_(model)
     torch.save(model.state_dict(), tmp_path / "x.pt")
-    other = create_model("resnext14_8x4d", 10)
+    other = create_model("resnext14_8x1d", 10)
     other.load_state_dict(torch.load(tmp_path / "x.pt", weights_only=True))
 
 

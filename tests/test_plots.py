@@ -91,7 +91,7 @@ def test_shares_are_two_bars_for_each_kind_of_layer():
 
 
 def test_layers_are_coloured_by_the_verdict_and_its_reason():
-    model = networks.create_model("resnext14_8x4d", 10)
+    model = networks.create_model("resnext14_8x1d", 10)
     report = sparsity.sparsity_report(model, (1, 28, 28))
     (axis,) = plots.plot_layers(report).axes
     sparse = [bar for bar in axis.patches if to_hex(bar.get_facecolor()) == plots.SPARSE]

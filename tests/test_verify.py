@@ -80,7 +80,7 @@ def test_a_network_and_its_onnx_file_have_the_same_verdicts(exported):
 
 def resnet(sparse):
     torch.manual_seed(0)
-    net = create_model("resnext14_8x4d", 10)
+    net = create_model("resnext14_8x1d", 10)
     if sparse:
         prune_2to4_(net)
     return net
@@ -91,10 +91,10 @@ def resnet(sparse):
 def test_a_checkpoint_has_the_table_of_its_network(tmp_path, compressed, sparse):
     net, path = resnet(sparse), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, network="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x1d")
     else:
-        save_checkpoint(net, path, "resnext14_8x4d")
-    table = verify_file(path, create_on_meta("resnext14_8x4d", 10))
+        save_checkpoint(net, path, "resnext14_8x1d")
+    table = verify_file(path, create_on_meta("resnext14_8x1d", 10))
     pd.testing.assert_frame_equal(table, verify_model(net))
     assert table[table.eligible].is_2to4.tolist() == [sparse] * int(table.eligible.sum())
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
     assert list(table.columns) == COLUMNS[2:]
     dense = table[table.eligible & ~table.is_2to4]
     assert len(dense) == 4  # grouped convolutions, which the file does not tell from others
-    known = verify_checkpoint(path, create_on_meta("resnext14_8x4d", 10))
+    known = verify_checkpoint(path, create_on_meta("resnext14_8x1d", 10))
     assert known[known.eligible].is_2to4.all()
 
 
@@ -114,15 +114,15 @@ def test_a_checkpoint_that_names_no_network_is_judged_by_shapes(tmp_path):
 def test_a_checkpoint_that_names_its_network_asks_for_the_model(tmp_path, compressed):
     net, path = resnet(sparse=True), tmp_path / "net.safetensors"
     if compressed:
-        save_compressed(net, path, network="resnext14_8x4d")
+        save_compressed(net, path, network="resnext14_8x1d")
     else:
-        save_checkpoint(net, path, "resnext14_8x4d")
+        save_checkpoint(net, path, "resnext14_8x1d")
     for verify in (verify_file, verify_checkpoint):
         with pytest.raises(InputError) as error:
             verify(path)
         message = str(error.value)
-        assert message.startswith(f"{path} is a checkpoint of resnext14_8x4d")
-        assert "give the model, for example create_model('resnext14_8x4d', num_" in message
+        assert message.startswith(f"{path} is a checkpoint of resnext14_8x1d")
+        assert "give the model, for example create_model('resnext14_8x1d', num_" in message
 
 
 def difference(state, model, path):

@@ -36,7 +36,9 @@ class Choice:
     refused: dict[str, str] = field(default_factory=dict)  # why a kernel does not run, by kernel
 
 
-def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> list[float]:
+def host_times(
+    calls: Sequence[Callable[[], object]], seconds: float = 0.05, most_runs: float = 52
+) -> list[float]:
     """Return how many milliseconds each call takes on the CPU, measured in turns.
 
     With one thread it is the lower quartile of the processor's time, of which other programs
@@ -46,14 +48,15 @@ def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> 
     Args:
         calls: what to time.
         seconds: for how long to time each, in at least five runs.
+        most_runs: after which a call has been timed enough, however short it is.
     """
     taken: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     for turn in order:
         _time_once(calls[turn])  # sets itself up
         taken[turn].append(_time_once(calls[turn]))
-    rounds = max(2, min(25, math.ceil(seconds / max(1e-6, sum(map(sum, taken)) / len(calls)) / 2)))
-    for _ in range(rounds):
+    runs = min(most_runs, seconds / max(1e-6, sum(map(sum, taken)) / len(calls)))
+    for _ in range(max(2, math.ceil(runs / 2))):
         order.append(order.pop(0))
         for turn in order + order[::-1]:
             taken[turn].append(_time_once(calls[turn]))

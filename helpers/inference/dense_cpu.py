@@ -7,6 +7,7 @@ Explained in `06_infer_and_benchmark.ipynb`.
 
 import hashlib
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -38,8 +39,12 @@ NetworkTimer = Callable[[Sequence[Callable[[], object]]], list[float]]
 
 
 def time_networks(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the milliseconds of runs of whole models, measured in turns."""
-    return host_times(calls, SECONDS)
+    """Return the milliseconds of runs of whole models, measured in turns.
+
+    Every run of that time counts: a model of less than a millisecond needs thousands before the
+    difference between two of them is larger than that between two measurements.
+    """
+    return host_times(calls, SECONDS, most_runs=math.inf)
 
 
 class DenseCpuRunner(Runner):

@@ -159,7 +159,7 @@ def verify(
 @app.command(rich_help_panel=TOOLS)
 def advise(
     model: Annotated[
-        str, typer.Argument(help="a network of torchvision, resnext14_8x4d, or a .safetensors file")
+        str, typer.Argument(help="a network of torchvision, resnext14_8x1d, or a .safetensors file")
     ],
     gpu: Annotated[
         str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")

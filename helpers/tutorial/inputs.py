@@ -39,7 +39,7 @@ def load_pretrained(settings: Settings) -> nn.Module:
     Raises:
         CheckpointError: the weights are missing, damaged or cannot be downloaded.
     """
-    if settings.model == "resnext14_8x4d":
+    if settings.model == "resnext14_8x1d":
         path = pretrained_path(settings)
         _require_shipped(path)
         return load_checkpoint(path)

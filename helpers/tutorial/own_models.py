@@ -96,7 +96,7 @@ def _load(name: str) -> tuple[nn.Module, int, int]:
             )
         model, name = networks.load_checkpoint(Path(name)), stored
     else:
-        classes = 10 if name == "resnext14_8x4d" else 1000
+        classes = 10 if name == "resnext14_8x1d" else 1000
         model = networks.create_on_meta(name, classes)  # only its shapes matter
     if isinstance(model, networks.SmallResNeXt):
         return model, 1, 28

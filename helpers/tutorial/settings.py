@@ -121,13 +121,13 @@ PRESETS = {
     # A laptop without a GPU: the whole case study in minutes.
     "quick": Settings(
         preset="quick",
-        model="resnext14_8x4d",
+        model="resnext14_8x1d",
         dataset="FashionMNIST",
         num_classes=10,
         image_shape=(1, 28, 28),
         validation_images=5_000,
         recipe=Recipe(
-            epochs=4,
+            epochs=3,
             batch_size=128,
             learning_rate=0.1,
             weight_decay=5e-4,
