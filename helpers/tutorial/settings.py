@@ -135,7 +135,7 @@ PRESETS = {
         ),
         batch_sizes=(1, 8, 32, 128),
         best_batch_size=128,
-        seconds_per_batch_size=2.0,
+        seconds_per_batch_size=1.5,
         workers=0,
     ),
     # One GPU and one lesson: the network of the case study, ten of its thousand classes.
