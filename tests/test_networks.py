@@ -53,8 +53,8 @@ def refusal(action, *arguments):
 # The network of the quick preset.
 
 
-def test_the_small_network_has_543562_parameters(model):
-    assert sum(parameter.numel() for parameter in model.parameters()) == 543_562
+def test_the_small_network_has_2608050_parameters(model):
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_608_050
 
 
 @pytest.mark.parametrize("classes", [10, 3])

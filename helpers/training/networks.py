@@ -36,7 +36,7 @@ class SmallResNeXt(ResNet):
     """
 
     # The channels of a stage in torchvision, before they are expanded, and ours.
-    _PLANES = {64: 16, 128: 64, 256: 256, 512: 512}
+    _PLANES = {64: 16, 128: 64, 256: 256, 512: 384}
 
     def __init__(self, blocks: list[int], groups: int, width: int, num_classes: int) -> None:
         # torchvision's width is counted per 64 channels of a stage; our first one has 16.
@@ -50,7 +50,7 @@ class SmallResNeXt(ResNet):
 
 
 def resnext14_8x1d(num_classes: int = 10) -> SmallResNeXt:
-    """Return the network of the quick preset: 14 weighted layers, 3.47 M parameters."""
+    """Return the network of the quick preset: 14 weighted layers, 2.61 M parameters."""
     return SmallResNeXt([1, 1, 1, 1], groups=8, width=1, num_classes=num_classes)
 
 
