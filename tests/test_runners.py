@@ -153,6 +153,23 @@ def test_a_runner_evaluates_as_the_network_does(exported, reference, tiny_splits
     assert OnnxRunner(exported[1]["fp32"]).evaluate(tiny_splits.test) == Accuracy(correct, 64)
 
 
+def test_a_smaller_last_batch_is_filled_up_and_counted_once():
+    shapes = []
+
+    class Echo(TorchRunner):
+        def load(self, images):
+            shapes.append(tuple(images.shape))
+            super().load(images)
+
+    logits = torch.eye(3)[torch.tensor([0, 1, 2, 0, 1])]
+    labels = torch.tensor([0, 1, 2, 0, 2])  # four of five are right
+    batches = [(logits[:3], labels[:3]), (logits[3:], labels[3:])]
+    model = torch.nn.Identity()
+    runner = Echo(model, torch.float32, device=torch.device("cpu"))
+    assert runner.evaluate(batches) == Accuracy(4, 5)
+    assert shapes == [(3, 3), (3, 3)]
+
+
 def test_the_torch_runner_folds_batch_norm_in_a_copy(tiny_net):
     runner = TorchRunner(tiny_net.train())
     runner(images(2))

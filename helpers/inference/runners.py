@@ -68,9 +68,13 @@ class Runner(ABC):
         """Return the top-1 accuracy over a loader."""
         from tqdm.auto import tqdm
 
-        correct = total = 0
+        correct = total = largest = 0
         for images, labels in tqdm(loader, desc=self.name, leave=False):
-            part = accuracy(self(images), labels)
+            # Some runners prepare each shape of images, so a smaller last batch is filled up.
+            largest = max(largest, len(images))
+            repeated = images[-1:].expand(largest - len(images), *images.shape[1:])
+            logits = self(torch.cat([images, repeated]))
+            part = accuracy(logits[: len(labels)], labels)
             correct, total = correct + part.correct, total + part.total
         return Accuracy(correct, total)
 

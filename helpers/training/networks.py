@@ -27,6 +27,10 @@ class CheckpointError(InputError):
     """A checkpoint is missing, damaged or of another model."""
 
 
+# The channels of each stage in torchvision, before its blocks expand them, and in our network.
+_PLANES = {64: 16, 128: 64, 256: 256, 512: 384}
+
+
 class SmallResNeXt(ResNet):
     """A ResNeXt for 28x28 grey images, built from torchvision's blocks.
 
@@ -35,18 +39,15 @@ class SmallResNeXt(ResNet):
     most of the arithmetic is in 1x1 convolutions of many channels.
     """
 
-    # The channels of a stage in torchvision, before they are expanded, and ours.
-    _PLANES = {64: 16, 128: 64, 256: 256, 512: 384}
-
     def __init__(self, blocks: list[int], groups: int, width: int, num_classes: int) -> None:
         # torchvision's width is counted per 64 channels of a stage; our first one has 16.
         super().__init__(Bottleneck, blocks, groups=groups, width_per_group=4 * width)
         self.conv1 = nn.Conv2d(1, 64, 3, stride=2, padding=1, bias=False)
         self.maxpool = nn.Identity()
-        self.fc = nn.Linear(Bottleneck.expansion * self._PLANES[512], num_classes)
+        self.fc = nn.Linear(Bottleneck.expansion * _PLANES[512], num_classes)
 
     def _make_layer(self, block: type[Bottleneck], planes: int, *args, **kwargs) -> nn.Sequential:
-        return super()._make_layer(block, self._PLANES[planes], *args, **kwargs)
+        return super()._make_layer(block, _PLANES[planes], *args, **kwargs)
 
 
 def resnext14_8x1d(num_classes: int = 10) -> SmallResNeXt:
