@@ -1,5 +1,6 @@
 """Which of two whole models runs on the CPU, and that it computes the sparse one's outputs."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from inference_cases import random
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.errors import InputError
 from helpers.inference import dense_cpu
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.dense_cpu import DenseCpuRunner
 from helpers.inference.errors import RunnerError
-from helpers.inference.runners import OnnxRunner, Runner, TorchRunner
+from helpers.inference.runners import OnnxRunner, TorchRunner
 from helpers.inference.sparse_cpu import SparseCpuRunner
 from helpers.metrics import max_relative_error
 from helpers.sparsity import prune_2to4_
@@ -95,27 +96,87 @@ def test_the_faster_of_the_whole_models_runs(model, dense, sparse, runs):
     assert set(runner.kernel_choices().kernel) == {"oneDNN", "2:4 kernel"}
 
 
-def test_with_a_cache_that_knows_the_winner_nothing_is_measured_or_made(model, tmp_path):
+@pytest.mark.parametrize(
+    ("measurements", "runs"),
+    [
+        ([(2.0, 1.0), (2.0, 1.0)], "2:4 kernels"),
+        ([(2.0, 1.0), (1.0, 1.0)], "dense runner"),
+        ([(1.0, 2.0), (4.0, 1.0)], "dense runner"),
+    ],
+)
+def test_the_sparse_model_has_to_win_in_both_measurements(model, measurements, runs):
+    """Other programs slow down one of the models for a while; the dense one is never a loss."""
+    each = iter(measurements)
+    runner = SparseCpuRunner(
+        model, dense=Counting(model), timer=last, network_timer=lambda _: list(next(each))
+    )
+    runner.load(random(2, *SHAPE))
+    (row,) = runner.network_times().to_dict("records")
+    assert row["runs"] == runs
+    assert row["2:4 kernels"] == min(sparse for _, sparse in measurements)
+
+
+def test_kernels_that_were_badly_chosen_before_are_found_out_by_the_whole_model(model, tmp_path):
+    """Each process compares the models itself, also where it takes all kernels from the cache."""
     cache, images = tmp_path / "kernels.json", random(2, *SHAPE)
-
-    class Unmade(Runner):
-        """A dense runner that must not be needed."""
-
-        name = "unmade"
-
-        def load(self, images: Tensor) -> None:
-            raise AssertionError("it was needed")
-
-        run = fetch = invalidate_output = load
-
     SparseCpuRunner(
         model, cache=cache, dense=Counting(model), timer=last, network_timer=times(2.0, 1.0)
     )(images)
-    again = SparseCpuRunner(model, cache=cache, dense=Unmade(), timer=never, network_timer=never)
+    dense = Counting(model)
+    again = SparseCpuRunner(
+        model, cache=cache, dense=dense, timer=never, network_timer=times(1.0, 1.1)
+    )
+    before = dense.runs
     with torch.inference_mode():
         assert max_relative_error(again(images), model(images)) < GAP
+    assert again.dense_runs and dense.runs > before
+    assert set(again.kernel_choices().kernel) == {"oneDNN", "2:4 kernel"}, "from the cache"
     with pytest.raises(AssertionError, match="measured again"):
         again(random(3, *SHAPE))  # another batch size
+
+
+def test_the_name_says_at_which_batch_sizes_a_dense_runner_runs(model):
+    by_batch = {1: (1.0, 2.0), 2: (2.0, 1.0), 3: (1.0, 2.0), 4: (2.0, 1.0)}
+    runner = SparseCpuRunner(
+        model,
+        dense=Counting(model),
+        timer=last,
+        network_timer=lambda _: list(by_batch[len(runner.images)]),
+    )
+    own = runner.name
+    assert "2:4 kernels" in own
+    for batch in (2, 4):
+        runner(random(batch, *SHAPE))
+        assert runner.name == runner.running == own
+    runner(random(1, *SHAPE))
+    assert runner.running == runner.dense.name
+    for batch in (3, 2):
+        runner(random(batch, *SHAPE))
+    assert runner.running == own
+    assert runner.name == (f"{own}; at batch size 1, 3 {runner.dense.name}, which is faster there")
+
+
+def test_the_dense_runners_name_says_at_which_batch_sizes_each_runs(model, no_compiler):
+    by_batch = {1: [1.0, 2.0], 2: [2.0, 1.0], 3: [2.0, 1.0]}
+    batch = 1
+    runner = DenseCpuRunner(model, timer=lambda _: by_batch[batch])
+    for batch in by_batch:
+        runner(random(batch, *SHAPE))
+    onnx, kernels = (runner.runners[key].name for key in runner.runners)
+    assert runner.running == kernels
+    assert runner.name == (
+        f"at batch size 1 {onnx}; at batch size 2, 3 {kernels} (the fastest dense runner here)"
+    )
+
+
+def test_a_dense_runner_on_which_measurements_disagree_is_not_kept(model, no_compiler, tmp_path):
+    cache, images = tmp_path / "kernels.json", random(2, *SHAPE)
+    measurements = iter([[1.0, 3.0], [2.0, 1.5]])
+    runner = DenseCpuRunner(model, cache, lambda _: next(measurements))
+    runner(images)
+    (row,) = runner.network_times().to_dict("records")
+    assert row["runs"] == "ONNX Runtime"
+    assert not any("ONNX Runtime" in key for key in json.loads(cache.read_text()))
 
 
 @pytest.mark.parametrize("kernels", ["twin", "dense"])

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import InputError
-from helpers.inference.autotune import NOISE, Choice, ChoiceCache, Timer, host_times
+from helpers.inference.autotune import NOISE, Choice, Timer, host_times, measure_twice
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.dense_cpu import (
     DenseCpuRunner,
     NetworkTimer,
-    fingerprint,
-    network_key,
+    batch_sizes_by_name,
     network_table,
     time_networks,
 )
@@ -38,13 +37,17 @@ class SparseCpuRunner(CpuRunner):
 
     Each shape of images is prepared when it is first loaded, on these images: each layer
     chooses the fastest of its kernels, as in `CpuRunner`; then the model of these layers takes
-    turns with a dense runner of the same model, and the faster one is kept.
+    turns with a dense runner of the same model. It is used if it is faster in both of two
+    measurements; otherwise the dense one is. Every process makes this comparison itself: kernels
+    in the cache were chosen when other programs may have used the processor.
+
+    `name` says at which batch sizes the dense runner runs.
 
     Args:
         model: a model pruned 2:4, in FP32; it is not changed.
         kernels: as `CpuRunner` takes them; only `sparse` is compared with the dense runner. The
             others are the controls.
-        cache: JSON file for the choices, so that they are measured once.
+        cache: JSON file for the choices of kernels, so that they are measured once.
         dense: a runner of this same model to compare with; unless given, the fastest of
             `DenseCpuRunner`.
         timer: times the kernels of a layer.
@@ -66,15 +69,21 @@ class SparseCpuRunner(CpuRunner):
     ) -> None:
         super().__init__(model, kernels, cache, timer)
         self.dense = dense or DenseCpuRunner(model, cache, network_timer)
-        self.network_timer, self.network_cache = network_timer, ChoiceCache(cache)
-        self.fingerprint = fingerprint(self.model)
+        self.network_timer, self.own_name = network_timer, self.name
         self.network_choices: dict[tuple[torch.Size, int], Choice] = {}
+        self.ran: dict[int, str] = {}  # the name of the runner, by batch size
 
     def load(self, images: Tensor) -> None:
         super().load(images)
         self.dense_runs = self._choice().kernel == DENSE
         if self.dense_runs:
             self.dense.load(self.images)
+        self.ran[len(images)] = self.running
+        self.name = self.own_name + "".join(
+            f"; at batch size {sizes} {name}, which is faster there"
+            for name, sizes in batch_sizes_by_name(self.ran).items()
+            if name != self.own_name
+        )
 
     def _choice(self) -> Choice:
         """Return what runs the loaded images."""
@@ -82,8 +91,7 @@ class SparseCpuRunner(CpuRunner):
             return Choice(SPARSE, {}, {})
         key = self.images.shape, torch.get_num_threads()
         if key not in self.network_choices:
-            own = network_key(self.fingerprint, self.images, {SPARSE: self, DENSE: self.dense})
-            self.network_choices[key] = self.network_cache.get(own, self._measure)
+            self.network_choices[key] = self._measure()
         return self.network_choices[key]
 
     def _measure(self) -> Choice:
@@ -97,10 +105,13 @@ class SparseCpuRunner(CpuRunner):
                 f"{self.dense.name} and {self.name} return outputs that differ by {error:.1e} of "
                 "the largest. Pass as `dense` a runner of the same model, with the same weights."
             )
-        times = self.network_timer([self.dense.run, self.run])
-        milliseconds = dict(zip((DENSE, SPARSE), times, strict=True))
-        faster = milliseconds[SPARSE] < (1 - NOISE) * milliseconds[DENSE]
-        return Choice(SPARSE if faster else DENSE, {}, milliseconds)
+        measured = measure_twice(self.network_timer, {DENSE: self.dense.run, SPARSE: self.run})
+        faster = all(times[SPARSE] < (1 - NOISE) * times[DENSE] for times in measured.measurements)
+        return Choice(SPARSE if faster else DENSE, {}, measured.shortest)
+
+    @property
+    def running(self) -> str:
+        return self.dense.running if self.dense_runs else self.own_name
 
     def run(self) -> None:
         if self.dense_runs:
