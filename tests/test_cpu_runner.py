@@ -87,6 +87,7 @@ def assert_exact(runner: CpuRunner, model: nn.Module, images: Tensor) -> None:
         ("densenet121", 64, {}),
         ("googlenet", 64, {"aux_logits": False, "init_weights": False}),
         ("mobilenet_v2", 64, {}),
+        ("mobilenet_v3_small", 64, {}),
         ("squeezenet1_1", 64, {}),
         ("convnext_tiny", 64, {}),
     ],
