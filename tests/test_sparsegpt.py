@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -664,6 +665,7 @@ CALIBRATION_BATCHES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The model gets 1 of the 2 items")
 @pytest.mark.parametrize(
     ("forward", "batch"), CALIBRATION_BATCHES.values(), ids=CALIBRATION_BATCHES
 )
@@ -672,6 +674,20 @@ def test_a_model_gets_the_inputs_that_it_requires(forward, batch):
     assert list(prune_sparsegpt_(model, [batch(inputs)])) == ["inner.weight"]
     prune_sparsegpt_(linear.inner, [inputs])
     assert torch.equal(model.inner.weight, linear.inner.weight)
+
+
+def test_items_that_could_be_inputs_but_are_not_required_are_warned_of():
+    inputs = correlated(64, 16)
+    model = model_with(lambda self, x, mask=None: self.inner(x))
+    with pytest.warns(match=r"gets 1 of the 2 items .*\(x, mask=None\).* dictionaries of named"):
+        prune_sparsegpt_(model, [(inputs, inputs)])
+    for forward, batch in (
+        (lambda self, x: self.inner(x), (inputs, "label")),
+        (lambda self, x, mask=None: self.inner(x), inputs),
+        (lambda self, x, *, mask=None: self.inner(x), [inputs, "label"]),
+    ):
+        with warnings.catch_warnings(action="error"):
+            prune_sparsegpt_(model_with(forward), [batch])
 
 
 @pytest.mark.parametrize(

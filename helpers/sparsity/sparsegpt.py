@@ -6,6 +6,7 @@ Explained in `02_prune_2_4.ipynb`.
 import inspect
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -60,9 +61,10 @@ def prune_sparsegpt_(
         model: any model; it runs in evaluation mode and gets its mode back.
         calibration_data: batches of inputs, each a tensor; a dictionary of named inputs; or a
             tuple or list, of which `forward` gets as many items as it requires, and at least
-            one. What follows them, such as labels, is ignored; inputs that `forward` does not
-            require have to be named. The batches are read once for every layer and moved to the
-            model's device: pass a list, or a loader that yields the same batches every time.
+            one. What follows them, such as labels, is ignored, with a warning if it could be an
+            input: inputs that `forward` does not require have to be named. The batches are read
+            once for every layer and moved to the model's device: pass a list, or a loader that
+            yields the same batches every time.
         rules: which weights are eligible, as in `prune_2to4_`.
         include: as in `prune_2to4_`.
         exclude: as in `prune_2to4_`.
@@ -470,13 +472,18 @@ def _arguments(batch: Any, signature: inspect.Signature) -> ModelInputs:
         return (), dict(batch)
     if not isinstance(batch, tuple | list):
         return (batch,), {}
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    required = [
-        parameter
-        for parameter in signature.parameters.values()
-        if parameter.kind in positional and parameter.default is parameter.empty
-    ]
-    return tuple(batch[: max(1, len(required))]), {}
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    positional = [each for each in signature.parameters.values() if each.kind in kinds]
+    required = [each for each in positional if each.default is each.empty]
+    taken = max(1, len(required))
+    if min(len(batch), len(positional)) > taken:
+        warnings.warn(
+            f"The model gets {taken} of the {len(batch)} items of a calibration batch, because its "
+            f"forward requires no more: {signature}. If others are inputs too, and not labels, "
+            "pass dictionaries of named inputs.",
+            stacklevel=2,
+        )
+    return tuple(batch[:taken]), {}
 
 
 @contextmanager
