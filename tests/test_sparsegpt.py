@@ -817,13 +817,15 @@ def test_filters_that_are_used_as_a_matrix_are_pruned_as_the_convolution(memory_
 
 def test_a_matrix_that_is_used_as_filters_is_pruned_as_the_linear_layer():
     """As patches are embedded: groups of four lie along the columns of the matrix."""
-    inputs = correlated(64, 2 * 4 * 4)
-    model = nn.Linear(32, 16, bias=False)
-    linear = copy.deepcopy(model)
-    model.forward = lambda x: F.conv2d(x, model.weight.view(16, 2, 4, 4))
-    prune_sparsegpt_(model, [inputs.view(64, 2, 4, 4)])
+
+    def embed(x, weight):
+        return F.conv2d(x.view(-1, 1, 4, 4), weight.view(16, 1, 4, 4))
+
+    model, inputs = Transposing(embed), correlated(64, 16)
+    linear = copy.deepcopy(model.inner)
+    prune_sparsegpt_(model, [inputs])
     prune_sparsegpt_(linear, [inputs])
-    torch.testing.assert_close(model.weight, linear.weight)
+    torch.testing.assert_close(model.inner.weight, linear.weight)
 
 
 def test_rows_that_are_not_used_are_pruned_by_magnitude():

@@ -31,6 +31,8 @@ Timer = Callable[[Sequence[Callable[[], Tensor]]], list[float]]
 NOISE = 0.02  # a kernel that is faster by less than this share of the time is not faster
 # A measurement supports a kernel that takes at most this share longer than the fastest.
 SPREAD = 0.05
+# A call that an earlier process timed has to take the same time now, within this share.
+DRIFT = 0.1
 TOLERANCE = 10  # roundings of the largest output by which two kernels may differ
 CPU_TOLERANCE = 1e-4  # of the largest output, for FP32 on a CPU: the order of the sums differs
 
@@ -71,6 +73,15 @@ def measure_twice(timer: Timer, calls: Mapping[str, Callable[[], Any]]) -> Measu
     return Measured(
         tuple(dict(zip(calls, timer(list(calls.values())), strict=True)) for _ in range(2))
     )
+
+
+def takes_still(timer: Timer, call: Callable[[], Any], milliseconds: float) -> bool:
+    """Return whether a call takes as long as an earlier process measured.
+
+    If not, one of the processes was disturbed by other programs, or the machine has changed.
+    """
+    (now,) = timer([call])
+    return abs(now - milliseconds) <= DRIFT * milliseconds
 
 
 def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.03) -> list[float]:
@@ -123,35 +134,51 @@ class ChoiceCache:
         self.path = path
         self.choices: dict[str, Choice] = {}
 
-    def get(self, key: str, measure: Callable[[], Choice]) -> Choice:
+    def get(
+        self,
+        key: str,
+        measure: Callable[[], Choice],
+        still_holds: Callable[[Choice], bool] = lambda choice: True,
+    ) -> Choice:
         """Return the choice that is kept under a key, or else measure it and keep it.
+
+        Args:
+            key: in words, what the choice depends on.
+            measure: makes the choice.
+            still_holds: asked once about a choice that comes from the file; if it does not hold,
+                it is measured again.
 
         Raises:
             InputError: the file cannot be read.
             WriteError: the file cannot be written.
         """
         if key not in self.choices:
-            self.choices |= self._read()  # another runner may have measured it meanwhile
-        if key not in self.choices and self.path is not None and (self.path, key) in _unreliable:
-            self.choices[key] = _unreliable[self.path, key]
-        if key not in self.choices:
-            self.choices[key] = measure()
-            if self.path is not None:
-                self._keep(self.path, key)
+            self.choices[key] = self._kept(key, still_holds) or self._new(key, measure)
         return self.choices[key]
 
-    def _keep(self, path: Path, key: str) -> None:
-        if not self.choices[key].reliable:
-            _unreliable[path, key] = self.choices[key]
+    def _kept(self, key: str, still_holds: Callable[[Choice], bool]) -> Choice | None:
+        if self.path is None:
+            return None
+        if (self.path, key) in _unreliable:
+            return _unreliable[self.path, key]
+        choice = self._read().get(key)  # another runner may have measured it meanwhile
+        return choice if choice is not None and still_holds(choice) else None
+
+    def _new(self, key: str, measure: Callable[[], Choice]) -> Choice:
+        choice = measure()
+        if self.path is None:
+            return choice
+        if choice.reliable:
+            write_json(self.path, self._read() | {key: choice})  # others may have written meanwhile
+        else:
+            _unreliable[self.path, key] = choice
             _logger.info(
                 "Two measurements disagree on the fastest kernel, perhaps because other programs "
                 "ran meanwhile. The choice is not kept in %s: %s",
-                shown(path),
+                shown(self.path),
                 key,
             )
-            return
-        self.choices |= self._read()  # others may have written meanwhile
-        write_json(path, {name: own for name, own in self.choices.items() if own.reliable})
+        return choice
 
     def _read(self) -> dict[str, Choice]:
         if self.path is None or not self.path.exists():

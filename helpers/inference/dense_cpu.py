@@ -9,6 +9,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from helpers.inference.autotune import (
     cpu_and_threads,
     host_times,
     measure_twice,
+    takes_still,
 )
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.errors import RunnerError
@@ -57,8 +59,9 @@ class DenseCpuRunner(Runner):
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
-        cache: JSON file for the choices, so that they are measured once; those on which two
-            measurements disagree are measured again in the next process.
+        cache: JSON file for the choices, so that they are measured once. A choice on which two
+            measurements disagree is not kept, and one is measured again if its runner takes
+            another time in a later process.
         timer: times the runs of whole models.
         compile: consider PyTorch compiled, which takes up to minutes for a large model.
 
@@ -100,7 +103,9 @@ class DenseCpuRunner(Runner):
         key = images.shape, torch.get_num_threads()
         if key not in self.choices:
             own = network_key(self.fingerprint, images, self.makers)
-            self.choices[key] = self.cache.get(own, lambda: self._measure(images))
+            self.choices[key] = self.cache.get(
+                own, partial(self._measure, images), partial(self._still_holds, images)
+            )
         self.current = self._runner(self.choices[key].kernel, images.shape)
         self.ran[len(images)] = self.current.name
         self.name = f"{_by_batch_size(self.ran)} (the fastest dense runner here)"
@@ -138,6 +143,11 @@ class DenseCpuRunner(Runner):
     @property
     def running(self) -> str:
         return self.current.name
+
+    def _still_holds(self, images: Tensor, choice: Choice) -> bool:
+        runner = self._runner(choice.kernel, images.shape)
+        runner.load(images)
+        return takes_still(self.timer, runner.run, choice.milliseconds[choice.kernel])
 
     def run(self) -> None:
         self.current.run()

@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import InputError
-from helpers.inference.autotune import NOISE, Choice, Timer, host_times, measure_twice
+from helpers.inference.autotune import (
+    NOISE,
+    Choice,
+    ChoiceCache,
+    Timer,
+    host_times,
+    measure_twice,
+    takes_still,
+)
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.dense_cpu import (
     DenseCpuRunner,
     NetworkTimer,
     batch_sizes_by_name,
+    fingerprint,
+    network_key,
     network_table,
     time_networks,
 )
@@ -38,8 +48,10 @@ class SparseCpuRunner(CpuRunner):
     Each shape of images is prepared when it is first loaded, on these images: each layer
     chooses the fastest of its kernels, as in `CpuRunner`; then the model of these layers takes
     turns with a dense runner of the same model. It is used if it is faster in both of two
-    measurements; otherwise the dense one is. Every process makes this comparison itself: kernels
-    in the cache were chosen when other programs may have used the processor.
+    measurements; otherwise the dense one is. If both measurements agree, the outcome is kept in
+    the cache, and a later process believes it if the model that runs takes as long as it took
+    then. Otherwise other programs have disturbed one of the processes, and the models are compared
+    again.
 
     `name` says at which batch sizes the dense runner runs.
 
@@ -47,7 +59,7 @@ class SparseCpuRunner(CpuRunner):
         model: a model pruned 2:4, in FP32; it is not changed.
         kernels: as `CpuRunner` takes them; only `sparse` is compared with the dense runner. The
             others are the controls.
-        cache: JSON file for the choices of kernels, so that they are measured once.
+        cache: JSON file for the choices, so that they are measured once.
         dense: a runner of this same model to compare with; unless given, the fastest of
             `DenseCpuRunner`.
         timer: times the kernels of a layer.
@@ -69,7 +81,8 @@ class SparseCpuRunner(CpuRunner):
     ) -> None:
         super().__init__(model, kernels, cache, timer)
         self.dense = dense or DenseCpuRunner(model, cache, network_timer)
-        self.network_timer, self.own_name = network_timer, self.name
+        self.network_timer, self.network_cache = network_timer, ChoiceCache(cache)
+        self.fingerprint, self.own_name = fingerprint(self.model), self.name
         self.network_choices: dict[tuple[torch.Size, int], Choice] = {}
         self.ran: dict[int, str] = {}  # the name of the runner, by batch size
 
@@ -91,7 +104,10 @@ class SparseCpuRunner(CpuRunner):
             return Choice(SPARSE, {}, {})
         key = self.images.shape, torch.get_num_threads()
         if key not in self.network_choices:
-            self.network_choices[key] = self._measure()
+            own = network_key(self.fingerprint, self.images, {SPARSE: self, DENSE: self.dense})
+            self.network_choices[key] = self.network_cache.get(
+                own, self._measure, self._still_holds
+            )
         return self.network_choices[key]
 
     def _measure(self) -> Choice:
@@ -106,8 +122,15 @@ class SparseCpuRunner(CpuRunner):
                 "the largest. Pass as `dense` a runner of the same model, with the same weights."
             )
         measured = measure_twice(self.network_timer, {DENSE: self.dense.run, SPARSE: self.run})
-        faster = all(times[SPARSE] < (1 - NOISE) * times[DENSE] for times in measured.measurements)
-        return Choice(SPARSE if faster else DENSE, {}, measured.shortest)
+        faster = [times[SPARSE] < (1 - NOISE) * times[DENSE] for times in measured.measurements]
+        chosen = SPARSE if all(faster) else DENSE
+        return Choice(chosen, {}, measured.shortest, reliable=len(set(faster)) == 1)
+
+    def _still_holds(self, choice: Choice) -> bool:
+        self.dense_runs = choice.kernel == DENSE
+        if self.dense_runs:
+            self.dense.load(self.images)
+        return takes_still(self.network_timer, self.run, choice.milliseconds[choice.kernel])
 
     @property
     def running(self) -> str:
