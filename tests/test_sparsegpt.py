@@ -768,7 +768,7 @@ class Transposing(nn.Module):
         ),
         (
             lambda x, weight: F.conv_transpose1d(x[:, :, None], weight[:, :, None]),
-            "as the filters of the other kind of convolution",
+            "as the filters of another kind of convolution",
         ),
     ],
 )
@@ -826,6 +826,19 @@ def test_a_matrix_that_is_used_as_filters_is_pruned_as_the_linear_layer():
     prune_sparsegpt_(model, [inputs])
     prune_sparsegpt_(linear, [inputs])
     torch.testing.assert_close(model.inner.weight, linear.weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
+def test_a_batch_without_inputs_changes_nothing(kind):
+    """As for an expert that no token of a batch is sent to."""
+    size = () if kind is nn.Linear else (3,)
+    layer, other = (seeded(kind, 16, 8, *size) for _ in range(2))
+    inputs = correlated(64, 16).view(64, 16, *[1] * len(size)).expand(-1, -1, *[5] * len(size))
+    prune_sparsegpt_(layer, [inputs[:0], inputs], rules="any")
+    prune_sparsegpt_(other, [inputs], rules="any")
+    assert torch.equal(layer.weight, other.weight)
+    prune_sparsegpt_(other, [inputs[:0]], rules="any")
+    assert is_2to4(other.weight, weight_of(other).input_dim)
 
 
 def test_rows_that_are_not_used_are_pruned_by_magnitude():

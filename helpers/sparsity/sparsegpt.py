@@ -269,8 +269,9 @@ def _outputs(product: Product, weight: Candidate) -> range:
     """
     whole, factor = weight.parameter, product.factor
     if product.operator is aten.convolution:
-        if bool(product.arguments[6]) != weight.transposed:
-            raise _OtherUseError("as the filters of the other kind of convolution")
+        is_transposed, groups = bool(product.arguments[6]), product.arguments[8]
+        if is_transposed != weight.transposed or (is_transposed and groups != weight.groups):
+            raise _OtherUseError("as the filters of another kind of convolution")
     elif factor.dim() > 2 or weight.transposed:
         raise _OtherUseError("in a product of another form than the layer's")
     elif factor.dim() == 1:
@@ -281,12 +282,12 @@ def _outputs(product: Product, weight: Candidate) -> range:
     starts = []
     if storage_of(factor) == storage_of(whole):
         starts = [int(factor.storage_offset() - whole.storage_offset()) // whole.stride(0)]
-    elif rows.shape[1] == part.shape[1]:  # a copy, such as autocast makes
+    elif len(part) and rows.shape[1] == part.shape[1]:  # a copy, such as autocast makes
         starts = (rows == part[0]).all(1).nonzero().flatten().tolist()
     # In the same memory there may still be a transpose, or only some of the columns.
     found = [start for start in starts if torch.equal(rows[start : start + len(part)], part)]
     inputs_first = weight.input_dim == 0
-    if len(found) != 1 or (inputs_first and len(part) < len(rows)):
+    if len(found) != 1 or len(part) < (len(rows) if inputs_first else 1):
         raise _OtherUseError("transposed, or in other parts than whole rows")
     if inputs_first:
         return range(weight.groups * whole.shape[1])
@@ -388,6 +389,10 @@ def _inputs(product: Product, weight: Candidate) -> Iterator[Tensor]:
         vectors = product.input.mT if columns_first else product.input
         windows = vectors.reshape(-1, vectors.shape[-1], 1)
     channels = weight.input_channels
+    if not windows.numel():  # as for an expert that no token of a batch is sent to
+        outputs = len(_by_rows(weight, weight.parameter).flatten(0, 1))
+        yield windows.new_zeros(groups, 0, weight.parameter.numel() // outputs).double()
+        return
     for image in windows.split(max(1, _CHUNK // windows[0].numel())):
         for part in image.split(max(1, _CHUNK // image[:, :, 0].numel()), dim=2):
             columns = part.reshape(
