@@ -159,6 +159,7 @@ class _Verdict:
     is_2to4: bool
     zeros: float
     reason: str
+    judged: bool = True
 
 
 def _judged(nonzero: np.ndarray, groups: int, reason: str) -> _Verdict:
@@ -174,13 +175,15 @@ def _unknown(reason: str) -> _Verdict:
 
 
 def _judged_node(weight: "NodeWeight") -> _Verdict:
+    reason = weight.exempt or weight.why_not_judged
     if weight.value is None:
-        return _unknown(weight.why_unknown)
-    if not weight.in_fours:
-        reason = f"TensorRT runs no {weight.op} sparse"
-        return replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
-    reason = why_not_tensorrt(weight.value.shape[1], weight.groups)
-    return _judged(weight.value != 0, weight.groups, reason)
+        verdict = _unknown(reason)
+    elif weight.in_fours:
+        reason = reason or why_not_tensorrt(weight.value.shape[1], weight.groups)
+        verdict = _judged(weight.value != 0, weight.groups, reason)
+    else:
+        verdict = replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
+    return replace(verdict, judged=not weight.why_not_judged or bool(weight.exempt))
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> "pd.DataFrame":
