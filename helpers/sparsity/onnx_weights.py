@@ -215,6 +215,8 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
         return
     factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
     used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
+    for each in used:
+        scope.require(node.input[each.place])
     constant = [each for each in used if scope.is_constant(node.input[each.place])]
     if len(used) > 1 and len(constant) == len(used):
         yield _row(node, used[-1], weight=node.input[used[-1].place], exempt=BOTH_CONSTANT)
