@@ -188,6 +188,33 @@ def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(tmp_path, large)
         assert refusal(path).startswith(f"{path} is not a valid ONNX model: ")
 
 
+def test_a_file_with_wrong_bytes_is_judged_or_refused_in_one_sentence(tmp_path):
+    """Whatever byte is wrong, no error of another kind comes out."""
+    nodes = [
+        helper.make_node("Reshape", ["v", "shape"], ["u"]),
+        helper.make_node("Transpose", ["u"], ["w"], perm=[0, 1, 3, 2]),
+        helper.make_node("Unpack", ["x", "v"], ["z"], domain="acme", bits=4),
+    ]
+    tensors = [
+        numpy_helper.from_array(weight()[:4, :4, 0, 0], "v"),
+        numpy_helper.from_array(np.int64([4, 4, 1, 1]), "shape"),
+    ]
+    path = tmp_path / "net.onnx"
+    content = model_of(*tensors, nodes=nodes).SerializeToString()
+    numbers = np.random.default_rng(0)
+    refused = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] = numbers.integers(256)
+        path.write_bytes(damaged)
+        try:
+            verify_onnx(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(content) // 2
+
+
 def test_a_tensor_whose_bytes_do_not_fit_its_shape_is_named(tmp_path):
     tensor = numpy_helper.from_array(weight(), "w")
     tensor.dims[0] = 63

@@ -423,13 +423,22 @@ def _by_onnxruntime(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        enable_fallback=0,  # it would print the error and try the same again
     )
     (value,) = session.run([name], dict(feeds))
     return np.asarray(value)
 
 
 # --- quantisation ---
+
+
+def quantises(node: NodeProto) -> bool:
+    """Return whether a node quantises or dequantises, in any form that is known here."""
+    return _quantisation(node) is not None
+
 
 _Inputs = list[np.ndarray | None]
 _Quantisation = Callable[[_Inputs, dict[str, Any], int], tuple[np.ndarray, ...]]
