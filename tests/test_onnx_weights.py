@@ -446,6 +446,18 @@ def test_a_weight_that_is_chosen_at_run_time_is_not_judged(tmp_path):
     assert table[["eligible", "judged"]].values.tolist() == [[False, False]] * 2
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_cannot_be_sparse_by_its_shape_needs_no_numbers(tmp_path, groups):
+    unknown = helper.make_node("Unpack", ["w"], ["u"], domain="acme")
+    nodes = [unknown, node("Conv", "x", "u", group=groups)]
+    table = verify(tmp_path, nodes, w=weight(8, 4, 1, 1))
+    assert table[["eligible", "judged"]].values.tolist() == [[False, groups == 2]]
+    dequantise = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"])
+    constants = {"w": quantised(weight(8, 4, 1, 1), 3), "s": np.float32(1), "z": np.int8(3)}
+    table = verify(tmp_path, [dequantise, node("Conv", "x", "v", group=groups)], **constants)
+    assert table[["eligible", "judged"]].values.tolist() == [[False, groups == 2]]
+
+
 def test_a_scale_that_comes_at_run_time_is_not_judged(tmp_path):
     dequantise = helper.make_node("DequantizeLinear", ["w", "x"], ["v"])
     table = verify(tmp_path, [dequantise, node("Gemm", "x", "v")], w=quantised(weight(8, 8)))

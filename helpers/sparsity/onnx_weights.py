@@ -278,8 +278,10 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     """Return the row of a constant factor; the others are computed at run time."""
     constant = scope.resolve(node.input[factor.place])
     row = _row(node, factor, weight=constant.sources[0], sources=constant.sources)
+    attributes = attributes_of(node)
+    groups = int(attributes.get("group", 1)) if product.form == "conv" else 1
     if constant.value is None:
-        return replace(row, why_not_judged=constant.why_unknown)
+        return replace(row, why_not_judged=constant.why_unknown, groups=groups)
     stored = replace(row, value=constant.value)
     first = factor is product.factors[0] if product.factors else False
     if product.exempt:
@@ -290,7 +292,6 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     if constant.value.ndim < least or constant.value.size == 0:
         why = f"a weight cannot have the shape {constant.value.shape}"
         return replace(row, why_not_judged=why)
-    attributes = attributes_of(node)
     if product.form == "nbits":
         return _unpacked(stored, node, scope, attributes)
     axis = _input_axis(product.form, constant.value.ndim, first, attributes)
@@ -301,7 +302,7 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     return replace(
         stored,
         value=value if product.form == "conv" else _output_channels_first(value, axis),
-        groups=int(attributes.get("group", 1)) if product.form == "conv" else 1,
+        groups=groups,
         in_fours=True,
         input_axis=axis,
         exempt=_why_no_weight(batch, first),
