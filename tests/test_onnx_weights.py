@@ -360,6 +360,23 @@ def test_a_table_that_nobody_multiplies_by_is_no_weight(tmp_path, op):
     assert verify(tmp_path, [node("Mul", "w", "x")], w=weight(8, 8)).empty
 
 
+def test_the_weights_of_a_linear_model_are_named(tmp_path):
+    regressor = node("LinearRegressor", "x", domain="ai.onnx.ml", coefficients=[1.0] * 8)
+    table = verify(tmp_path, [regressor])
+    assert table[["weight", "eligible", "judged"]].values.tolist() == [
+        ["coefficients", False, True]
+    ]
+
+
+def test_a_weight_has_the_name_of_the_largest_tensor_that_it_is_made_of(tmp_path):
+    nodes = [helper.make_node("Mul", ["half", "w"], ["v"]), node("Gemm", "x", "v", transB=1)]
+    tensors = {"half": np.float32(0.5), "w": weight(6, 8)}
+    assert verify(tmp_path, nodes, **tensors).weight.tolist() == ["w"]
+    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in tensors.items()]
+    (found,) = node_weights(write(tmp_path, nodes, tensors))
+    assert found.sources == ("w", "half")
+
+
 @pytest.mark.parametrize("domain", ["", "trt.plugins"])
 def test_a_matrix_of_a_plugin_is_named_as_not_judged(tmp_path, domain):
     tensor = numpy_helper.from_array(weight(8, 8), "kernel")

@@ -199,6 +199,11 @@ _NO_PRODUCTS = frozenset(
 )
 
 
+# Operators whose weights are attributes: the linear models of classical machine learning.
+_ML = "ai.onnx.ml"
+_LINEAR_MODELS = ("LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor")
+
+
 def _product_of(node: NodeProto) -> _Product | None:
     table = _ONNX if node.domain in STANDARD_DOMAINS else _ONNXRUNTIME
     return table.get(node.op_type) if node.domain in (*STANDARD_DOMAINS, MICROSOFT) else None
@@ -218,7 +223,7 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
     """Yield the weights of one node; most nodes have none."""
     product = _product_of(node)
     if product is None:
-        yield from _of_unknown(node, scope)
+        yield from _of_other(node, scope)
         return
     factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
     used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
@@ -243,8 +248,11 @@ def _row(node: NodeProto, factor: _Factor, **values: Any) -> NodeWeight:
     return NodeWeight(name, node.op_type, **{**row, **values})
 
 
-def _of_unknown(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
-    """Yield the constant matrices of an operator that is not known, as not judged."""
+def _of_other(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
+    """Yield the constant matrices of an operator of another kind; mostly there are none."""
+    if node.domain == _ML and node.op_type in _LINEAR_MODELS:
+        why = f"TensorRT runs no {node.op_type}"
+        yield _row(node, _Factor(len(node.input)), weight="coefficients", exempt=why)
     if _is_known(node) or all(map(scope.is_constant, node.input)):
         return  # of constants alone it makes another constant
     domain = node.domain or "ONNX's domain"
