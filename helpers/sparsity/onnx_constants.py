@@ -40,8 +40,9 @@ _MOVES = (
 class Constant:
     """A tensor that depends only on what is stored in the file.
 
-    `sources` are the stored tensors that it is computed from, the largest first. `value` is None if the numbers are not known, and `why_unknown` says why.
-    `is_shifted` says whether it was dequantised with a zero point that is not 0.
+    `sources` are the stored tensors that it is computed from, the largest first. `value` is None
+    if the numbers are not known, and `why_unknown` says why. `is_shifted` says whether it was
+    dequantised with a zero point that is not 0.
     """
 
     sources: tuple[str, ...]
@@ -175,7 +176,7 @@ class Scope:
         for constant in found.values():
             if constant.value is None:
                 return constant
-        by_size = sorted(found.values(), key=lambda one: np.size(one.value), reverse=True)
+        by_size = sorted(found.values(), key=lambda one: np.asarray(one.value).size, reverse=True)
         sources = tuple(dict.fromkeys(each for one in by_size for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
