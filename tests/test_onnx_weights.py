@@ -718,10 +718,14 @@ def test_a_weight_transposed_outside_a_loop_is_found_in_it(tmp_path):
     assert table.reason.tolist() == ["", "the weight is computed at run time"]
 
 
-def test_what_comes_into_the_body_of_a_scan_is_computed_at_run_time(tmp_path):
+def test_slices_of_a_constant_in_the_body_of_a_scan_are_not_judged(tmp_path):
     inputs = [("state", TensorProto.FLOAT, None), ("slice", TensorProto.FLOAT, None)]
     graph = body([helper.make_node("MatMul", ["state", "slice"], ["inner"])], inputs=inputs)
     nodes = [helper.make_node("Scan", ["x", "w"], ["y"], body=graph, num_scan_inputs=1)]
+    table = verify(tmp_path, nodes, w=np.ones((3, 8, 8), np.float32))
+    assert table.reason.tolist() == ["Scan makes it of w at run time"]
+    assert table[["eligible", "judged"]].values.tolist() == [[False, False]]
+    nodes = [helper.make_node("Scan", ["w", "x"], ["y"], body=graph, num_scan_inputs=1)]
     table = verify(tmp_path, nodes, w=np.ones((3, 8, 8), np.float32))
     assert table.reason.tolist() == ["the weight is computed at run time"]
 

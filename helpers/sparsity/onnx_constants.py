@@ -78,6 +78,7 @@ class Scope:
         self.inner: list[list[Scope]] = []  # of each node: the function it calls, or its bodies
         self.returns: dict[str, tuple[Scope, str]] = {}  # of each output of a call
         self.choices: dict[str, list[tuple[Scope, str]]] = {}  # of each output of an If
+        self.slices: dict[str, tuple[Scope, str]] = {}  # of a Scan's body: what they are cut from
         self.computed: set[str] = set()  # at run time
         # ONNX orders nodes so that each comes after those that it needs.
         for node in self.nodes:
@@ -90,12 +91,19 @@ class Scope:
             self.inner.append(bodies)
             if bodies or not self._is_foldable(node):
                 self.computed.update(node.output)
+            if node.op_type == "Scan":
+                self._feed_slices(node, bodies[0], graphs[0])
             if node.op_type == "If":
                 for place, name in enumerate(node.output):
                     self.choices[name] = [
                         (body, graph.output[place].name)
                         for body, graph in zip(bodies, graphs, strict=True)
                     ]
+
+    def _feed_slices(self, node: NodeProto, body: "Scope", graph: GraphProto) -> None:
+        count = attributes_of(node)["num_scan_inputs"]
+        for item, name in zip(graph.input[-count:], node.input[-count:], strict=True):
+            body.slices[item.name] = self, name
 
     def walk(self) -> "Iterator[tuple[NodeProto, Scope]]":
         """Yield every node with its scope, each before those in its body.
@@ -237,6 +245,11 @@ class Scope:
             if name in self.returns:
                 function, output = self.returns[name]
                 return function.stored_behind(output)
+            if name in self.slices:
+                scope, whole = self.slices[name]
+                return (
+                    (scope.resolve(whole).sources[0], "Scan") if scope.is_constant(whole) else None
+                )
             if name in self.choices:
                 for body, output in self.choices[name]:
                     if body.is_constant(output) and body.resolve(output).sources:
