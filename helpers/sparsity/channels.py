@@ -34,6 +34,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.parameters import no_grad_for
+
 Numbers = NDArray[np.int64]
 
 # The channels of a larger tensor are fixed unless it is the weight of a layer.
@@ -121,7 +123,7 @@ def reorder_(groups: ChannelGroups, index: Numbers) -> None:
         index: (channels,), from `gather_index`.
     """
     moved = index != np.arange(len(index))
-    with torch.no_grad():
+    with no_grad_for([placement.tensor for placement in groups.placements.values()]):
         for placement in groups.placements.values():
             tensor = placement.tensor
             if placement.elements is not None:

@@ -6,12 +6,22 @@ Each one that cannot has its reason. Explained in `02_prune_2_4.ipynb`.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from html import escape
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from helpers.errors import InputError
-from helpers.layers import Example, LayerWeight, layer_table, layer_weights
+from helpers.layers import (
+    Example,
+    LayerWeight,
+    MacCount,
+    count_macs,
+    layer_weights,
+    model_inputs,
+    table_of,
+)
+from helpers.parameters import unwrapped, whole
 from helpers.sparsity.masks import kept_magnitude_2to4
 
 if TYPE_CHECKING:
@@ -59,20 +69,18 @@ def _asp(weight: LayerWeight) -> str:
     """Allow what NVIDIA's ASP prunes, so that results can be compared with published ones."""
     if weight.transposed:
         return "transposed: not among ASP's layers"
-    outputs, inputs = weight.tensor.shape[:2]
-    if outputs % 8:
-        return f"{outputs} output channels: not a multiple of 8"
-    if inputs % 16:
-        return f"{inputs} input channels: not a multiple of 16"
+    if weight.output_channels % 8:
+        return f"{weight.output_channels} output channels: not a multiple of 8"
+    if weight.input_channels % 16:
+        return f"{weight.input_channels} input channels: not a multiple of 16"
     return ""
 
 
 def _cusparselt(weight: LayerWeight) -> str:
     """Allow the matrix products that cuSPARSELt has, in the data type of the weight."""
-    rows, columns, *kernel = weight.tensor.shape
-    if weight.transposed or weight.groups > 1 or any(size > 1 for size in kernel):
+    if weight.transposed or weight.groups > 1 or any(size > 1 for size in weight.shape[2:]):
         return NOT_A_PRODUCT
-    return why_not_cusparselt(rows, columns, weight.tensor.element_size())
+    return why_not_cusparselt(weight.output_channels, weight.input_channels, weight.element_size)
 
 
 def why_not_cusparselt(rows: int, columns: int, element_size: int = 2) -> str:
@@ -114,7 +122,7 @@ def why_not_sparse(weight: LayerWeight, rules: str = "tensorrt") -> str:
     ASP in NVIDIA/apex, apex/contrib/sparsity; torch.sparse.semi_structured (cuSPARSELt).
     """
     why_not = _rules(rules)
-    return why_not(weight) if weight.is_parameter else "computed from other parameters"
+    return weight.refusal or why_not(weight)
 
 
 def _rules(name: str) -> Callable[[LayerWeight], str]:
@@ -127,7 +135,15 @@ def _rules(name: str) -> Callable[[LayerWeight], str]:
 class Candidate(LayerWeight):
     """A weight with its verdict: `reason` says why it stays dense, and is empty if it need not."""
 
-    reason: str
+    reason: str = ""
+
+    @classmethod
+    def judged(cls, weight: LayerWeight, reason: str) -> "Candidate":
+        """Return a weight with a verdict."""
+        return cls(
+            weight.name, weight.layer, weight.attribute, weight.path, weight.is_computed,
+            weight.refusal, weight.tied_to, reason,
+        )  # fmt: skip
 
     @property
     def eligible(self) -> bool:
@@ -136,8 +152,10 @@ class Candidate(LayerWeight):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as a parameter of its layer; an eligible weight is always one."""
-        return self.layer.get_parameter(self.attribute)
+        """The parameter that is pruned; an eligible weight always has one."""
+        if self.stored is None:
+            raise InputError(f"{self.name} is {self.reason}: no single parameter can be pruned.")
+        return self.stored
 
 
 def select_weights(
@@ -158,7 +176,7 @@ def select_weights(
             reason = "not included"
         else:
             reason = why_not_sparse(weight, rules)
-        candidates.append(Candidate(weight.name, weight.layer, weight.attribute, reason))
+        candidates.append(Candidate.judged(weight, reason))
     return candidates
 
 
@@ -198,9 +216,12 @@ def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | 
 
 
 def _matches(item: str | type[nn.Module], weight: LayerWeight) -> bool:
+    """Return whether a pattern or a type fits a weight or another one that it is tied to."""
+    layers = [(weight.name, weight.layer_name, weight.layer)]
+    layers += [(name, name.rpartition(".")[0], module) for name, module in weight.tied_to]
     if isinstance(item, type):
-        return isinstance(weight.layer, item)
-    return fnmatchcase(weight.name, item) or fnmatchcase(weight.layer_name, item)
+        return any(isinstance(layer, item) for *_, layer in layers)
+    return any(fnmatchcase(name, item) for *names, _ in layers for name in names)
 
 
 def eligible_weights(
@@ -210,6 +231,7 @@ def eligible_weights(
 
     Considered are linear layers, convolutions in one to three dimensions, transposed or not,
     and attention's projections, and their subclasses. A weight that layers share comes once.
+    Where a layer computes its weight, this is the parameter that it computes it from.
 
     Args:
         model: any model.
@@ -229,14 +251,19 @@ def eligible_weights(
 class SparsityReport:
     """The verdict on every weight of a model, and the speed-up that it allows at most.
 
-    `layers` is the table of `helpers.layers.layer_table` with the columns `eligible`,
+    `layers` is the table of `helpers.layers.layer_table` with the columns `sparse_macs` (those
+    MACs that could skip the zeros of 2:4), `tied_to` (the other names of the weight), `eligible`,
     `reason` (empty for an eligible weight) and `kept`, the share of its magnitude, in per
-    cent, that the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already);
-    `parameters` counts all parameters of the model, batch norms and biases too.
+    cent, that the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already). Parameters
+    outside of such layers that are multiplied by have rows of the kind "parameter".
+    `parameters` counts all parameters of the model, batch norms and biases too; `macs` those of
+    the whole network, and `macs_without_weight` the part that multiplies no parameter.
     """
 
     layers: "pd.DataFrame"
     parameters: int
+    macs: int
+    macs_without_weight: int
     rules: str = "tensorrt"
 
     @property
@@ -251,12 +278,12 @@ class SparsityReport:
 
     @property
     def macs_share(self) -> float:
-        """MACs with eligible weights in per cent of all MACs; 0 if there are none."""
-        return _per_cent(self.eligible.macs.sum(), self.layers.macs.sum())
+        """MACs that could be sparse in per cent of the whole network's; 0 if there are none."""
+        return _per_cent(self.eligible.sparse_macs.sum(), self.macs)
 
     @property
     def ceiling(self) -> float:
-        """The speed-up if sparse layers took half the time, and time were spent on MACs only."""
+        """The speed-up if sparse MACs took half the time, and time were spent on MACs only."""
         return 1 / (1 - self.macs_share / 100 / 2)
 
     def facts(self) -> dict[str, float | str]:
@@ -279,6 +306,28 @@ class SparsityReport:
             f"MACs, at most {self.ceiling:.2f}x faster"
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What the totals do not show, in one line each."""
+        notes = []
+        if self.macs_without_weight:
+            share = _per_cent(self.macs_without_weight, self.macs)
+            notes.append(
+                f"{share:.2f} % of the MACs multiply two activations, as the scores of attention "
+                "are, and stay dense."
+            )
+        for weight, others in self.eligible[["weight", "tied_to"]].to_numpy():
+            if others:
+                notes.append(
+                    f"{weight} is tied to {others}: pruning prunes both, and `exclude` keeps both "
+                    "dense."
+                )
+        never = self.eligible.weight[self.eligible.macs == 0].tolist()
+        if never:
+            others = f" and {len(never) - 3} others" if len(never) > 3 else ""
+            notes.append(f"This input is not multiplied by {', '.join(never[:3])}{others}.")
+        return notes
+
     def _table(self) -> "pd.DataFrame":
         """Return the rows as they are shown."""
         import pandas as pd
@@ -297,14 +346,14 @@ class SparsityReport:
         )
 
     def __repr__(self) -> str:
-        if self.layers.empty:
-            return self.summary
-        return f"{self.summary}\n\n{self._table().to_string(index=False)}"
+        lines = [self.summary, *self.notes]
+        if not self.layers.empty:
+            lines += ["", self._table().to_string(index=False)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        if self.layers.empty:
-            return f"<p>{self.summary}</p>"
-        return f"<p>{self.summary}</p>" + self._table().to_html(index=False)
+        lines = "".join(f"<p>{escape(line)}</p>" for line in (self.summary, *self.notes))
+        return lines if self.layers.empty else lines + self._table().to_html(index=False)
 
 
 def _per_cent(part: float, whole: float) -> float:
@@ -321,6 +370,9 @@ def sparsity_report(
 ) -> SparsityReport:
     """Return which weights of a model can run sparse, and why the others cannot.
 
+    Shares and the speed-up are those of the whole network: every product of matrices and every
+    convolution counts, whether or not a layer is known that computes it.
+
     Args:
         model: any model; on the device `meta` too, where magnitudes are left out.
         image_shape: channels, height and width of an input image.
@@ -333,18 +385,62 @@ def sparsity_report(
         InputError: there are no such rules, a pattern fits no weight, an eligible weight
             has NaN or infinite values, or neither or both inputs are given.
     """
+    import pandas as pd
+
+    model = unwrapped(model)
     candidates = {c.name: c for c in select_weights(model, rules, include, exclude)}
-    table = layer_table(model, image_shape, example, candidates)
+    count = count_macs(model, model_inputs(model, image_shape, example), candidates)
+    table = table_of(candidates, count)
     in_order = [candidates[name] for name in table.weight]
+    table["sparse_macs"] = [count.sparse[weight.name] for weight in in_order]
+    table["tied_to"] = [", ".join(map(_use_in_words, weight.tied_to)) for weight in in_order]
     table["reason"] = [weight.reason for weight in in_order]
     table["eligible"] = [weight.eligible for weight in in_order]
     table["kept"] = [_kept(weight) for weight in in_order]
+    others = _other_parameters(model, count)
+    if others:
+        others_table = pd.DataFrame(others, columns=table.columns)
+        table = others_table if table.empty else pd.concat([table, others_table], ignore_index=True)
     if table.empty:  # pandas takes a column of nothing for one of objects
-        table = table.astype({"parameters": int, "macs": int, "eligible": bool, "kept": float})
-    return SparsityReport(table, sum(p.numel() for p in model.parameters()), rules)
+        numbers = dict.fromkeys(("parameters", "macs", "sparse_macs"), int)
+        table = table.astype({**numbers, "eligible": bool, "kept": float})
+    parameters = sum(p.numel() for p in model.parameters())
+    return SparsityReport(table, parameters, count.total, count.without_weight, rules)
+
+
+def _use_in_words(use: tuple[str, nn.Module]) -> str:
+    name, module = use
+    return f"{name} ({type(module).__name__})"
+
+
+def _other_parameters(model: nn.Module, count: MacCount) -> list[dict[str, object]]:
+    """Return a row for each parameter that is multiplied by and belongs to no supported layer."""
+    rows = []
+    for name, macs in count.parameters.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        parameter = model.get_parameter(name)
+        rows.append(
+            {
+                "weight": name,
+                "kind": "parameter",
+                "shape": "x".join(map(str, parameter.shape)),
+                "groups": 1,
+                "parameters": parameter.numel(),
+                "macs": macs,
+                "sparse_macs": 0,
+                "tied_to": "",
+                "reason": f"a parameter of {type(module).__name__}, which is no supported layer",
+                "eligible": False,
+                "kept": float("nan"),
+            }
+        )
+    return rows
 
 
 def _kept(weight: Candidate) -> float:
-    if not weight.eligible or weight.tensor.is_meta:
+    if not weight.eligible:
         return float("nan")
-    return kept_magnitude_2to4(weight.tensor, weight.name, weight.input_dim)
+    tensor = weight.tensor
+    if tensor.is_meta:
+        return float("nan")
+    return kept_magnitude_2to4(whole(tensor), weight.name, weight.input_dim)

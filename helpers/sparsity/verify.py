@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from helpers.errors import InputError
 from helpers.files import shown
 from helpers.layers import LayerWeight, layer_weights
+from helpers.parameters import plain_name, require_numbers, unwrapped, whole
 from helpers.sparsity.compressed import read_checkpoint
 from helpers.sparsity.eligibility import why_not_sparse, why_not_tensorrt
 from helpers.sparsity.masks import holds_2to4
@@ -60,7 +62,10 @@ def verify_file(
 
 
 def verify_model(model: nn.Module) -> "pd.DataFrame":
-    """Return one row for each weight of a model's linear, convolution and attention layers.
+    """Return one row for each weight of a model's layers, judged as it is multiplied by.
+
+    A weight that a layer computes at each call, by weight norm for instance, is judged as it is
+    after that; its name is that of the parameter that it is computed from.
 
     The columns are `layer`, `type` (its class), `weight` (the parameter's name), `shape`,
     `groups`, `eligible` (by TensorRT's rules), `is_2to4` along the input channels,
@@ -71,12 +76,14 @@ def verify_model(model: nn.Module) -> "pd.DataFrame":
         model: any model, on any device but `meta`.
 
     Raises:
-        InputError: the model is on the device `meta`, and has no numbers.
+        InputError: a weight has no numbers of its own, for example on the device `meta`, or the
+            weights of a layer cannot be reached.
     """
     weights = layer_weights(model)
-    if any(weight.tensor.is_meta for weight in weights.values()):
-        raise InputError("The model is on the device `meta`, without numbers. Load weights first.")
-    return _table_of(weights, {name: weight.tensor for name, weight in weights.items()})
+    tensors = {name: weight.tensor for name, weight in weights.items()}
+    for name, tensor in tensors.items():
+        require_numbers(tensor, name)
+    return _table_of(weights, {name: whole(tensor) for name, tensor in tensors.items()})
 
 
 def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
@@ -114,13 +121,21 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
             if tensor.dim() >= 2
         ]
         return _table(["weight"], rows)
+    model = unwrapped(model)
+    state = {plain_name(name): tensor for name, tensor in state.items()}
     weights = layer_weights(model)
     if difference := _difference(state, model, weights):
         raise InputError(
             f"{shown(path)} does not hold the weights of this {type(model).__name__}: "
             f"{difference}. Give the model that it was saved from."
         )
-    return _table_of(weights, state)
+    tensors = {}
+    for name, weight in weights.items():
+        names = [name, *(other for other, _ in weight.tied_to)]
+        stored = next((each for each in names if each in state), None)
+        if stored is not None:
+            tensors[name] = weight.computed_from(state) if weight.is_computed else state[stored]
+    return _table_of(weights, tensors)
 
 
 def verify_onnx(path: Path) -> "pd.DataFrame":
@@ -251,17 +266,24 @@ def _difference(
     last = list(weights.values())[-1:]
     # The number of classes may differ: it changes no other layer, and no verdict.
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
     for name, parameter in model.named_parameters():
-        if name not in state:
-            return f"{name} is missing in the file"
-        found, wanted = list(state[name].shape), list(parameter.shape)
+        if is_lazy(parameter):
+            return f"{plain_name(name)} has no shape in the model yet, because its layer is lazy"
+        # A file may hold a tied weight by any of its names.
+        stored = next((state[each] for each in names[id(parameter)] if each in state), None)
+        if stored is None:
+            return f"{plain_name(name)} is missing in the file"
+        found, wanted = list(stored.shape), list(parameter.shape)
         if id(parameter) in any_rows and found:
             found[0] = wanted[0]
         if found != wanted:
-            shapes = ["x".join(map(str, shape)) for shape in (state[name].shape, parameter.shape)]
-            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
+            shapes = ["x".join(map(str, shape)) for shape in (stored.shape, parameter.shape)]
+            return f"{plain_name(name)} is {shapes[0]} in the file and {shapes[1]} in the model"
     # A weight that the model does not have would not be verified.
-    known = model.state_dict().keys()
+    known = set(map(plain_name, model.state_dict()))
     for name, tensor in state.items():
         if tensor.dim() > 1 and name not in known:
             return f"{name} is not in the model"
