@@ -171,7 +171,7 @@ class Scope:
         sources = tuple(dict.fromkeys(each for one in found.values() for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
-            value = _fold(node, name, feeds, self.opsets)
+            value = fold(node, name, feeds, self.opsets)
         except Exception:  # a custom operator may raise anything
             return Constant(sources, None, f"{node.op_type} before it cannot be evaluated")
         shifted = any(constant.is_shifted for constant in found.values())
@@ -239,7 +239,7 @@ class Scope:
                 return self.outer.stored_behind(name) if inherited and self.outer else None
             if node.op_type == "Where":
                 data = next((each for each in node.input[1:] if self.is_constant(each)), "")
-            elif node.op_type in _MOVES or _quantisation(node):
+            elif node.op_type in _MOVES or quantisation_of(node):
                 data = node.input[0]
             else:
                 return None
@@ -364,12 +364,12 @@ def _constant(node: NodeProto, file: OnnxFile) -> np.ndarray:
 # --- values ---
 
 
-def _fold(
+def fold(
     node: NodeProto, name: str, feeds: dict[str, np.ndarray], opsets: dict[str, int]
 ) -> np.ndarray:
     """Return an output of a node for constant inputs."""
     inputs = [feeds.get(each) for each in node.input]
-    quantise = _quantisation(node)
+    quantise = quantisation_of(node)
     if quantise is not None:
         outputs = quantise(inputs, attributes_of(node), opsets.get("", 1))
         return outputs[list(node.output).index(name)]
@@ -435,7 +435,7 @@ _TENSORRT_TYPES = {
 }
 
 
-def _quantisation(node: NodeProto) -> _Quantisation | None:
+def quantisation_of(node: NodeProto) -> _Quantisation | None:
     """Return what a node does if it quantises or dequantises, whatever domain it is from."""
     if node.op_type == "QuantizeLinear":
         return _quantize_linear
