@@ -131,7 +131,7 @@ def prune_onnx(
         if not each.reason:
             try:
                 use = _find(number, each)
-            except _CannotPruneError as error:
+            except _CannotError as error:
                 reasons[number] = str(error)
                 continue
             stored.setdefault(id(use.tensor), _Stored(use.tensor)).uses.append(use)
@@ -141,7 +141,7 @@ def prune_onnx(
     for key, own in stored.items():
         try:
             keep = _keep(own)
-        except _CannotPruneError as error:
+        except _CannotError as error:
             for use in own.uses:
                 reasons[use.number] = str(error)
             continue
@@ -187,7 +187,7 @@ def _why_nothing(
 # --- where the numbers of a weight are stored ---
 
 
-class _CannotPruneError(Exception):
+class _CannotError(Exception):
     """Why a weight cannot be pruned where it is stored."""
 
 
@@ -215,11 +215,11 @@ def _find(number: int, weight: FileWeight) -> _Use:
     """Return where a weight is stored.
 
     Raises:
-        _CannotPruneError: its zeros could not be stored.
+        _CannotError: its zeros could not be stored.
     """
     product, scope = weight.product, weight.scope
     if product.input_axis is None:
-        raise _CannotPruneError(f"{product.op} stores its numbers packed in bytes")
+        raise _CannotError(f"{product.op} stores its numbers packed in bytes")
     operand = _value(scope, product.operand)
     tensor, moves = _origin(scope, product.operand)
     places = None
@@ -232,7 +232,7 @@ def _find(number: int, weight: FileWeight) -> _Use:
             places = fold(node, node.output[0], feeds, inner.opsets)
         shape = places.shape
     if shape != operand.shape:
-        raise _CannotPruneError(f"{tensor.name} is spread over a larger matrix")
+        raise _CannotError(f"{tensor.name} is spread over a larger matrix")
     return _Use(number, product, operand, tensor, places)
 
 
@@ -246,7 +246,7 @@ def _origin(scope: Scope, name: str) -> tuple[TensorProto, list[tuple[Scope, Nod
     """Return the stored tensor behind a constant, and the nodes that move its numbers, last first.
 
     Raises:
-        _CannotPruneError: an operator is on the way behind which a zero may be another number, or the
+        _CannotError: an operator is on the way behind which a zero may be another number, or the
             tensor is stored in a way that is not written here.
     """
     moves: list[tuple[Scope, NodeProto]] = []
@@ -256,7 +256,7 @@ def _origin(scope: Scope, name: str) -> tuple[TensorProto, list[tuple[Scope, Nod
         elif name in scope.tensors:
             tensor = scope.tensors[name]
             if not isinstance(tensor, TensorProto):
-                raise _CannotPruneError("it is stored as a sparse tensor")
+                raise _CannotError("it is stored as a sparse tensor")
             return tensor, moves
         elif name in scope.returns:
             scope, name = scope.returns[name]
@@ -269,7 +269,7 @@ def _origin(scope: Scope, name: str) -> tuple[TensorProto, list[tuple[Scope, Nod
             if node.op_type in _MOVES and node.domain in STANDARD_DOMAINS:
                 moves.append((scope, node))
             elif not _keeps_zeros(node, name):
-                raise _CannotPruneError(f"it is computed by {node.op_type}")
+                raise _CannotError(f"it is computed by {node.op_type}")
             name = _data(node, scope)
 
 
@@ -290,9 +290,9 @@ def _data(node: NodeProto, scope: Scope) -> str:
 def _of_constant(node: NodeProto, scope: Scope) -> TensorProto:
     (item,) = node.attribute
     if item.name != "value":
-        raise _CannotPruneError("it is stored as a list or a sparse tensor")
+        raise _CannotError("it is stored as a list or a sparse tensor")
     if scope.calls:
-        raise _CannotPruneError("it is stored in a function")
+        raise _CannotError("it is stored in a function")
     return item.t
 
 
@@ -312,7 +312,7 @@ def _keep(stored: _Stored) -> np.ndarray:
     """Return which numbers of a stored tensor to keep, true where no product uses them.
 
     Raises:
-        _CannotPruneError: the products that use it would need different zeros.
+        _CannotError: the products that use it would need different zeros.
     """
     shape = tuple(stored.tensor.dims)
     keep = np.zeros(shape, bool)
@@ -335,7 +335,7 @@ def _keep(stored: _Stored) -> np.ndarray:
         own = keep if use.places is None else keep.ravel()[use.places]
         if not is_2to4(*_with_axis(own, use.product)):
             nodes = " and ".join(each.product.node for each in stored.uses)
-            raise _CannotPruneError(f"{nodes} sum over different axes of {stored.tensor.name}")
+            raise _CannotError(f"{nodes} sum over different axes of {stored.tensor.name}")
     return keep
 
 

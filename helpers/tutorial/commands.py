@@ -153,7 +153,7 @@ def _only_for_files(context: typer.Context) -> None:
         if name in ("rules", "compute_capability") or source is None or source.name == "DEFAULT":
             continue
         (option, *_) = next(each for each in context.command.params if each.name == name).opts
-        raise typer.BadParameter(f"{option} is for a file of your own: name the file first.")
+        raise InputError(f"{option} is for a file of your own: name the file first.")
 
 
 @app.command(rich_help_panel=STEPS)
@@ -176,9 +176,9 @@ def evaluate() -> None:
 def prune(
     context: typer.Context,
     source: Annotated[
-        Path | None, typer.Argument(help="an .onnx or a .safetensors file of your own")
+        Path | None, typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own")
     ] = None,
-    target: Annotated[Path | None, typer.Argument(help="the pruned copy to write")] = None,
+    target: Annotated[Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")] = None,
     rules: Rules = "tensorrt",
     include: Include = None,
     exclude: Exclude = None,
@@ -194,7 +194,7 @@ def prune(
         steps.prune(Settings.load(), rules)
         return
     if target is None:
-        raise typer.BadParameter("Give the pruned copy to write after the file.")
+        raise InputError("Name the pruned copy to write after the file.")
     from helpers.tutorial import own_models
 
     _print_result(
@@ -229,7 +229,9 @@ def export() -> None:
 @app.command(rich_help_panel=STEPS)
 def build(
     context: typer.Context,
-    source: Annotated[Path | None, typer.Argument(help="an .onnx file of your own")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="an .onnx file of your own")
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -288,9 +290,11 @@ def build(
 @app.command(rich_help_panel=STEPS)
 def benchmark(
     context: typer.Context,
-    dense: Annotated[Path | None, typer.Argument(help="an .onnx file of your own")] = None,
+    dense: Annotated[
+        Path | None, typer.Argument(metavar="DENSE", help="an .onnx file of your own")
+    ] = None,
     sparse: Annotated[
-        Path | None, typer.Argument(help="its sparse version; else a pruned copy of it")
+        Path | None, typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it")
     ] = None,
     shape: Shapes = None,
     load_inputs: Annotated[
@@ -353,7 +357,9 @@ def summary() -> None:
 @app.command(rich_help_panel=TOOLS)
 def report(
     model: Annotated[
-        str, typer.Argument(help="an .onnx or a .safetensors file, or a network of torchvision")
+        str, typer.Argument(
+            metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
+        )
     ],
     rules: Rules = "tensorrt",
     include: Include = None,
@@ -379,7 +385,9 @@ def report(
 
 @app.command(rich_help_panel=TOOLS)
 def verify(
-    path: Annotated[Path, typer.Argument(help="an .onnx or a .safetensors file")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")
+    ],
     model: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -392,7 +400,9 @@ def verify(
 @app.command(rich_help_panel=TOOLS)
 def advise(
     model: Annotated[
-        str, typer.Argument(help="an .onnx or a .safetensors file, or a network of torchvision")
+        str, typer.Argument(
+            metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
+        )
     ],
     gpu: Annotated[
         str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
