@@ -176,9 +176,12 @@ def evaluate() -> None:
 def prune(
     context: typer.Context,
     source: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own")
+        Path | None,
+        typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own"),
     ] = None,
-    target: Annotated[Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")
+    ] = None,
     rules: Rules = "tensorrt",
     include: Include = None,
     exclude: Exclude = None,
@@ -294,7 +297,8 @@ def benchmark(
         Path | None, typer.Argument(metavar="DENSE", help="an .onnx file of your own")
     ] = None,
     sparse: Annotated[
-        Path | None, typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it")
+        Path | None,
+        typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it"),
     ] = None,
     shape: Shapes = None,
     load_inputs: Annotated[
@@ -357,9 +361,10 @@ def summary() -> None:
 @app.command(rich_help_panel=TOOLS)
 def report(
     model: Annotated[
-        str, typer.Argument(
+        str,
+        typer.Argument(
             metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
-        )
+        ),
     ],
     rules: Rules = "tensorrt",
     include: Include = None,
@@ -385,9 +390,7 @@ def report(
 
 @app.command(rich_help_panel=TOOLS)
 def verify(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")],
     model: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -400,9 +403,10 @@ def verify(
 @app.command(rich_help_panel=TOOLS)
 def advise(
     model: Annotated[
-        str, typer.Argument(
+        str,
+        typer.Argument(
             metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
-        )
+        ),
     ],
     gpu: Annotated[
         str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
