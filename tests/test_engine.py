@@ -532,9 +532,8 @@ CLASSES = {
     "runtime": "Runtime",
     "runtime_config": "IRuntimeConfig",
     "engine": "ICudaEngine",
+    "context": "IExecutionContext",
     "inspector": "EngineInspector",
-    "self.logger": "Logger",
-    "self.runtime": "Runtime",
     "self.engine": "ICudaEngine",
     "self.context": "IExecutionContext",
 }
