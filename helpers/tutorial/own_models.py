@@ -2,6 +2,9 @@
 
 Which weights can be 2:4, which are, a pruned copy, an engine, latencies, and how much faster 2:4
 would make it. docs/cli.md has every command with its options.
+
+torchvision takes longer to import than most of the work on a file, so only the functions that make
+networks import it.
 """
 
 import tempfile
@@ -13,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from torch import nn
-from torchvision.models import get_model_weights
 
 from helpers import machine
 from helpers.errors import InputError
@@ -46,7 +48,6 @@ from helpers.sparsity.onnx_inputs import (
 from helpers.sparsity.onnx_prune import OnnxPruning, prune_onnx
 from helpers.sparsity.onnx_report import onnx_report
 from helpers.sparsity.verify import verify_file
-from helpers.training import networks
 from helpers.tutorial.checks import TutorialError
 
 RETRAIN = (
@@ -105,6 +106,8 @@ def verify(
     """
     model = None
     if path.suffix == ".safetensors":
+        from helpers.training import networks
+
         model = networks.checkpoint_model(path, name)
     elif name is not None:
         raise TutorialError(
@@ -212,6 +215,8 @@ def prune(
         pruned = prune_onnx(source, target, rules, include, exclude)
         facts |= {**pruned.facts(), "rows": pruned.rows()}
         return Result(f"{shown(target)}: {pruned}\n{RETRAIN}", facts)
+    from helpers.training import networks
+
     model = networks.load_checkpoint(source, network)  # refused if nobody names its network
     masks = prune_2to4_(model, rules, include, exclude)
     networks.save_checkpoint(model, target, network or read_checkpoint(source).network or "")
@@ -556,6 +561,8 @@ def _engine_runners(
 
 def _load(name: str) -> tuple[nn.Module, int, int]:
     """Return a model by its network or its checkpoint, and the channels and size of its images."""
+    from helpers.training import networks
+
     if suffix := Path(name).suffix:
         if suffix != ".safetensors":
             raise TutorialError(
@@ -582,5 +589,7 @@ def _image_size(name: str) -> int:
 
     It is the smallest among those of its weights: some of them were trained on larger images.
     """
+    from torchvision.models import get_model_weights
+
     weights = get_model_weights(name)
     return min(each.transforms().crop_size[0] for each in weights)
