@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from helpers.errors import InputError
+from helpers.files import json_text
 from helpers.inference.export import export_onnx
 from helpers.sparsity import prune_2to4_, sparsity_report
 from helpers.sparsity.onnx_report import onnx_report
@@ -82,6 +85,26 @@ def test_arithmetic_that_is_not_known_is_named(tmp_path):
     assert "The arithmetic of 1 x MatMul is not known and not counted" in report.summary
     assert "?" in repr(report)
     assert report.facts()["not_counted"] == {"MatMul": 1}
+    assert [(row["macs"], row["input_channels"]) for row in report.rows()] == [(256, 8), (None, 2)]
+    assert json.loads(json_text(report.rows()))[1]["share"] is None
+
+
+@pytest.mark.parametrize(
+    ("op", "domain", "inputs", "attributes"),
+    [
+        ("TRT_FP8QuantizeLinear", "trt", "x s", {}),
+        ("Gelu", "com.microsoft", "x", {}),
+        ("FusedMatMul", "com.microsoft", "x q", {"alpha": 2.0}),
+        ("FusedGemm", "com.microsoft", "x q", {"activation": "Relu"}),
+    ],
+)
+def test_operators_of_other_domains_keep_the_shapes(tmp_path, op, domain, inputs, attributes):
+    nodes = [node(op, inputs, "a", domain=domain, **attributes), node("MatMul", "a w", "y")]
+    tensors = {"w": ones(8, 16), "q": ones(8, 8), "s": np.float32(1)}
+    path = save(tmp_path / "net.onnx", nodes, tensors, [("x", TensorProto.FLOAT, [4, 8])])
+    report = onnx_report(path)
+    assert report.weights.macs.tolist()[-1] == 4 * 8 * 16
+    assert report.not_counted == {}
 
 
 def test_a_batch_without_a_size_is_one_and_other_sizes_have_to_be_given(tmp_path):

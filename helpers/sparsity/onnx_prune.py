@@ -366,9 +366,15 @@ def _require_other(file: OnnxFile, target: Path) -> None:
     for tensor in _all_tensors(file.model):
         if file.is_elsewhere(tensor):
             read += [folder / item.value for item in tensor.external_data if item.key == "location"]
-    for written in (target, _data_path(target)):
+    data = _data_path(target)
+    for written in (target, data):
         if written.exists() and any(path.exists() and written.samefile(path) for path in read):
             raise InputError(f"{shown(written)} belongs to the file to read; write to another one.")
+    if len(read) > 1 and data.exists() and not target.exists():
+        raise InputError(
+            f"{shown(data)} exists, where the external data of {shown(target)} belong. Move it, "
+            "or name another file."
+        )
 
 
 def _data_path(target: Path) -> Path:
