@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -34,15 +35,17 @@ _MOVES = (
     "Cast", "CastLike", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
+# Operators that scale or cut their only input that is no constant, or add to it.
+_SCALES = ("Add", "Div", "Expand", "Gather", "Mul", "Split", "Sub")
 
 
 @dataclass(frozen=True)
 class Constant:
     """A tensor that depends only on what is stored in the file.
 
-    `sources` are the stored tensors that it is computed from, the one that it takes its numbers
-    from first. `value` is None if the numbers are not known, and `why_unknown` says why.
-    `is_shifted` says whether it was dequantised with a zero point that is not 0.
+    `sources` are the stored tensors that it is computed from, the largest first. `value` is None
+    if the numbers are not known, and `why_unknown` says why. `is_shifted` says whether it was
+    dequantised with a zero point that is not 0.
     """
 
     sources: tuple[str, ...]
@@ -78,6 +81,7 @@ class Scope:
         self.inner: list[list[Scope]] = []  # of each node: the function it calls, or its bodies
         self.returns: dict[str, tuple[Scope, str]] = {}  # of each output of a call
         self.choices: dict[str, list[tuple[Scope, str]]] = {}  # of each output of an If
+        self.slices: dict[str, tuple[Scope, str]] = {}  # of a Scan's body: what they are cut from
         self.computed: set[str] = set()  # at run time
         # ONNX orders nodes so that each comes after those that it needs.
         for node in self.nodes:
@@ -90,12 +94,19 @@ class Scope:
             self.inner.append(bodies)
             if bodies or not self._is_foldable(node):
                 self.computed.update(node.output)
+            if node.op_type == "Scan":
+                self._feed_slices(node, bodies[0], graphs[0])
             if node.op_type == "If":
                 for place, name in enumerate(node.output):
                     self.choices[name] = [
                         (body, graph.output[place].name)
                         for body, graph in zip(bodies, graphs, strict=True)
                     ]
+
+    def _feed_slices(self, node: NodeProto, body: "Scope", graph: GraphProto) -> None:
+        count = attributes_of(node)["num_scan_inputs"]
+        for item, name in zip(graph.input[-count:], node.input[-count:], strict=True):
+            body.slices[item.name] = self, name
 
     def walk(self) -> "Iterator[tuple[NodeProto, Scope]]":
         """Yield every node with its scope, each before those in its body.
@@ -176,7 +187,8 @@ class Scope:
         for constant in found.values():
             if constant.value is None:
                 return constant
-        sources = tuple(dict.fromkeys(each for one in found.values() for each in one.sources))
+        by_size = sorted(found.values(), key=lambda one: np.asarray(one.value).size, reverse=True)
+        sources = tuple(dict.fromkeys(each for one in by_size for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
             value = fold(node, name, feeds, self.opsets)
@@ -222,6 +234,26 @@ class Scope:
         fixed = tuple(size for size in shape if size is not None)
         return fixed if len(fixed) == len(shape) else None
 
+    def origins(self, name: str) -> set[str]:
+        """Return a tensor and those in this scope that it is moved from or scaled from."""
+        found = {name}
+        while (node := self.producers.get(name)) is not None:
+            data = [each for each in node.input if each and not self.is_constant(each)]
+            if node.op_type not in (*_MOVES, *_SCALES) or len(data) != 1:
+                break
+            name = data[0]
+            found.add(name)
+        return found
+
+    @cached_property
+    def products_at_run_time(self) -> list[tuple[NodeProto, set[str]]]:
+        """The matrix products of two activations in this scope, with the left one's origins."""
+        return [
+            (node, self.origins(node.input[0]))
+            for node in self.nodes
+            if node.op_type == "MatMul" and not any(map(self.is_constant, node.input))
+        ]
+
     def stored_behind(self, name: str) -> tuple[str, str] | None:
         """Return the stored matrix that a tensor is moved or chosen from at run time.
 
@@ -236,6 +268,11 @@ class Scope:
             if name in self.returns:
                 function, output = self.returns[name]
                 return function.stored_behind(output)
+            if name in self.slices:
+                scope, whole = self.slices[name]
+                return (
+                    (scope.resolve(whole).sources[0], "Scan") if scope.is_constant(whole) else None
+                )
             if name in self.choices:
                 for body, output in self.choices[name]:
                     if body.is_constant(output) and body.resolve(output).sources:
