@@ -91,14 +91,26 @@ def write_json(path: Path, content: Any) -> Path:
         WriteError: the disk is full or the folder cannot be written to.
     """
     try:
-        # `parse_constant` is called for NaN, Infinity and -Infinity only.
-        plain = json.loads(json.dumps(content, default=_plain), parse_constant=lambda _: None)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{shown(path)} was not written as JSON: {error}.") from error
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json_text(content)
+    except InputError as error:
+        raise InputError(f"{shown(path)} was not written as JSON: {error}") from error
     with atomic_write(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
+
+
+def json_text(content: Any) -> str:
+    """Return `content` as JSON; what it may contain is what `write_json` takes.
+
+    Raises:
+        InputError: `content` has something else that JSON cannot hold.
+    """
+    try:
+        # `parse_constant` is called for NaN, Infinity and -Infinity only.
+        plain = json.loads(json.dumps(content, default=_plain), parse_constant=lambda _: None)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{error}.") from error
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ builds without a GPU, for a given compute capability.
 
 import importlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,8 @@ from helpers.inference.export import INPUT
 RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 DEFAULT_COMPUTE_CAPABILITY = "8.6"  # GeForce RTX 30, A10: the oldest with Sparse Tensor Cores
 OLDEST_TENSORRT = 10  # the first with the interface that 11 has too
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,9 @@ def build_engine(
     image_shape: tuple[int, int, int],
     profile_batch_sizes: tuple[int, int, int],
     sparse: bool = True,
-    compute_capability: str | None = None,
-    builder: Builder | None = None,
-    optimization_level: int = 3,
-    timing_cache: Path | None = None,
+    **options: Unpack[BuildOptions],
 ) -> EngineReport:
-    """Compile an ONNX file into an engine, and report on it.
-
-    The types of the file are kept (the network is strongly typed), so an FP16 file gives an
-    FP16 engine.
+    """Compile an ONNX file of `export_onnx` into an engine, and report on it.
 
     Args:
         onnx_path: the model; its input is `images`.
@@ -105,6 +102,44 @@ def build_engine(
         image_shape: channels, height and width of an image.
         profile_batch_sizes: smallest, best and largest batch size of the optimisation
             profile. The builder times its kernels at the best one: make it the one that you
+            measure.
+        sparse: as `build_engine_for_shapes` takes it.
+        **options: as `build_engine_for_shapes` takes them.
+
+    Raises:
+        InputError: as `build_engine_for_shapes`.
+        EngineError: as `build_engine_for_shapes`.
+    """
+    smallest, best, largest = profile_batch_sizes
+    if not 1 <= smallest <= best <= largest:
+        raise InputError(
+            "profile_batch_sizes must be the smallest, best and largest batch size, in this "
+            f"order, not {profile_batch_sizes}."
+        )
+    shapes = ((smallest, *image_shape), (best, *image_shape), (largest, *image_shape))
+    return build_engine_for_shapes(onnx_path, plan_path, {INPUT: shapes}, sparse, **options)
+
+
+def build_engine_for_shapes(
+    onnx_path: Path,
+    plan_path: Path,
+    profile: Mapping[str, tuple[Shape, Shape, Shape]],
+    sparse: bool = True,
+    compute_capability: str | None = None,
+    builder: Builder | None = None,
+    optimization_level: int = 3,
+    timing_cache: Path | None = None,
+) -> EngineReport:
+    """Compile any ONNX file into an engine, and report on it.
+
+    The types of the file are kept (the network is strongly typed), so an FP16 file gives an
+    FP16 engine.
+
+    Args:
+        onnx_path: the model, with any inputs and outputs.
+        plan_path: the engine file to write.
+        profile: for each input whose shape the file leaves open, its smallest, best and largest
+            shape. The builder times its kernels at the best one: make it the one that you
             measure.
         sparse: set SPARSE_WEIGHTS, which allows sparse kernels for 2:4 weights.
         compute_capability: what to build for, such as 8.6, without a GPU; TensorRT-RTX only.
@@ -121,7 +156,8 @@ def build_engine(
 
     Source: TensorRT's Python documentation, "Building an Engine".
     """
-    _check_arguments(profile_batch_sizes, optimization_level)
+    if optimization_level not in range(6):
+        raise InputError(f"optimization_level must be 0 to 5, not {optimization_level}.")
     builder = builder or find_builder()
     trt = builder.module
     logger = _make_logger(trt)
@@ -132,7 +168,7 @@ def build_engine(
 
     config = _configure(builder, build, sparse, optimization_level)
     built_for = _choose_gpu(builder, config, compute_capability)
-    _add_profile(build, config, image_shape, profile_batch_sizes)
+    _add_profile(build, config, network, profile, onnx_path)
     if timing_cache is not None:
         _load_timing_cache(builder, config, Path(timing_cache))
 
@@ -211,17 +247,6 @@ def build_with_controls(
     }
 
 
-def _check_arguments(profile_batch_sizes: tuple[int, int, int], optimization_level: int) -> None:
-    smallest, best, largest = profile_batch_sizes
-    if not 1 <= smallest <= best <= largest:
-        raise InputError(
-            "profile_batch_sizes must be the smallest, best and largest batch size, in this "
-            f"order, not {profile_batch_sizes}."
-        )
-    if optimization_level not in range(6):
-        raise InputError(f"optimization_level must be 0 to 5, not {optimization_level}.")
-
-
 def _create_network(builder: Builder, build: Any) -> Any:
     """Return an empty network that is strongly typed, which is optional before TensorRT 11."""
     trt = builder.module
@@ -243,11 +268,42 @@ def _configure(builder: Builder, build: Any, sparse: bool, optimization_level: i
 
 
 def _add_profile(
-    build: Any, config: Any, image_shape: tuple[int, int, int], batch_sizes: tuple[int, int, int]
+    build: Any,
+    config: Any,
+    network: Any,
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]],
+    onnx_path: Path,
 ) -> None:
-    """Let the engine take images in batches from the smallest size to the largest."""
+    """Let the engine take each input from its smallest shape to its largest."""
+    inputs = [network.get_input(number) for number in range(network.num_inputs)]
+    open_inputs = {item.name for item in inputs if -1 in tuple(item.shape)}
+    unknown = [name for name in shapes if name not in {item.name for item in inputs}]
+    if unknown or not open_inputs <= set(shapes):
+        missing = ", ".join(sorted(open_inputs - set(shapes)))
+        problem = f"has no input {unknown[0]}" if unknown else f"needs shapes for {missing}"
+        raise InputError(
+            f"{shown(onnx_path)} {problem}; its inputs are "
+            f"{', '.join(item.name for item in inputs) or 'none'}. Give the smallest, best and "
+            "largest shape of each whose shape the file leaves open."
+        )
+    values = [item.name for item in inputs if item.is_shape_tensor]
+    if values:
+        raise InputError(
+            f"The input {values[0]} of {shown(onnx_path)} decides on the shape of other tensors, "
+            "and an engine needs its values when it is built. Make it a constant of the file."
+        )
+    if not shapes:
+        return
     profile = build.create_optimization_profile()
-    profile.set_shape(INPUT, *((size, *image_shape) for size in batch_sizes))
+    for name, (smallest, best, largest) in shapes.items():
+        same_rank = len(smallest) == len(best) == len(largest)
+        if not (same_rank and all(a <= b <= c for a, b, c in zip(*shapes[name], strict=True))):
+            raise InputError(
+                f"The input {name} of {shown(onnx_path)} cannot go from {smallest} by {best} to "
+                f"{largest}: no dimension of the smallest shape may exceed the best one's, and "
+                "none of that the largest one's."
+            )
+        profile.set_shape(name, smallest, best, largest)
     config.add_optimization_profile(profile)
 
 

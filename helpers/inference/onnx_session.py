@@ -1,14 +1,18 @@
 """Run ONNX files in ONNX Runtime on the CPU. Explained in `04_export_onnx.ipynb`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.errors import InputError
+from helpers.errors import InputError, first_line
 from helpers.files import shown
 from helpers.metrics import max_relative_error
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 class OnnxSession:
@@ -27,20 +31,7 @@ class OnnxSession:
         import onnxruntime as ort
 
         self.path = path
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors only
-        # Idle threads must not spin: they would slow whatever else is measured next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime has a dozen classes without a common base
-            raise InputError(
-                f"{shown(path)} cannot be loaded by ONNX Runtime: {error}. "
-                "Export the model again with export_onnx."
-            ) from error
+        self.session = open_session(path)
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
             raise InputError(
@@ -68,6 +59,28 @@ class OnnxSession:
                 f"{shown(self.path)} does not run in ONNX Runtime on images of shape "
                 f"{images.shape}: {error}"
             ) from error
+
+
+def open_session(path: Path) -> "InferenceSession":
+    """Return an ONNX file loaded by ONNX Runtime on the CPU, with as many threads as PyTorch.
+
+    Raises:
+        InputError: the file is missing, damaged, or has operators that ONNX Runtime lacks.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    # Idle threads must not spin: they would slow whatever else is measured next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a dozen classes without a common base
+        raise InputError(
+            f"{shown(path)} cannot be loaded by ONNX Runtime: "
+            f"{first_line(error).rstrip('.')}. Export the model again, such as with export_onnx."
+        ) from error
 
 
 def onnx_max_relative_error(path: Path, reference: Path, images: Tensor) -> float:

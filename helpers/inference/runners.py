@@ -20,7 +20,7 @@ from helpers import machine
 from helpers.errors import InputError
 from helpers.files import shown
 from helpers.inference import cuda_graphs
-from helpers.inference.engine import find_builder
+from helpers.inference.engine import Builder, find_builder
 from helpers.inference.errors import RunnerError
 from helpers.inference.export import INPUT, OUTPUT
 from helpers.inference.fold import fold_batch_norm
@@ -279,42 +279,17 @@ class TensorRTRunner(Runner):
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
             raise RunnerError(reason)
-        try:
-            plan = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{shown(path)} cannot be read ({error.strerror}). "
-                "Build an engine with build_engine."
-            ) from error
         import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses too)
         import pycuda.driver as cuda
 
         self.cuda = cuda
-        builder = find_builder()
-        trt = self.trt = builder.module
-        self.logger = trt.Logger(trt.Logger.WARNING)
-        self.runtime = trt.Runtime(self.logger)
-        self.engine = self.runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise RunnerError(
-                f"{shown(path)} cannot be loaded by {builder.name} {builder.version} on this "
-                "GPU: an engine runs only on the kind of GPU and the version it was built with. "
-                "Build it on this machine with build_engine."
-            )
-        self.context = self._create_context(builder.name, graph)
-        self.captures = graph and builder.name == "TensorRT"
+        loaded = load_engine(path, graph)
+        self.trt, self.engine, self.context = loaded.builder.module, loaded.engine, loaded.context
+        self.captures, self.name = loaded.captures, loaded.name
         self.stream, self.start, self.end = cuda.Stream(), cuda.Event(), cuda.Event()
         self.torch_stream = torch.cuda.ExternalStream(self.stream.handle)
         self.shape: tuple[int, ...] | None = None
         self.buffers: dict[str, Any] = {}
-        self.name = f"{builder.name} {builder.version}, {torch.cuda.get_device_name()}"
-
-    def _create_context(self, builder: str, graph: bool) -> Any:
-        if builder == "TensorRT" or not graph:
-            return self.engine.create_execution_context()
-        runtime_config = self.engine.create_runtime_config()
-        runtime_config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self.engine.create_execution_context(runtime_config)
 
     def load(self, images: Tensor) -> None:
         if tuple(images.shape) != self.shape:
@@ -382,6 +357,56 @@ class TensorRTRunner(Runner):
 
     def gpu_seconds(self) -> float | None:
         return self.end.time_since(self.start) / 1000
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine on the GPU with what it needs to run."""
+
+    name: str  # of the builder, its version and the GPU
+    builder: Builder
+    runtime: Any  # has to outlive the engine
+    engine: Any
+    context: Any
+    captures: bool  # whether PyTorch has to capture the CUDA graph; TensorRT-RTX does it itself
+
+
+def load_engine(path: Path, graph: bool = True) -> LoadedEngine:
+    """Return an engine, loaded by the builder that `find_builder` finds here.
+
+    Args:
+        path: an engine. Engines hold native code: load only files that you trust.
+        graph: use a CUDA graph.
+
+    Raises:
+        InputError: the file cannot be read.
+        RunnerError: the engine is for another GPU or version.
+    """
+    try:
+        plan = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)} cannot be read ({error.strerror}). Build an engine with build_engine."
+        ) from error
+    builder = find_builder()
+    trt = builder.module
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RunnerError(
+            f"{shown(path)} cannot be loaded by {builder.name} {builder.version} on this "
+            "GPU: an engine runs only on the kind of GPU and the version it was built with. "
+            "Build it on this machine with build_engine."
+        )
+    if builder.name == "TensorRT" or not graph:
+        context = engine.create_execution_context()
+    else:
+        runtime_config = engine.create_runtime_config()
+        runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = engine.create_execution_context(runtime_config)
+    name = f"{builder.name} {builder.version}, {torch.cuda.get_device_name()}"
+    captures = graph and builder.name == "TensorRT"
+    return LoadedEngine(name, builder, runtime, engine, context, captures)
 
 
 def why_no_engine() -> str:

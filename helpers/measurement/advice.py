@@ -169,7 +169,7 @@ def advise(
         InputError: neither or both of `image_shape` and `example` are given, or they are empty.
         AdviceError: the model does not run on them, or there are no rates in this datatype.
     """
-    kind = _datatype_2to4(datatype)
+    kind = datatype_2to4(datatype)
     inputs, kernels = _trace(model, image_shape, example, batch)
     layers, rest_ms = [], 0.0
     for kernel in kernels:
@@ -211,7 +211,12 @@ def advise_batches(
     return pd.DataFrame(rows, columns=["batch", "dense_ms", "sparse_ms", "speedup"])
 
 
-def _datatype_2to4(name: str) -> Datatype:
+def datatype_2to4(name: str) -> Datatype:
+    """Return a datatype whose pattern is 2:4 by its name.
+
+    Raises:
+        AdviceError: there is none of that name.
+    """
     if name not in TWO_OF_FOUR:
         raise AdviceError(
             f"There is no 2:4 in {name!r}; choose one of {', '.join(TWO_OF_FOUR)}. "

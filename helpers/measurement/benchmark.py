@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -207,15 +207,43 @@ def time_in_turns(
             "them."
         )
     answers = [_warm_up(runner, images, warmup) for runner in runners]
+    runs = take_turns(runners, seconds, rounds, f"batch {len(images)}", clock)
+    for runner, answer in zip(runners, answers, strict=True):
+        _check_unchanged(runner, answer)
+    return [latency(own, len(images)) for own in runs]
+
+
+class Timed(Protocol):
+    """What can be timed: it runs, and says how long its GPU computed in the last run."""
+
+    def run(self) -> None: ...
+
+    def gpu_seconds(self) -> float | None: ...
+
+
+def take_turns(
+    runners: Sequence[Timed],
+    seconds: float,
+    rounds: int,
+    title: str,
+    clock: Callable[[], float] | None = None,
+) -> list[list[list[Run]]]:
+    """Return the runs of each runner in each round, measured in turns as `time_in_turns` says.
+
+    Args:
+        runners: warm, with their inputs in place.
+        seconds: least time to measure, for each runner.
+        rounds: each runner gets two turns in each.
+        title: of the progress bar.
+        clock: as `time_in_turns` takes it.
+    """
     runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in runners]
     order = list(range(len(runners)))
-    for number in tqdm(range(rounds), desc=f"batch {len(images)}", leave=False):
+    for number in tqdm(range(rounds), desc=title, leave=False):
         order.append(order.pop(0))  # so that no runner always follows the same one
         for turn in order + order[::-1]:
             runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds), clock)
-    for runner, answer in zip(runners, answers, strict=True):
-        _check_unchanged(runner, answer)
-    return [_latency(own, len(images)) for own in runs]
+    return runs
 
 
 def _warm_up(runner: Runner, images: Tensor, seconds: float) -> Tensor:
@@ -247,7 +275,7 @@ def _answer(runner: Runner) -> Tensor:
 
 
 def _take_turn(
-    runner: Runner, seconds: float, clock: Callable[[], float] | None = None
+    runner: Timed, seconds: float, clock: Callable[[], float] | None = None
 ) -> list[Run]:
     """Time runs for some seconds, at least one."""
     clock = clock or time.perf_counter
@@ -273,7 +301,8 @@ def _check_unchanged(runner: Runner, answer: Tensor) -> None:
         )
 
 
-def _latency(rounds: list[list[Run]], batch: int) -> Latency:
+def latency(rounds: list[list[Run]], batch: int) -> Latency:
+    """Return the runs of one runner, as `take_turns` returns them, in milliseconds."""
     host = tuple(1000 * np.array([run.host for run in own]) for own in rounds)
     gpu = [run.gpu for own in rounds for run in own]
     return Latency(batch, host, None if None in gpu else 1000 * np.array(gpu))
@@ -397,9 +426,9 @@ def sweep(
         images = torch.randn(batch, *image_shape, generator=generator)
         latencies = time_in_turns(list(runners.values()), images, seconds)
         batch_rows: list[dict[str, Any]] = [
-            {"network": name, **latency.row(), **time_transfers(runner, images)}
-            | _bounds("speedup", bootstrap_ratio(latencies[0].rounds, latency.rounds))
-            for (name, runner), latency in zip(runners.items(), latencies, strict=True)
+            {"network": name, **own.row(), **time_transfers(runner, images)}
+            | bounds("speedup", bootstrap_ratio(latencies[0].rounds, own.rounds))
+            for (name, runner), own in zip(runners.items(), latencies, strict=True)
         ]
         if meter is not None:
             counter, idle = meter
@@ -476,11 +505,12 @@ def _energy_row(
         row["throttles"] = ", ".join(sorted({name for each in own for name in each.throttles}))
     return {
         **row,
-        **_bounds("perf_per_watt", bootstrap_ratio(base_joules, joules, np.mean)),
+        **bounds("perf_per_watt", bootstrap_ratio(base_joules, joules, np.mean)),
     }
 
 
-def _bounds(name: str, ratio: Ratio) -> dict[str, float]:
+def bounds(name: str, ratio: Ratio) -> dict[str, float]:
+    """Return a ratio as three columns of a table: `name`, `name_low` and `name_high`."""
     return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 

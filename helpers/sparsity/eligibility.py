@@ -32,7 +32,19 @@ NOT_A_PRODUCT = "not a matrix product"
 Selection = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 
-def _any(weight: LayerWeight) -> str:
+@dataclass(frozen=True)
+class WeightShape:
+    """What the rules ask of a weight, whether it is in a model or in a file."""
+
+    output_channels: int  # of all groups together
+    input_channels: int  # of each group
+    kernel: tuple[int, ...] = ()  # of a convolution
+    groups: int = 1
+    transposed: bool = False
+    element_size: int = 2  # bytes of one of its numbers
+
+
+def _any(weight: WeightShape) -> str:
     """Allow every weight whose input channels come in fours."""
     return _why_not_in_fours(weight.input_channels, weight.groups)
 
@@ -45,7 +57,7 @@ def _why_not_in_fours(channels: int, groups: int) -> str:
     return f"{channels} input channel{plural}{in_group}: not a multiple of 4"
 
 
-def _tensorrt(weight: LayerWeight) -> str:
+def _tensorrt(weight: WeightShape) -> str:
     """Allow what TensorRT has sparse kernels for, by its documentation and maintainers."""
     return why_not_tensorrt(weight.input_channels, weight.groups, weight.transposed)
 
@@ -65,7 +77,7 @@ def why_not_tensorrt(channels: int, groups: int = 1, transposed: bool = False) -
     return _why_not_in_fours(channels, groups)
 
 
-def _asp(weight: LayerWeight) -> str:
+def _asp(weight: WeightShape) -> str:
     """Allow what NVIDIA's ASP prunes, so that results can be compared with published ones."""
     if weight.transposed:
         return "transposed: not among ASP's layers"
@@ -76,9 +88,9 @@ def _asp(weight: LayerWeight) -> str:
     return ""
 
 
-def _cusparselt(weight: LayerWeight) -> str:
+def _cusparselt(weight: WeightShape) -> str:
     """Allow the matrix products that cuSPARSELt has, in the data type of the weight."""
-    if weight.transposed or weight.groups > 1 or any(size > 1 for size in weight.shape[2:]):
+    if weight.transposed or weight.groups > 1 or any(size > 1 for size in weight.kernel):
         return NOT_A_PRODUCT
     return why_not_cusparselt(weight.output_channels, weight.input_channels, weight.element_size)
 
@@ -97,7 +109,7 @@ def why_not_cusparselt(rows: int, columns: int, element_size: int = 2) -> str:
     return ""
 
 
-RULES: dict[str, Callable[[LayerWeight], str]] = {
+RULES: dict[str, Callable[[WeightShape], str]] = {
     "tensorrt": _tensorrt,
     "asp": _asp,
     "cusparselt": _cusparselt,
@@ -121,11 +133,28 @@ def why_not_sparse(weight: LayerWeight, rules: str = "tensorrt") -> str:
     FP16 or INT8), and NVIDIA/TensorRT#4054 (no sparse kernels for grouped convolutions);
     ASP in NVIDIA/apex, apex/contrib/sparsity; torch.sparse.semi_structured (cuSPARSELt).
     """
-    why_not = _rules(rules)
-    return weight.refusal or why_not(weight)
+    shape = WeightShape(
+        weight.output_channels,
+        weight.input_channels,
+        tuple(weight.shape[2:]),
+        weight.groups,
+        weight.transposed,
+        weight.element_size,
+    )
+    why_not = why_not_shape(shape, rules)
+    return weight.refusal or why_not
 
 
-def _rules(name: str) -> Callable[[LayerWeight], str]:
+def why_not_shape(weight: WeightShape, rules: str = "tensorrt") -> str:
+    """Return why a weight of this shape cannot run sparse by some rules; empty if it can.
+
+    Raises:
+        InputError: there are no such rules.
+    """
+    return _rules(rules)(weight)
+
+
+def _rules(name: str) -> Callable[[WeightShape], str]:
     if name not in RULES:
         raise InputError(f"There are no rules {name!r}. Choose one of {', '.join(RULES)}.")
     return RULES[name]

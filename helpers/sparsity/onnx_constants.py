@@ -191,7 +191,7 @@ class Scope:
         sources = tuple(dict.fromkeys(each for one in by_size for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
-            value = _fold(node, name, feeds, self.opsets)
+            value = fold(node, name, feeds, self.opsets)
         except Exception:  # a custom operator may raise anything
             return Constant(sources, None, f"{node.op_type} before it cannot be evaluated")
         shifted = any(constant.is_shifted for constant in found.values())
@@ -412,7 +412,7 @@ def _constant(node: NodeProto, file: OnnxFile) -> np.ndarray:
 # --- values ---
 
 
-def _fold(
+def fold(
     node: NodeProto, name: str, feeds: dict[str, np.ndarray], opsets: dict[str, int]
 ) -> np.ndarray:
     """Return an output of a node for constant inputs."""

@@ -84,6 +84,19 @@ class OnnxFile:
             raise _tensor_error(stored.values, first_line(error)) from error
         return array
 
+    def content(self, tensor: TensorProto) -> memoryview:
+        """Return the bytes of a tensor that is marked as external, in this file or another one.
+
+        Raises:
+            InputError: as `array`.
+        """
+        return self._data.bytes_of(tensor)
+
+    def is_elsewhere(self, tensor: TensorProto) -> bool:
+        """Return whether the bytes of a tensor are in another file than the graph."""
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        return tensor.data_location == TensorProto.EXTERNAL and places.get("location") != _HERE
+
     def _dense(self, tensor: TensorProto) -> np.ndarray:
         try:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)

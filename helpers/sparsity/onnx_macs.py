@@ -12,8 +12,8 @@ from onnx import NodeProto
 
 from helpers.errors import InputError, first_line
 from helpers.files import shown
-from helpers.sparsity.onnx_constants import Scope, attributes_of
-from helpers.sparsity.onnx_file import OnnxFile
+from helpers.sparsity.onnx_constants import Scope, attributes_of, quantises
+from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ def infer_shapes(
         model.opset_import.add(
             domain=domain, version=1
         )  # plugins, which TensorRT loads as they are
+    for node in model.graph.node:
+        _replace_operator(node)
     try:
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as error:  # ONNX raises classes without a common base
@@ -63,6 +65,27 @@ def infer_shapes(
         for item in (*graph.value_info, *graph.output, *graph.input)
         if item.type.tensor_type.HasField("shape")
     }
+
+
+# Operators that ONNX does not know, and those whose output has the same shape.
+_STAND_INS = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul", "Gelu": "Identity"}
+
+
+def _replace_operator(node: NodeProto) -> None:
+    """Turn a node of another domain into one of ONNX's with the same shapes, if there is one."""
+    if node.domain in STANDARD_DOMAINS:
+        return
+    stand_in = "Identity" if quantises(node) else _STAND_INS.get(node.op_type)
+    if stand_in is None or len(node.output) != 1:
+        return
+    schema = onnx.defs.get_schema(stand_in)
+    other = [item for item in node.attribute if item.name not in schema.attributes]
+    if stand_in == "MatMul" and any(item.name.startswith("trans") and item.i for item in other):
+        return  # ONNX's operator cannot transpose
+    node.op_type, node.domain = stand_in, ""
+    del node.input[schema.max_input :]
+    for item in other:
+        node.attribute.remove(item)
 
 
 def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:

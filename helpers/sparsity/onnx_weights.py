@@ -87,24 +87,34 @@ def node_weights(
     Raises:
         InputError: the file is missing or damaged, or is not an ONNX model.
     """
-    file = OnnxFile(path)
+    for weight, _ in weights_with_scopes(OnnxFile(path), input_shapes, with_macs):
+        yield weight
+
+
+def weights_with_scopes(
+    file: OnnxFile,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    with_macs: bool = False,
+) -> Iterator[tuple[NodeWeight, Scope]]:
+    """Yield what `node_weights` yields, each with the names around its node."""
     try:
         asks = any(node.op_type in ("Shape", "Size") for node in file.model.graph.node)
         wanted = asks or with_macs
         scope = scope_of(file, infer_shapes(file, input_shapes or {}) if wanted else {})
         for node, inner in scope.walk():
             for weight in _weights_of(node, inner):
-                yield replace(weight, macs=_macs(weight, node, inner)) if with_macs else weight
+                macs = _macs(weight, node, inner) if with_macs else None
+                yield replace(weight, macs=macs), inner
     except HelpersError:
         raise
     except RecursionError as error:
         raise InputError(
-            f"The functions or bodies of {shown(path)} are nested too deeply. Simplify the "
+            f"The functions or bodies of {shown(file.path)} are nested too deeply. Simplify the "
             "model first, for example with onnxruntime's or polygraphy's constant folding."
         ) from error
     except Exception as error:  # names that are no text, attributes of the wrong kind and so on
         raise InputError(
-            f"{shown(path)} is not a valid ONNX model: a node of it cannot be read "
+            f"{shown(file.path)} is not a valid ONNX model: a node of it cannot be read "
             f"({type(error).__name__}: {first_line(error)}). Export it again."
         ) from error
 
@@ -242,9 +252,13 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
         yield _without_constant(node, scope, product, used)
 
 
+def node_name(node: NodeProto) -> str:
+    """Return the name of a node, or if it has none the one that TensorRT gives it."""
+    return node.name or f"node_of_{next(filter(None, node.output), '')}"
+
+
 def _row(node: NodeProto, factor: _Factor, **values: Any) -> NodeWeight:
-    # TensorRT gives nodes without a name the same one.
-    name = node.name or f"node_of_{next(filter(None, node.output), '')}"
+    name = node_name(node)
     operand = node.input[factor.place] if factor.place < len(node.input) else ""
     row = {"weight": operand, "value": None, "operand": operand, "side": factor.place}
     return NodeWeight(name, node.op_type, **{**row, **values})

@@ -139,19 +139,20 @@ def save_checkpoint(model: nn.Module, path: Path, name: str) -> None:
         save_file(state, part, metadata={"model": name})
 
 
-def load_checkpoint(path: Path) -> nn.Module:
+def load_checkpoint(path: Path, name: str | None = None) -> nn.Module:
     """Return the model that a checkpoint holds, in evaluation mode on the CPU.
 
     Args:
         path: a file of `save_checkpoint`, or of `save_compressed` with the network's name.
+        name: of the network; else the header's.
 
     Raises:
-        InputError: the header names an unknown network.
+        InputError: no network has that name.
         CheckpointError: the file is missing or damaged, names no network, holds the weights of
             another one, or has NaN or infinite weights.
     """
     checkpoint = _read(path)
-    state, name = checkpoint.state, checkpoint.network
+    state, name = checkpoint.state, name or checkpoint.network
     if name is None:
         raise CheckpointError(
             f"{shown(path)} does not name its network in the header. Write checkpoints with "

@@ -4,21 +4,44 @@ The work is done elsewhere: `steps` has the steps of the case study, `own_models
 any model. A command imports them when it is called, so that `--help` need not wait for PyTorch.
 """
 
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError, UnavailableError, WriteError
 from helpers.measurement.roofline import DATASHEETS, TWO_OF_FOUR
 from helpers.tutorial import print_log
+from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import Settings, relative
+
+if TYPE_CHECKING:
+    from helpers.tutorial.own_models import Result
 
 STEPS = "The case study, step by step"
 WHOLE = "The whole case study"
 TOOLS = "Your own model"
 RECORDS = "The recorded runs of this repository"
+
+# Exit statuses; docs/cli.md lists them. 0 is success.
+NEGATIVE = 1  # the answer is no: a weight that is not 2:4, a check that failed
+BAD_INPUT = 2  # wrong arguments or files; typer's own status for a wrong command line
+UNAVAILABLE = 3  # this machine cannot do it: no GPU, no engine builder
+
+
+def exit_status(error: HelpersError) -> int:
+    """Return the exit status of an error."""
+    if isinstance(error, UnavailableError):
+        return UNAVAILABLE
+    if isinstance(error, CheckError):
+        return NEGATIVE
+    is_input = isinstance(error, InputError | WriteError | TutorialError)
+    return BAD_INPUT if is_input else NEGATIVE
 
 
 class OneSentence(TyperGroup):
@@ -38,7 +61,7 @@ class OneSentence(TyperGroup):
             if context.params["debug"]:
                 raise
             typer.echo(f"{type(error).__name__}: {error}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(exit_status(error)) from None
 
 
 app = typer.Typer(
@@ -55,6 +78,82 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Declare the options of every command; `OneSentence` reads them."""
+
+
+# --- options that several commands have ---
+
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="replace the file to write if it exists")
+]
+Rules = Annotated[str, typer.Option(help="tensorrt, asp, cusparselt or any")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="only weights whose name, or whose node's, matches, such as 'layer4.*'"),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="no weights whose name, or whose node's, matches")
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        "--shapes",
+        "--input-shapes",
+        help="of an input that the file leaves open: images:1x3x224x224",
+    ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option("--model", help="the network of a checkpoint that does not name it"),
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="height and width in pixels; else what the network expects")
+]
+
+
+class Sparsity(StrEnum):
+    """Whether an engine may use sparse kernels; trtexec's words."""
+
+    ENABLE = "enable"
+    DISABLE = "disable"
+
+
+SparsityFlag = Annotated[
+    Sparsity, typer.Option(help="whether the builder may choose sparse kernels")
+]
+Level = Annotated[
+    int,
+    typer.Option(
+        "--builder-optimization-level",
+        "--builderOptimizationLevel",
+        min=0,
+        max=5,
+        help="0 builds fast, 5 tries the most kernels",
+    ),
+]
+
+
+def _print_result(as_json: bool, work: Callable[..., "Result"], *arguments: Any) -> None:
+    """Do some work and print its result; exit with 1 if its answer is no.
+
+    With JSON, standard output has nothing else: what the work prints goes to standard error.
+    """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = work(*arguments)
+    typer.echo(result.json() if as_json else result.text)
+    if not result.passed:
+        raise typer.Exit(NEGATIVE)
+
+
+def _only_for_files(context: typer.Context) -> None:
+    """Refuse options that act on a file of the user's where none was named."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name in ("rules", "compute_capability") or source is None or source.name == "DEFAULT":
+            continue
+        (option, *_) = next(each for each in context.command.params if each.name == name).opts
+        raise InputError(f"{option} is for a file of your own: name the file first.")
 
 
 @app.command(rich_help_panel=STEPS)
@@ -75,14 +174,43 @@ def evaluate() -> None:
 
 @app.command(rich_help_panel=STEPS)
 def prune(
-    rules: Annotated[
-        str, typer.Option(help="prune what these allow: tensorrt, asp, cusparselt or any")
-    ] = "tensorrt",
+    context: typer.Context,
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own"),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")
+    ] = None,
+    rules: Rules = "tensorrt",
+    include: Include = None,
+    exclude: Exclude = None,
+    model: Network = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Prune the dense network 2:4 by magnitude (notebook 02)."""
-    from helpers.tutorial import steps
+    """Prune the dense network 2:4 by magnitude (notebook 02), or write a pruned copy of a file."""
+    if source is None:
+        from helpers.tutorial import steps
 
-    steps.prune(Settings.load(), rules)
+        _only_for_files(context)
+        steps.prune(Settings.load(), rules)
+        return
+    if target is None:
+        raise InputError("Name the pruned copy to write after the file.")
+    from helpers.tutorial import own_models
+
+    _print_result(
+        as_json,
+        own_models.prune,
+        source,
+        target,
+        rules,
+        include or [],
+        exclude or [],
+        model,
+        overwrite,
+    )
 
 
 @app.command(rich_help_panel=STEPS)
@@ -103,22 +231,110 @@ def export() -> None:
 
 @app.command(rich_help_panel=STEPS)
 def build(
+    context: typer.Context,
+    source: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="an .onnx file of your own")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-engine",
+            "--saveEngine",
+            "--output",
+            "-o",
+            help="the engine to write; else beside the file, ending in .engine",
+        ),
+    ] = None,
+    shape: Shapes = None,
+    min_shape: Annotated[
+        list[str] | None,
+        typer.Option("--min-shape", "--min-shapes", "--minShapes", help="the smallest shape"),
+    ] = None,
+    opt_shape: Annotated[
+        list[str] | None,
+        typer.Option("--opt-shape", "--opt-shapes", "--optShapes", help="the one to tune for"),
+    ] = None,
+    max_shape: Annotated[
+        list[str] | None,
+        typer.Option("--max-shape", "--max-shapes", "--maxShapes", help="the largest shape"),
+    ] = None,
+    sparsity: SparsityFlag = Sparsity.ENABLE,
     compute_capability: Annotated[
         str | None, typer.Option(help="of the GPU to build for, such as 8.6; TensorRT-RTX only")
     ] = None,
+    level: Level = 3,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--timing-cache",
+            "--timingCacheFile",
+            help="kernel times of earlier builds, read and written; TensorRT only",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Build an engine from the dense and from the sparse ONNX file (notebook 05)."""
-    from helpers.tutorial import steps
+    """Build an engine from the dense and from the sparse ONNX file (notebook 05), or from yours."""
+    if source is None:
+        from helpers.tutorial import steps
 
-    steps.build(Settings.load(), compute_capability)
+        _only_for_files(context)
+        steps.build(Settings.load(), compute_capability)
+        return
+    from helpers.tutorial import own_models
+
+    shapes = own_models.ProfileTexts(shape or [], min_shape or [], opt_shape or [], max_shape or [])
+    options = own_models.EngineOptions(
+        sparsity == Sparsity.ENABLE, compute_capability, level, timing_cache
+    )
+    _print_result(as_json, own_models.build, source, target, shapes, options, overwrite)
 
 
 @app.command(rich_help_panel=STEPS)
-def benchmark() -> None:
-    """Measure dense and sparse side by side over batch sizes (notebook 06)."""
-    from helpers.tutorial import steps
+def benchmark(
+    context: typer.Context,
+    dense: Annotated[
+        Path | None, typer.Argument(metavar="DENSE", help="an .onnx file of your own")
+    ] = None,
+    sparse: Annotated[
+        Path | None,
+        typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it"),
+    ] = None,
+    shape: Shapes = None,
+    load_inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--load-inputs",
+            "--loadInputs",
+            help=".npz with an array for each input; else random numbers",
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="engine or cpu; else the engine where one can run"),
+    ] = None,
+    duration: Annotated[float, typer.Option(help="seconds to measure each file, at least")] = 3,
+    warm_up: Annotated[
+        float, typer.Option("--warm-up", "--warmUp", help="milliseconds to run before measuring")
+    ] = 200,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph/--no-cuda-graph", " /--noCudaGraph", help="for engines"),
+    ] = True,
+    level: Level = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure dense and sparse side by side over batch sizes (notebook 06), or files of yours."""
+    if dense is None:
+        from helpers.tutorial import steps
 
-    steps.benchmark(Settings.load())
+        _only_for_files(context)
+        steps.benchmark(Settings.load())
+        return
+    from helpers.tutorial import own_models
+
+    timing = own_models.Timing(backend, duration, warm_up / 1000, cuda_graph, level)
+    _print_result(as_json, own_models.benchmark, dense, sparse, shape or [], load_inputs, timing)
 
 
 @app.command(rich_help_panel=WHOLE)
@@ -143,11 +359,39 @@ def summary() -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
-def verify(
-    path: Annotated[Path, typer.Argument(help="an .onnx or a .safetensors file")],
+def report(
     model: Annotated[
-        str | None, typer.Option(help="the network of a checkpoint that does not name it")
-    ] = None,
+        str,
+        typer.Argument(
+            metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
+        ),
+    ],
+    rules: Rules = "tensorrt",
+    include: Include = None,
+    exclude: Exclude = None,
+    shape: Shapes = None,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """List every weight: can it be sparse, is it 2:4, how much of the arithmetic is it?"""
+    from helpers.tutorial import own_models
+
+    _print_result(
+        as_json,
+        own_models.report,
+        model,
+        rules,
+        include or [],
+        exclude or [],
+        shape or [],
+        image_size,
+    )
+
+
+@app.command(rich_help_panel=TOOLS)
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")],
+    model: Network = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="a node or weight that may stay dense, * for any characters; repeatable"),
@@ -155,7 +399,7 @@ def verify(
     allow_unjudged: Annotated[
         bool, typer.Option("--allow-unjudged", help="accept what cannot be judged")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check that every eligible weight of an ONNX file or checkpoint is 2:4.
 
@@ -163,14 +407,16 @@ def verify(
     """
     from helpers.tutorial import own_models
 
-    if not own_models.verify(path, model, exclude or (), allow_unjudged, as_json):
-        raise typer.Exit(1)
+    _print_result(as_json, own_models.verify, path, model, exclude or [], allow_unjudged)
 
 
 @app.command(rich_help_panel=TOOLS)
 def advise(
     model: Annotated[
-        str, typer.Argument(help="a network of torchvision, resnext14_8x1d, or a .safetensors file")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
+        ),
     ],
     gpu: Annotated[
         str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
@@ -182,14 +428,23 @@ def advise(
         list[int] | None, typer.Option(help="batch size; give it several times; else 1, 32, 256")
     ] = None,
     datatype: Annotated[str, typer.Option(help=", ".join(TWO_OF_FOUR))] = "FP16",
-    image_size: Annotated[
-        int | None, typer.Option(help="height and width in pixels; else what the network expects")
-    ] = None,
+    image_size: ImageSize = None,
+    shape: Shapes = None,
+    as_json: Json = False,
 ) -> None:
     """Predict how much faster 2:4 makes a network on a GPU, before retraining (notebook 07)."""
     from helpers.tutorial import own_models
 
-    own_models.advise(model, gpu, rates, batch or [1, 32, 256], datatype.upper(), image_size)
+    _print_result(
+        as_json,
+        own_models.advise,
+        model,
+        own_models.find_rates(gpu, rates),
+        batch or [],
+        datatype.upper(),
+        image_size,
+        shape or [],
+    )
 
 
 @app.command(rich_help_panel=RECORDS)

@@ -1,41 +1,104 @@
-"""Commands for your own models: is one 2:4, and how much faster would 2:4 make it?
+"""Commands for your own models: what `python -m helpers` does with a file.
 
-These are `python -m helpers verify` and `python -m helpers advise`.
+Which weights can be 2:4, which are, a pruned copy, an engine, latencies, and how much faster 2:4
+would make it. docs/cli.md has every command with its options.
+
+torchvision takes longer to import than most of the work on a file, so only the functions that make
+networks import it.
 """
 
-import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 from torch import nn
-from torchvision.models import get_model_weights
 
-from helpers.files import shown
+from helpers import machine
+from helpers.errors import InputError
+from helpers.files import json_text, shown
+from helpers.inference.engine import BuildOptions, build_engine_for_shapes, find_builder
+from helpers.inference.errors import RunnerError
+from helpers.inference.file_runners import (
+    EngineFileRunner,
+    FileRunner,
+    OnnxFileRunner,
+    load_inputs,
+    random_inputs,
+    why_no_engine_runs,
+)
 from helpers.measurement.advice import advise as advise_one
-from helpers.measurement.advice import advise_batches
+from helpers.measurement.file_benchmark import AGAIN, compare_files, describe_comparison
+from helpers.measurement.onnx_advice import advise_onnx
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS
+from helpers.sparsity import prune_2to4_, sparsity_report
 from helpers.sparsity.compressed import read_checkpoint
+from helpers.sparsity.onnx_file import OnnxFile
+from helpers.sparsity.onnx_inputs import (
+    OnnxInput,
+    Shape,
+    complete_shapes,
+    onnx_inputs,
+    parse_shapes,
+)
+from helpers.sparsity.onnx_prune import OnnxPruning, prune_onnx
+from helpers.sparsity.onnx_report import onnx_report
 from helpers.sparsity.verify import verify_file
-from helpers.training import networks
 from helpers.tutorial.checks import TutorialError
+
+RETRAIN = (
+    "This shows what 2:4 would do to the speed. The accuracy has suffered until the model is "
+    "retrained with these zeros held."
+)
+MULTIPLIES_ZEROS = (
+    "ONNX Runtime on a CPU multiplies by the zeros as by any other number, so 2:4 cannot make it "
+    "faster; an engine on a GPU with Sparse Tensor Cores can."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: as text, as facts for JSON, and whether its answer is yes."""
+
+    text: str
+    facts: Mapping[str, Any]
+    passed: bool = True
+
+    def json(self) -> str:
+        """Return the facts as JSON."""
+        return json_text(self.facts)
+
+
+def _require_onnx(path: Path) -> None:
+    if path.suffix != ".onnx":
+        raise InputError(f"{shown(path)} does not end in .onnx; this command takes ONNX files.")
+
+
+def _require_new(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to write over a file that is read, or over any other one unless told to."""
+    if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
+        raise InputError(f"{shown(target)} is the file to read; write to another one.")
+    if target.exists() and not overwrite:
+        raise InputError(f"{shown(target)} exists. Name another file, or add --overwrite.")
+
+
+# --- verify ---
 
 
 def verify(
-    path: Path,
-    name: str | None,
-    exclude: Sequence[str] = (),
-    allow_unjudged: bool = False,
-    as_json: bool = False,
-) -> bool:
-    """Print whether each weight is 2:4; return whether all eligible ones are, for certain.
+    path: Path, name: str | None, exclude: Sequence[str] = (), allow_unjudged: bool = False
+) -> Result:
+    """Return whether each weight is 2:4; passed if all eligible ones are, for certain.
 
     Args:
         path: an ONNX file or a safetensors checkpoint.
         name: the network of a checkpoint that does not name it.
         exclude: name patterns of nodes, layers and weights that are meant to stay dense.
         allow_unjudged: accept products of which it is not known whether they could be sparse.
-        as_json: print JSON instead of the table.
 
     Raises:
         TutorialError: no weight of the file is eligible, or a network is named for a file that
@@ -43,6 +106,8 @@ def verify(
     """
     model = None
     if path.suffix == ".safetensors":
+        from helpers.training import networks
+
         model = networks.checkpoint_model(path, name)
     elif name is not None:
         raise TutorialError(
@@ -55,62 +120,449 @@ def verify(
     passed = bool(eligible.is_2to4.all()) and (unjudged == 0 or allow_unjudged)
     if eligible.empty and (unjudged == 0 or allow_unjudged):
         raise TutorialError(f"{shown(path)} has no weight that could be 2:4.")
-    if as_json:
-        verdict = {
-            "file": str(path),
-            "passed": passed,
-            "eligible": len(eligible),
-            "eligible_2to4": int(eligible.is_2to4.sum()),
-            "not_judged": unjudged,
-            "rows": json.loads(table.to_json(orient="records")),
-        }
-        print(json.dumps(verdict, indent=2))
-        return passed
-    print(table.to_string(index=False))
+    lines = [table.to_string(index=False)]
     if unjudged:
         products = "product was" if unjudged == 1 else "products were"
-        print(
+        lines.append(
             f"{unjudged} {products} not judged, for the reason given: accept with "
             "--allow-unjudged, or leave out by name with --exclude"
         )
-    print(f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4")
-    return passed
+    lines.append(f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4")
+    facts = {
+        "file": str(path),
+        "passed": passed,
+        "eligible": len(eligible),
+        "eligible_2to4": int(eligible.is_2to4.sum()),
+        "not_judged": unjudged,
+        "rows": table.to_dict("records"),
+    }
+    return Result("\n".join(lines), facts, passed)
+
+
+# --- report and prune ---
+
+
+def report(
+    name: str,
+    rules: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    texts: Sequence[str],
+    image_size: int | None,
+) -> Result:
+    """Return the verdict on every weight of an ONNX file, a checkpoint or a network.
+
+    Args:
+        name: of an ONNX file, a safetensors checkpoint or a network.
+        rules: as `helpers.sparsity.eligibility.why_not_sparse` takes them.
+        include: only weights whose name matches one of these patterns.
+        exclude: no weights whose name matches one of these patterns.
+        texts: shapes of inputs that an ONNX file leaves open; the batch is 1 unless given.
+        image_size: height and width, for a checkpoint or a network.
+
+    Raises:
+        InputError: the file cannot be read, or the arguments do not fit it.
+    """
+    if Path(name).suffix == ".onnx":
+        if image_size is not None:
+            raise InputError("An ONNX file has the shapes of its inputs: use --shape.")
+        found = onnx_report(Path(name), rules, include, exclude, parse_shapes(texts))
+        return Result(repr(found), {"file": name, **found.facts(), "rows": found.rows()})
+    if texts:
+        raise InputError(f"{name} takes images: give --image-size instead of --shape.")
+    model, channels, size = _load(name)
+    shape = (channels, image_size or size, image_size or size)
+    table = sparsity_report(model, shape, rules=rules, include=include, exclude=exclude)
+    facts = {"file": name, "image_shape": shape, **table.facts()}
+    return Result(repr(table), {**facts, "rows": table.layers.to_dict("records")})
+
+
+def prune(
+    source: Path,
+    target: Path,
+    rules: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    network: str | None,
+    overwrite: bool,
+) -> Result:
+    """Write a copy of an ONNX file or a checkpoint whose weights are pruned 2:4 by magnitude.
+
+    Args:
+        source: an ONNX file or a safetensors checkpoint.
+        target: the copy to write, of the same kind.
+        rules: as `helpers.sparsity.eligibility.why_not_sparse` takes them.
+        include: only weights whose name matches one of these patterns.
+        exclude: no weights whose name matches one of these patterns.
+        network: of a checkpoint that does not name it.
+        overwrite: replace the target if it exists.
+
+    Raises:
+        InputError: the file cannot be read, nothing in it can be pruned, or the target exists
+            or is the source.
+        WriteError: the target cannot be written.
+    """
+    if source.suffix not in (".onnx", ".safetensors") or target.suffix != source.suffix:
+        raise InputError(
+            f"{shown(source)} cannot be pruned to {shown(target)}: both must be ONNX files, or "
+            "both safetensors checkpoints."
+        )
+    _require_new(target, [source], overwrite)
+    facts: dict[str, Any] = {"file": str(source), "pruned": str(target)}
+    if source.suffix == ".onnx":
+        if network is not None:
+            raise InputError("Only checkpoints need --model: leave it out.")
+        pruned = prune_onnx(source, target, rules, include, exclude)
+        facts |= {**pruned.facts(), "rows": pruned.rows()}
+        return Result(f"{shown(target)}: {pruned}\n{RETRAIN}", facts)
+    from helpers.training import networks
+
+    model = networks.load_checkpoint(source, network)  # refused if nobody names its network
+    masks = prune_2to4_(model, rules, include, exclude)
+    networks.save_checkpoint(model, target, network or read_checkpoint(source).network or "")
+    facts |= {"rules": rules, "pruned_weights": list(masks)}
+    return Result(f"{shown(target)}: {len(masks)} weights pruned 2:4 ({rules})\n{RETRAIN}", facts)
+
+
+# --- advise ---
+
+
+def find_rates(gpu: str | None, record: Path | None) -> Rates:
+    """Return the rates of a GPU by its datasheet, the A100's by default, or by a record.
+
+    Raises:
+        TutorialError: both are given, or there is no such datasheet.
+        AdviceError: as `Rates.from_record`.
+    """
+    if gpu is not None and record is not None:
+        raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
+    if record is not None:
+        return Rates.from_record(record)
+    sheet = "a100" if gpu is None else gpu.lower()
+    if sheet not in DATASHEETS:
+        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
+    return Rates.from_datasheet(DATASHEETS[sheet])
 
 
 def advise(
     name: str,
-    gpu: str | None,
-    record: Path | None,
+    rates: Rates,
     batch_sizes: Sequence[int],
     datatype: str,
     image_size: int | None,
-) -> None:
-    """Print how much faster 2:4 is predicted to make a model, by batch size and by layer.
+    texts: Sequence[str],
+) -> Result:
+    """Return how much faster 2:4 is predicted to make a model, by batch size and by layer.
 
     Args:
-        name: of a network, or of a safetensors checkpoint.
-        gpu: the name of a datasheet.
-        record: what `benchmarks/gpu.py` measured, instead of a datasheet.
-        batch_sizes: images at a time; the layers are shown for the largest.
+        name: of a network, or of a safetensors checkpoint or an ONNX file.
+        rates: as `find_rates` returns them.
+        batch_sizes: images at a time, 1, 32 and 256 unless given; the layers are shown for the
+            largest.
         datatype: of weights and activations.
         image_size: height and width in pixels, unless the network's own.
+        texts: shapes of inputs that an ONNX file leaves open.
+
+    Raises:
+        InputError: the model cannot be read, or does not take such inputs.
     """
-    model, channels, size = _load(name)
-    rates = _rates(gpu, record)
-    if image_size is not None:
-        size = image_size
-    shape = (channels, size, size)
-    sizes = sorted(set(batch_sizes))
-    table = advise_batches(model, rates, shape, sizes, datatype)
-    print(f"{name} at {size}x{size} in {datatype}, from {rates.source}")
+    if Path(name).suffix == ".onnx":
+        if image_size is not None:
+            raise InputError("An ONNX file has the shapes of its inputs: use --shape.")
+        advices = [
+            advise_onnx(Path(name), rates, parse_shapes(texts), batch, datatype)
+            for batch in sorted(set(batch_sizes or (1, 32, 256)))
+        ]
+        title = f"{name} in {datatype}, from {rates.source}"
+    elif texts:
+        raise InputError(f"{name} takes images: give --image-size instead of --shape.")
+    else:
+        model, channels, size = _load(name)
+        if image_size is not None:
+            size = image_size
+        advices = [
+            advise_one(model, rates, (channels, size, size), batch=batch, datatype=datatype)
+            for batch in sorted(set(batch_sizes or (1, 32, 256)))
+        ]
+        title = f"{name} at {size}x{size} in {datatype}, from {rates.source}"
+    rows = [
+        {"batch": a.batch, "dense_ms": a.dense_ms, "sparse_ms": a.sparse_ms, "speedup": a.speedup}
+        for a in advices
+    ]
+    lines = [title]
     if not rates.measured:
-        print("Floors, not measurements: at the published peaks, all operands from GPU memory.")
-    print(table.to_string(index=False, float_format="{:.3g}".format), end="\n\n")
-    print(advise_one(model, rates, shape, batch=sizes[-1], datatype=datatype))
+        lines.append(
+            "Floors, not measurements: at the published peaks, all operands from GPU memory."
+        )
+    table = pd.DataFrame(rows)
+    lines += [table.to_string(index=False, float_format="{:.3g}".format), "", repr(advices[-1])]
+    facts = {
+        "model": name,
+        "source": rates.source,
+        "measured": rates.measured,
+        "datatype": datatype,
+        "rows": rows,
+        "layers": advices[-1].layers.to_dict("records"),
+    }
+    return Result("\n".join(lines), facts)
+
+
+# --- build ---
+
+
+@dataclass(frozen=True)
+class ProfileTexts:
+    """The shapes of the command line, as `parse_shapes` takes them."""
+
+    shape: Sequence[str] = ()
+    smallest: Sequence[str] = ()
+    best: Sequence[str] = ()
+    largest: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build an engine; the names are those of `build_engine_for_shapes`."""
+
+    sparse: bool = True
+    compute_capability: str | None = None
+    optimization_level: int = 3
+    timing_cache: Path | None = None
+
+
+def build(
+    source: Path,
+    target: Path | None,
+    texts: ProfileTexts,
+    options: EngineOptions,
+    overwrite: bool,
+) -> Result:
+    """Build an engine from an ONNX file.
+
+    Args:
+        source: the ONNX file.
+        target: the engine to write; else beside the file, ending in .engine.
+        texts: shapes of inputs that the file leaves open.
+        options: of the build.
+        overwrite: replace the target if it exists.
+
+    Raises:
+        InputError: the file cannot be read, the shapes do not fit it, or the target exists.
+        EngineError: there is no builder here, or it could not build.
+    """
+    _require_onnx(source)
+    target = target or source.with_suffix(".engine")
+    _require_new(target, [source], overwrite)
+    inputs = onnx_inputs(OnnxFile(source).model, source)
+    report = build_engine_for_shapes(
+        source,
+        target,
+        _profile(inputs, texts, source),
+        options.sparse,
+        compute_capability=options.compute_capability,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+    )
+    lines = [f"{shown(target)}: {report}"]
+    if report.eligible is not None and report.chosen is not None and report.eligible:
+        lines += ["", report.layers().to_string(index=False)]
+    if report.builder == "TensorRT-RTX" and options.sparse:
+        lines.append(
+            "TensorRT-RTX accepts the flag for sparse weights and, as far as is known, makes no "
+            "use of it; TensorRT does."
+        )
+    facts = {"file": str(source), "engine": str(target), **report.facts()}
+    return Result("\n".join(lines), facts)
+
+
+def _profile(
+    inputs: Sequence[OnnxInput], texts: ProfileTexts, path: Path
+) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Return the smallest, best and largest shape of each input that the file leaves open."""
+    fixed = parse_shapes(texts.shape)
+    ends = [parse_shapes(each) for each in (texts.smallest, texts.best, texts.largest)]
+    if fixed and any(ends):
+        raise InputError("Give either --shape, or --min-shape, --opt-shape and --max-shape.")
+    if any(ends) and not all(ends):
+        raise InputError("Give all three: --min-shape, --opt-shape and --max-shape.")
+    smallest, best, largest = (
+        complete_shapes(inputs, each, path) for each in (ends if any(ends) else [fixed] * 3)
+    )
+    return {
+        item.name: (smallest[item.name], best[item.name], largest[item.name])
+        for item in inputs
+        if item.is_open
+    }
+
+
+# --- benchmark ---
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How to measure: `backend` is engine, cpu, or None for the engine where one can run."""
+
+    backend: str | None = None
+    seconds: float = 3.0
+    warmup: float = 0.2
+    cuda_graph: bool = True
+    optimization_level: int = 3
+
+
+def benchmark(
+    dense: Path,
+    sparse: Path | None,
+    texts: Sequence[str],
+    inputs_path: Path | None,
+    timing: Timing,
+) -> Result:
+    """Measure a dense and a sparse ONNX file in turns.
+
+    Args:
+        dense: an ONNX file.
+        sparse: its sparse version. Without one, a pruned copy is made and measured; if that
+            changes nothing, since the file is 2:4 already, it is compared with itself.
+        texts: shapes of inputs that the file leaves open.
+        inputs_path: .npz with the inputs; else random numbers.
+        timing: how to measure.
+
+    Raises:
+        InputError: a file cannot be read, the inputs do not fit, or the two files differ in
+            their inputs.
+        RunnerError: an engine was asked for and cannot run here.
+        BenchmarkError: as `compare_files`.
+    """
+    arrays = _inputs(dense, sparse, texts, inputs_path)
+    why_cpu = _why_cpu(timing.backend)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pruned = None
+        if sparse is None:
+            pruned = prune_onnx(dense, folder / "sparse.onnx")
+            sparse = dense if pruned.is_unchanged else folder / "sparse.onnx"
+        if why_cpu:
+            runners = _cpu_runners(dense, sparse, arrays)
+        else:
+            runners = _engine_runners(dense, sparse, arrays, folder, timing)
+        table = compare_files(runners, timing.seconds, timing.warmup)
+    runner = runners["dense"].name
+    lines = [_title(dense, sparse, pruned), f"{runner}. {why_cpu}".strip()]
+    lines += ["", table.round(3).to_string(index=False), ""]
+    lines += [describe_comparison(table, name) for name in runners if name.startswith("sparse")]
+    if why_cpu:
+        lines.append(MULTIPLIES_ZEROS)
+    facts = {
+        "dense": str(dense),
+        "sparse": None if pruned else str(sparse),
+        "shapes": {name: array.shape for name, array in arrays.items()},
+        "runner": runner,
+        "rows": table.to_dict("records"),
+        **machine.provenance(),
+    }
+    return Result("\n".join(lines), facts)
+
+
+def _title(dense: Path, sparse: Path, pruned: OnnxPruning | None) -> str:
+    if pruned is None:
+        return f"dense: {shown(dense)}, sparse: {shown(sparse)}"
+    if pruned.is_unchanged:
+        return f"{shown(dense)} is 2:4 already, so no pruned copy was made."
+    return f"dense: {shown(dense)}, sparse: a pruned copy ({pruned.summary})"
+
+
+def _inputs(
+    dense: Path, sparse: Path | None, texts: Sequence[str], inputs_path: Path | None
+) -> dict[str, np.ndarray]:
+    """Return numbers for the inputs that two files have in common."""
+    _require_onnx(dense)
+    inputs = onnx_inputs(OnnxFile(dense).model, dense)
+    if sparse is not None:
+        _require_onnx(sparse)
+        others = onnx_inputs(OnnxFile(sparse).model, sparse)
+        if {(item.name, item.dtype) for item in inputs} != {(i.name, i.dtype) for i in others}:
+            raise InputError(
+                f"{shown(dense)} and {shown(sparse)} have different inputs: "
+                f"{', '.join(map(str, inputs))} and {', '.join(map(str, others))}. Give two "
+                "versions of one model."
+            )
+    if inputs_path is None:
+        shapes = complete_shapes(inputs, parse_shapes(texts), dense)
+        arrays = random_inputs(inputs, shapes)
+    elif texts:
+        raise InputError("Give either --shape or --load-inputs, which has the shapes.")
+    else:
+        arrays = load_inputs(inputs_path, inputs)
+    given = {name: array.shape for name, array in arrays.items()}
+    complete_shapes(inputs, given, dense)
+    if sparse is not None:
+        complete_shapes(others, given, sparse)
+    return arrays
+
+
+def _why_cpu(backend: str | None) -> str:
+    """Return why to measure on the CPU; empty to measure engines."""
+    if backend not in (None, "cpu", "engine"):
+        raise InputError(f"There is no backend {backend!r}; choose engine or cpu.")
+    if backend == "cpu":
+        return "The CPU was asked for."
+    reason = why_no_engine_runs()
+    if reason and backend == "engine":
+        raise RunnerError(reason)
+    return reason
+
+
+def _cpu_runners(
+    dense: Path, sparse: Path, arrays: Mapping[str, np.ndarray]
+) -> dict[str, FileRunner]:
+    runners: dict[str, FileRunner] = {
+        "dense": OnnxFileRunner(dense, arrays),
+        AGAIN: OnnxFileRunner(dense, arrays),
+    }
+    if sparse != dense:
+        runners["sparse"] = OnnxFileRunner(sparse, arrays)
+    return runners
+
+
+def _engine_runners(
+    dense: Path,
+    sparse: Path,
+    arrays: Mapping[str, np.ndarray],
+    folder: Path,
+    timing: Timing,
+) -> dict[str, FileRunner]:
+    """Build engines for inputs of these shapes, and load them.
+
+    Beside the two files, the sparse one is built without the flag for sparse weights: the
+    difference is what sparse kernels buy. If both files are one, it is the dense engine.
+    """
+    builder = find_builder()
+    common: BuildOptions = {"builder": builder, "optimization_level": timing.optimization_level}
+    if builder.name == "TensorRT":
+        common["timing_cache"] = folder / "timing.cache"
+    builds = {"sparse": (sparse, True), "sparse without flag": (sparse, False)}
+    if dense == sparse:
+        builds = {"dense": (dense, False), "sparse": (sparse, True)}
+    else:
+        builds = {"dense": (dense, True)} | builds
+    runners: dict[str, FileRunner] = {}
+    for name, (path, flag) in builds.items():
+        inputs = onnx_inputs(OnnxFile(path).model, path)
+        profile = {item.name: (arrays[item.name].shape,) * 3 for item in inputs if item.is_open}
+        plan = folder / f"{name}.engine"
+        build_engine_for_shapes(path, plan, profile, flag, **common)
+        runners[name] = EngineFileRunner(plan, arrays, timing.cuda_graph)
+        if name == "dense":
+            runners[AGAIN] = EngineFileRunner(plan, arrays, timing.cuda_graph)
+    return runners
+
+
+# --- networks and checkpoints ---
 
 
 def _load(name: str) -> tuple[nn.Module, int, int]:
     """Return a model by its network or its checkpoint, and the channels and size of its images."""
+    from helpers.training import networks
+
     if suffix := Path(name).suffix:
         if suffix != ".safetensors":
             raise TutorialError(
@@ -137,16 +589,7 @@ def _image_size(name: str) -> int:
 
     It is the smallest among those of its weights: some of them were trained on larger images.
     """
+    from torchvision.models import get_model_weights
+
     weights = get_model_weights(name)
     return min(each.transforms().crop_size[0] for each in weights)
-
-
-def _rates(gpu: str | None, record: Path | None) -> Rates:
-    if gpu is not None and record is not None:
-        raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
-    if record is not None:
-        return Rates.from_record(record)
-    sheet = "a100" if gpu is None else gpu.lower()
-    if sheet not in DATASHEETS:
-        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
-    return Rates.from_datasheet(DATASHEETS[sheet])
