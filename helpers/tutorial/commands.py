@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from helpers.errors import HelpersError, InputError, UnavailableError, WriteError
-from helpers.measurement.roofline import DATASHEETS, TWO_OF_FOUR
+from helpers.measurement.roofline import ESTIMATED_GPUS, MEASURED_GPUS, TWO_OF_FOUR
 from helpers.tutorial import print_log
 from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import Settings, relative
@@ -176,9 +176,12 @@ def evaluate() -> None:
 def prune(
     context: typer.Context,
     source: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own")
+        Path | None,
+        typer.Argument(metavar="FILE", help="an .onnx or .safetensors file of your own"),
     ] = None,
-    target: Annotated[Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the pruned copy to write")
+    ] = None,
     rules: Rules = "tensorrt",
     include: Include = None,
     exclude: Exclude = None,
@@ -294,7 +297,8 @@ def benchmark(
         Path | None, typer.Argument(metavar="DENSE", help="an .onnx file of your own")
     ] = None,
     sparse: Annotated[
-        Path | None, typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it")
+        Path | None,
+        typer.Argument(metavar="SPARSE", help="its sparse version; else a pruned copy of it"),
     ] = None,
     shape: Shapes = None,
     load_inputs: Annotated[
@@ -357,9 +361,10 @@ def summary() -> None:
 @app.command(rich_help_panel=TOOLS)
 def report(
     model: Annotated[
-        str, typer.Argument(
+        str,
+        typer.Argument(
             metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
-        )
+        ),
     ],
     rules: Rules = "tensorrt",
     include: Include = None,
@@ -385,9 +390,7 @@ def report(
 
 @app.command(rich_help_panel=TOOLS)
 def verify(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")],
     model: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -400,16 +403,25 @@ def verify(
 @app.command(rich_help_panel=TOOLS)
 def advise(
     model: Annotated[
-        str, typer.Argument(
+        str,
+        typer.Argument(
             metavar="MODEL", help="an .onnx or .safetensors file, or a network of torchvision"
-        )
+        ),
     ],
     gpu: Annotated[
-        str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
+        str | None,
+        typer.Option(
+            help=f"measured: {', '.join(MEASURED_GPUS)}; estimated: {', '.join(ESTIMATED_GPUS)}; "
+            "else a100"
+        ),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="what benchmarks/gpu.py measured, instead of a datasheet")
+        Path | None, typer.Option(help="what benchmarks/gpu.py measured on your GPU, instead")
     ] = None,
+    datasheet: Annotated[
+        bool,
+        typer.Option("--datasheet", help="take the peaks of the datasheet, which none reaches"),
+    ] = False,
     batch: Annotated[
         list[int] | None, typer.Option(help="batch size; give it several times; else 1, 32, 256")
     ] = None,
@@ -425,7 +437,7 @@ def advise(
         as_json,
         own_models.advise,
         model,
-        own_models.find_rates(gpu, rates),
+        own_models.find_rates(gpu, rates, datasheet),
         batch or [],
         datatype.upper(),
         image_size,
