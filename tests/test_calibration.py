@@ -10,6 +10,7 @@ from helpers.measurement.calibration import (
     Errors,
     calibration,
     correction_terms,
+    reached,
     read_record,
     sheet_of,
 )
@@ -154,3 +155,12 @@ def test_a_size_is_computed_once(monkeypatch):
     first = found.milliseconds_of(123, 456, 789, "FP16", True)
     monkeypatch.setattr(module.Kernels, "microseconds", None)
     assert found.milliseconds_of(123, 456, 789, "FP16", True) == first
+
+
+def test_what_is_reached_stands_beside_the_datasheet():
+    table = reached(["a100", "gb10"]).set_index(["gpu", "datatype"])
+    a100 = table.loc[("A100 80GB PCIe", "FP16")]
+    assert 200 < a100.dense < 312
+    assert a100.dense_share == pytest.approx(100 * a100.dense / 312)
+    assert a100.sparse_share < a100.dense_share  # sparse kernels stay further from their peak
+    assert table.loc["DGX Spark GB10"].dense_share.isna().all()  # nothing is published for it

@@ -245,12 +245,12 @@ def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
 
 
 def test_advice_is_calibrated_by_default_and_has_an_interval(run):
-    status, said, _ = run("advise", "resnet50", "--batch", 64, "--gpu", "RTX3090")
+    status, said, _ = run("advise", "resnet50", "--batch", 64, "--gpu", "L4")
     assert status == 0
     title, header, row = said.partition("\n\n")[0].splitlines()
     assert title == (
         "resnet50 at 224x224 in FP16, from products published for the RTX 4090, scaled to the "
-        "NVIDIA GeForce RTX 3090 by their datasheets"
+        "NVIDIA L4 by their datasheets"
     )
     assert header.split() == ["batch", "dense_ms", "sparse_ms", "speedup", "low", "high"]
     speedup, low, high = map(float, row.split()[3:])

@@ -176,13 +176,12 @@ def _milliseconds_of(
 
 # The datasheets of cards that have another name there.
 _SHEETS = {"a100": "a100-pcie", "h100": "h100-pcie", "a100-sxm": "a100", "h100-sxm": "h100"}
-# From which measured card the parameters of another are scaled: the most similar one. For the
+# From which measured card the parameters of another are scaled: one of its generation. For the
 # measured cards themselves it serves to find the error of scaling.
 DONORS = {
     "a100": "h100", "h100": "a100", "b200": "h100", "rtx4090": "rtx5080", "rtx5080": "rtx4090",
-    "a100-sxm": "a100", "a30": "a100",
-    "a10": "rtx4090", "a6000": "rtx4090", "rtx3090": "rtx4090", "l4": "rtx4090", "l40s": "rtx4090",
-    "h100-sxm": "h100", "h200": "h100",
+    "a100-sxm": "a100", "a30": "a100", "a10": "a100", "a6000": "a100", "rtx3090": "a100",
+    "l4": "rtx4090", "l40s": "rtx4090", "h100-sxm": "h100", "h200": "h100",
 }  # fmt: skip
 NO_SPARSE = {"t4": "T4", "v100": "V100", "p100": "P100"}
 

@@ -554,7 +554,8 @@ def plot_fitted_gains(gains: pd.DataFrame, datatype: str, width: int) -> Figure:
     Raises:
         InputError: the table has no rows.
     """
-    _require_rows(gains)
+    if gains.empty:
+        raise InputError(f"There is no gain in {datatype} to draw; choose GPUs that have it.")
     gpus = list(dict.fromkeys(gains.gpu))
     figure, axes = _axes(max(6, 2.3 * len(gpus)), 3.4, len(gpus), sharey=True)
     for axis, gpu in zip(axes, gpus, strict=True):
@@ -587,7 +588,8 @@ def plot_published(rows: pd.DataFrame) -> Figure:
     Raises:
         InputError: the table has no rows.
     """
-    _require_rows(rows)
+    if rows.empty:
+        raise InputError("There is no network to draw; give the rows of the result.")
     groups = list(rows.groupby(["network", "gpu", "library"], sort=False))
     columns = min(4, len(groups))
     lines = math.ceil(len(groups) / columns)
