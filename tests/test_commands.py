@@ -4,25 +4,33 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import typer.main
+from onnx import TensorProto, helper, numpy_helper
+from torchvision.models.resnet import Bottleneck, ResNet
 from typer.testing import CliRunner
 
-from helpers.errors import HelpersError, InputError
+from helpers.errors import HelpersError, InputError, WriteError
 from helpers.files import sha256
+from helpers.inference.errors import RunnerError
 from helpers.inference.export import export_onnx
+from helpers.measurement.benchmark import BenchmarkError
 from helpers.metrics import Comparison
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
 from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
 from helpers.tutorial import commands, inputs, own_models, setup
 from helpers.tutorial.artifacts import NOTEBOOKS, Artifacts
+from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import project_root
 
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
-    "pretrain", "dense-control", "save-reference", "tutorial", "advise",
+    "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report",
 ]  # fmt: skip
 
 
@@ -69,7 +77,9 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["advise", "--help"], ["prune", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["advise", "--help"], ["prune", "--help"], ["build", "--help"]]
+)
 def test_help_waits_for_no_heavy_module(arguments):
     result = subprocess.run(
         [sys.executable, "-c", HELP, *arguments],
@@ -88,10 +98,10 @@ def failing(_: object) -> None:
     raise InputError("The weight is not a matrix. Give one with two dimensions.")
 
 
-def test_an_error_is_one_sentence_and_exit_1(run, monkeypatch):
+def test_an_error_is_one_sentence_and_exit_2(run, monkeypatch):
     monkeypatch.setattr(setup, "check_setup", failing)
     status, _, errors = run("setup")
-    assert status == 1
+    assert status == 2
     assert errors == "InputError: The weight is not a matrix. Give one with two dimensions.\n"
 
 
@@ -121,7 +131,7 @@ def test_what_the_library_logs_is_printed_once(run, monkeypatch):
         assert run("setup") == (0, "continuing after epoch 2\n", "")
 
 
-def test_an_unknown_preset_is_one_sentence_and_exit_1():
+def test_an_unknown_preset_is_one_sentence_and_exit_2():
     result = subprocess.run(
         [sys.executable, "-m", "helpers", "setup"],
         cwd=project_root(),
@@ -129,7 +139,7 @@ def test_an_unknown_preset_is_one_sentence_and_exit_1():
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("TutorialError: There is no preset 'enormous'.")
@@ -149,7 +159,7 @@ def test_an_unknown_preset_is_one_sentence_and_exit_1():
 )
 def test_a_step_out_of_order_names_the_notebook_to_run(run, command, missing, number):
     status, _, errors = run(command)
-    assert status == 1
+    assert status == 2
     (line,) = errors.splitlines()
     assert line == f"ArtifactError: {missing} is missing. Run {NOTEBOOKS[number]} first, " + (
         "from top to bottom."
@@ -161,7 +171,7 @@ def test_pruning_and_retraining_follow_the_rules(run, tiny_settings):
     with artifacts.writing("01_dense.safetensors", facts={}) as path:
         save_checkpoint(create_model("resnext14_8x4d", 10), path, "resnext14_8x4d")
     status, _, errors = run("prune", "--rules", "nobodys")
-    assert status == 1
+    assert status == 2
     assert errors.startswith("InputError: ")
     assert "'nobodys'" in errors
     assert "tensorrt, asp, cusparselt, any" in errors
@@ -188,6 +198,82 @@ def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tin
     assert errors == ""
 
 
+@pytest.fixture
+def quantised_file(tmp_path):
+    """Return a function that writes a file of a 2:4 layer, and one with an INT8 weight."""
+
+    def write(sparse=True, unknown=False, opset=17):
+        fours = np.tile(np.int8([1, 0, 0, 2] if sparse else [1, 2, 3, 4]), (4, 2))
+        weights = {"w": np.tile(np.float32([0, 1, 1, 0]), (8, 2)), "q": fours,
+                   "s": np.float32(0.5), "z": np.int8(0)}  # fmt: skip
+        nodes = [
+            helper.make_node("Gemm", ["x", "w"], ["a"], "plain", transB=1),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["v"]),
+            helper.make_node("Gemm", ["a", "v"], ["y"], "quantised", transB=1),
+            *[helper.make_node("Magic", ["a", "w"], ["b"], "magic", domain="acme")] * unknown,
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "graph",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+            [numpy_helper.from_array(value, name) for name, value in weights.items()],
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        onnx.save(
+            helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "net.onnx"
+        )
+        return tmp_path / "net.onnx"
+
+    return write
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 19, 21])
+def test_verify_sees_a_dense_weight_behind_quantisation(run, quantised_file, opset):
+    status, table, _ = run("verify", quantised_file(sparse=False, opset=opset))
+    assert (status, table.splitlines()[-1]) == (1, "1 of 2 eligible weights are 2:4")
+    status, table, _ = run("verify", quantised_file(opset=opset))
+    assert (status, table.splitlines()[-1]) == (0, "2 of 2 eligible weights are 2:4")
+
+
+def test_verify_fails_for_what_cannot_be_judged_unless_it_is_allowed(run, quantised_file):
+    path = quantised_file(unknown=True)
+    status, said, _ = run("verify", path)
+    assert status == 1
+    assert "Magic of acme is not known here, and may multiply by it" in said
+    *_, unjudged, verdict = said.splitlines()
+    assert unjudged.startswith(
+        "1 product was not judged, for the reason given: accept with --allow"
+    )
+    assert verdict == "2 of 2 eligible weights are 2:4"
+    assert run("verify", path, "--allow-unjudged")[0] == 0
+    assert run("verify", path, "--exclude", "mag*")[0] == 0
+    path = quantised_file(sparse=False, unknown=True)
+    assert run("verify", path, "--allow-unjudged")[0] == 1
+
+
+def test_verify_leaves_out_what_is_meant_to_stay_dense(run, quantised_file):
+    path = quantised_file(sparse=False)
+    status, said, _ = run("verify", path, "--exclude", "quantised")
+    assert (status, said.splitlines()[-1]) == (0, "1 of 1 eligible weights are 2:4")
+    assert "excluded" in said
+    assert run("verify", path, "--exclude", "q", "--exclude", "w")[0] == 2  # nothing is left
+    status, _, errors = run("verify", path, "--exclude", "quantized")
+    assert status == 2
+    assert "Nothing in the file matches 'quantized'" in errors
+
+
+def test_verify_prints_json_for_programs(run, quantised_file):
+    status, said, _ = run("verify", quantised_file(sparse=False, unknown=True), "--json")
+    found = json.loads(said)
+    assert status == 1
+    assert [found[key] for key in ("passed", "eligible", "eligible_2to4", "not_judged")] == [
+        False, 2, 1, 1,
+    ]  # fmt: skip
+    assert [row["node"] for row in found["rows"]] == ["plain", "quantised", "magic"]
+    assert found["rows"][2]["zeros"] is None
+
+
 def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
     model = create_model("resnext14_8x4d", 10)
     save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
@@ -201,7 +287,7 @@ def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):
 
 def test_verify_refuses_a_network_for_a_file_that_is_not_a_checkpoint(run, exported):
     status, _, errors = run("verify", "--model", "resnet50", exported[1]["fp16"])
-    assert status == 1
+    assert status == 2
     assert "only those need --model: leave it out" in errors
 
 
@@ -217,14 +303,14 @@ def test_verify_refuses_the_checkpoint_of_another_network(run, tmp_path):
     assert status == 1
     assert "37 of 53 eligible weights" in table
     status, _, errors = run("verify", "--model", "resnext50_32x4d", tmp_path / "half.safetensors")
-    assert status == 1
+    assert status == 2
     assert "does not hold the weights of" in errors
 
 
 def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"no")
     status, _, errors = run("verify", tmp_path / "x.onnx")
-    assert status == 1
+    assert status == 2
     (line,) = errors.splitlines()
     assert line.startswith(f"InputError: {tmp_path / 'x.onnx'} is not a valid ONNX model")
 
@@ -325,11 +411,248 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
 )
 def test_advice_that_cannot_be_given_is_refused_in_one_sentence(run, arguments, complaint):
     status, _, errors = run("advise", *arguments)
-    assert status == 1
+    assert status == 2
     (line,) = errors.splitlines()
     kind, _, sentence = line.partition(": ")
     assert kind in ("AdviceError", "InputError", "TutorialError")
     assert sentence.startswith(complaint)
+
+
+# --- files of one's own ---
+
+
+@pytest.fixture(scope="module")
+def case_study(tmp_path_factory):
+    """Stand-ins for NVIDIA's dense and sparse ResNeXt-101 32x8d files: one block for each stage.
+
+    Theirs were exported by TorchScript with opset 11 to 13, in FP32, with batch norms folded,
+    an input `input_1` and a batch that is open.
+    """
+    folder = tmp_path_factory.mktemp("ngc")
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=8, num_classes=16).eval()
+    paths = {}
+    for name in ("dense", "sparse"):
+        if name == "sparse":
+            prune_2to4_(model)
+        paths[name] = folder / f"resnext_{name}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter is deprecated
+            torch.onnx.export(
+                model,
+                (torch.zeros(2, 3, 32, 32),),
+                str(paths[name]),
+                dynamo=False,
+                opset_version=13,
+                input_names=["input_1"],
+                output_names=["output_1"],
+                dynamic_axes={"input_1": {0: "batch"}, "output_1": {0: "batch"}},
+            )
+    return paths
+
+
+def test_the_case_studys_files_from_report_to_benchmark(run, case_study, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
+    dense, sparse = case_study["dense"], case_study["sparse"]
+    status, said, _ = run("report", dense)
+    assert status == 0
+    assert said.startswith("13 of 18 products can be sparse (tensorrt), and 0 of them are 2:4.")
+    assert run("verify", dense)[0] == 1
+    assert run("verify", sparse)[0] == 0
+    status, said, _ = run("prune", dense, tmp_path / "pruned.onnx")
+    assert status == 0
+    assert "13 of 18 products have 2:4 weights now" in said
+    assert "until the model is retrained" in said
+    assert run("verify", tmp_path / "pruned.onnx")[0] == 0
+    pruned, own = (
+        {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+        for path in (tmp_path / "pruned.onnx", sparse)
+    )
+    assert pruned.keys() == own.keys()
+    for name, values in own.items():  # of the model that was pruned before it was exported
+        np.testing.assert_array_equal(pruned[name], values)
+    status, said, _ = run(
+        "build", sparse, "-o", tmp_path / "s.engine", "--shapes", "input_1:4x3x32x32"
+    )
+    assert status == 0
+    assert (tmp_path / "s.engine").stat().st_size > 10_000
+    status, said, errors = run(
+        "benchmark", dense, sparse, "--shape", "input_1:2x3x32x32", "--duration", 0.1,
+        "--backend", "cpu",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert "ONNX Runtime on a CPU multiplies by the zeros as by any other number" in said
+    assert [line.split()[0] for line in said.splitlines()[4:7]] == ["dense", "dense", "sparse"]
+    status, said, _ = run("advise", dense, "--shape", "input_1:8x3x32x32")
+    assert status == 0
+    assert "in FP16, from the NVIDIA A100" in said
+
+
+def as_json(run, *arguments):
+    status, said, errors = run(*arguments, "--json")
+    assert status in (0, 1), errors
+    return json.loads(said)
+
+
+def test_every_command_on_a_file_prints_json_and_nothing_else(run, case_study, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
+    dense = case_study["dense"]
+    report = as_json(run, "report", dense)
+    assert (report["eligible"], report["eligible_2to4"], report["products"]) == (13, 0, 18)
+    assert report["shapes"] == {"input_1": [1, 3, 32, 32]}
+    assert {"weight", "op", "shape", "eligible", "reason", "is_2to4", "macs", "share"} <= set(
+        report["rows"][0]
+    )
+    found = as_json(run, "verify", dense)
+    assert (found["passed"], found["eligible"], found["eligible_2to4"]) == (False, 13, 0)
+    pruned = as_json(run, "prune", dense, tmp_path / "p.onnx")
+    assert pruned["pruned_products"] == 13
+    shape = ("--shape", "2x3x32x32")
+    built = as_json(run, "build", dense, "-o", tmp_path / "e", *shape)
+    assert built["builder"] == "TensorRT-RTX"
+    measured = as_json(
+        run, "benchmark", dense, *shape, "--duration", 0.05, "--backend", "cpu", "--warm-up", 1
+    )
+    assert [row["network"] for row in measured["rows"]] == ["dense", "dense again", "sparse"]
+    assert measured["sparse"] is None
+    assert measured["shapes"] == {"input_1": [2, 3, 32, 32]}
+    assert measured["versions"]
+    advice = as_json(run, "advise", dense, *shape)
+    assert len(advice["layers"]) == 18
+
+
+def test_checkpoints_and_networks_are_reported_and_pruned(run, tmp_path):
+    model = create_model("resnext14_8x4d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
+    for name in ("resnext14_8x4d", tmp_path / "dense.safetensors"):
+        status, said, _ = run("report", name)
+        assert status == 0
+        assert said.startswith("12 of 17 layers can be sparse (tensorrt)")
+    target = tmp_path / "sparse.safetensors"
+    status, said, _ = run("prune", tmp_path / "dense.safetensors", target, "--exclude", "fc")
+    assert status == 0
+    assert "sparse.safetensors: 11 weights pruned 2:4 (tensorrt)" in said
+    assert as_json(run, "verify", target)["eligible_2to4"] == 11
+
+
+def test_one_sparse_file_is_measured_alone(run, case_study):
+    status, said, _ = run(
+        "benchmark", case_study["sparse"], "--shape", "1x3x32x32", "--duration", 0.05,
+        "--backend", "cpu",
+    )  # fmt: skip
+    assert status == 0
+    assert "is 2:4 already, so no pruned copy was made" in said
+
+
+def test_inputs_can_come_from_a_file(run, case_study, tmp_path):
+    dense, inputs = case_study["dense"], tmp_path / "x.npz"
+    np.savez(inputs, input_1=np.ones((1, 3, 32, 32), np.float32))
+    options = ("--loadInputs", inputs, "--duration", 0.05, "--backend", "cpu")
+    assert as_json(run, "benchmark", dense, *options)["shapes"] == {"input_1": [1, 3, 32, 32]}
+    np.savez(inputs, input_1=np.ones((1, 4, 32, 32), np.float32))
+    status, _, errors = run("benchmark", dense, *options)
+    assert status == 2
+    assert "cannot have the shape 1x4x32x32" in errors
+
+
+def test_an_engine_is_built_for_a_range_of_shapes(run, case_study, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
+    shapes = [
+        f"--{end}Shapes=input_1:{batch}x3x32x32"
+        for end, batch in (("min", 1), ("opt", 4), ("max", 8))
+    ]
+    plan = tmp_path / "e.engine"
+    assert run("build", case_study["dense"], f"--saveEngine={plan}", *shapes)[0] == 0
+    for wrong, complaint in (
+        (shapes[:2], "Give all three: --min-shape, --opt-shape and --max-shape."),
+        ([*shapes, "--shape", "1x3x32x32"], "Give either --shape, or --min-shape"),
+        ([shapes[0], shapes[1], "--maxShapes=1x3x32x32"], "cannot go from"),
+    ):
+        status, _, errors = run("build", case_study["dense"], "-o", tmp_path / "f", *wrong)
+        assert status == 2
+        assert complaint in errors
+        assert not (tmp_path / "f").exists()
+
+
+SHAPE = ("--shape", "1x3x32x32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (("report", "{none}.onnx"), 2, "cannot be read: No such file"),
+        (("report", "{text}"), 2, "is not a valid ONNX model"),
+        (("report", "{cut}"), 2, "is not a valid ONNX model"),
+        (("report", "{dense}", "--image-size", 32), 2, "use --shape"),
+        (("report", "{dense}", "--shape", "image:1x3x32x32"), 2, "has no input image"),
+        (("report", "{dense}", "--shape", "1x3"), 2, "cannot have the shape 1x3"),
+        (("report", "{dense}", "--shape", "big"), 2, "'big' is not a shape"),
+        (("report", "resnet18", "--shape", "1x3x32x32"), 2, "give --image-size instead"),
+        (("prune", "{dense}"), 2, "Name the pruned copy to write after the file."),
+        (("prune", "{dense}", "{dense}"), 2, "is the file to read; write to another one"),
+        (("prune", "{dense}", "{sparse}"), 2, "exists. Name another file, or add --overwrite"),
+        (("prune", "{dense}", "{none}.safetensors"), 2, "both must be ONNX files, or both"),
+        (("prune", "{none}.onnx", "{none}2.onnx"), 2, "cannot be read: No such file"),
+        (("prune", "{text}", "{none}.onnx"), 2, "is not a valid ONNX model"),
+        (("prune", "{dense}", "{text}/out.onnx"), 2, "could not be written"),
+        (("prune", "{nan}", "{none}.onnx"), 2, "NaN or infinite"),
+        (("prune", "{dense}", "{none}.onnx", "--include", "nothing"), 2, "matches 'nothing'"),
+        (("prune", "{dense}", "{none}.onnx", "--model", "resnet50"), 2, "leave it out"),
+        (("prune", "--overwrite"), 2, "--overwrite is for a file of your own"),
+        (("build", "{none}.onnx"), 2, "cannot be read: No such file"),
+        (("build", "{dense}"), 2, "leaves the shape of its input input_1"),
+        (("build", "{cut}", *SHAPE), 2, "is not a valid ONNX model"),
+        (("build", "{dense}", *SHAPE, "-o", "{sparse}"), 2, "exists"),
+        (("build", "{dense}", "--shape", "x:1"), 2, "has no input x"),
+        (("build", "model.pt"), 2, "does not end in .onnx"),
+        (("build", "--shape", "x:1"), 2, "--shape is for a file of your own"),
+        (("benchmark", "{dense}"), 2, "leaves the shape of its input input_1"),
+        (("benchmark", "{dense}", "{other}", *SHAPE), 2, "have different inputs"),
+        (("benchmark", "{dense}", *SHAPE, "--backend", "tpu"), 2, "There is no backend 'tpu'"),
+        (("benchmark", "{dense}", *SHAPE, "--backend", "engine"), 3, "No NVIDIA GPU was found"),
+        (("benchmark", "{dense}", *SHAPE, "--duration", -1), 2, "no negative seconds"),
+        (("benchmark", "{nan}", *SHAPE, "--backend", "cpu"), 2, "NaN or infinite"),
+        (("benchmark", "{nan}", "{nan}", *SHAPE, "--backend", "cpu"), 1, "is not finite"),
+        (("benchmark", "{dense}", *SHAPE, "--load-inputs", "x.npz"), 2, "Give either --shape or"),
+        (("benchmark", "--duration", 1), 2, "--duration is for a file of your own"),
+        (("advise", "{text}"), 2, "is not a valid ONNX model"),
+        (("advise", "{dense}", "--shape", "y:1"), 2, "has no input y"),
+        (("verify", "{text}"), 2, "is not a valid ONNX model"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    run, case_study, tmp_path, monkeypatch, arguments, status, complaint
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = {"none": tmp_path / "none", **case_study}
+    files |= {name: tmp_path / f"{name}.onnx" for name in ("text", "cut", "nan", "other")}
+    files["text"].write_text("this is a text, not a model\n")
+    files["cut"].write_bytes(case_study["dense"].read_bytes()[:100_000])
+    model = onnx.load(case_study["dense"])
+    for tensor in model.graph.initializer:
+        if tensor.name == "fc.weight":
+            tensor.raw_data = b"\xff" * len(tensor.raw_data)
+    onnx.save(model, files["nan"])
+    model = onnx.load(case_study["dense"])
+    model.graph.input[0].name = "another"
+    for node in model.graph.node:
+        node.input[:] = ["another" if name == "input_1" else name for name in node.input]
+    onnx.save(model, files["other"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    found, _, errors = run(*(str(each).format(**files) for each in arguments))
+    assert (found, len(errors.strip().splitlines())) == (status, 1), errors
+    assert complaint in errors
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(list(case_study["dense"].parent.iterdir())) == 2
+
+
+def test_exit_statuses_tell_no_from_wrong_and_from_unavailable():
+    assert commands.exit_status(InputError("")) == 2
+    assert commands.exit_status(WriteError("")) == 2
+    assert commands.exit_status(TutorialError("")) == 2
+    assert commands.exit_status(CheckError("")) == 1
+    assert commands.exit_status(BenchmarkError("")) == 1
+    assert commands.exit_status(RunnerError("")) == 3
 
 
 def test_the_same_weights_are_the_same_file(tmp_path):
@@ -395,5 +718,5 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     with artifacts.writing("01_dense.safetensors", facts={"test": card["test"]}) as path:
         path.write_bytes(artifacts.path("02_pruned.safetensors").read_bytes())
     status, _, errors = run("retrain")
-    assert status == 1
+    assert status == 2
     assert "02_pruned.safetensors is out of date" in errors

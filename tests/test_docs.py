@@ -54,8 +54,25 @@ def test_the_options_of_the_gpu_benchmark_exist():
     assert {"--out", "--parts", "--batch-sizes"} <= named <= known
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/helpers.md", "docs/sparsity.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/helpers.md", "docs/sparsity.md", "docs/cli.md"]
+)
 def test_the_commands_of_the_documents_exist(page):
     text = (project_root() / page).read_text()
     known = set(typer.main.get_command(commands.app).commands)
     assert set(re.findall(r"python -m helpers ([a-z][\w-]*)", text)) <= known
+
+
+CLI = (DOCS / "cli.md").read_text()
+
+
+def test_the_options_of_the_command_line_page_exist():
+    here = CLI.partition("\n## For users")[0] + "".join(
+        line.split("|")[1] for line in CLI.splitlines() if line.count("|") == 4
+    )
+    options = {"--help"}
+    for command in typer.main.get_command(commands.app).commands.values():
+        for parameter in command.params:
+            options |= {*parameter.opts, *parameter.secondary_opts}
+    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", here))
+    assert {"--shape", "--minShapes", "--json", "--noCudaGraph"} <= named <= options

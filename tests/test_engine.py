@@ -6,16 +6,24 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 import tqdm.auto
+from onnx import TensorProto, helper
 from torch import nn
 
 from helpers import sparsity
 from helpers.errors import InputError
 from helpers.inference import engine, runners
 from helpers.inference.channels_last import rewrite_1x1_as_matmul
-from helpers.inference.engine import Builder, build_engine, build_with_controls, find_builder
+from helpers.inference.engine import (
+    Builder,
+    build_engine,
+    build_engine_for_shapes,
+    build_with_controls,
+    find_builder,
+)
 from helpers.inference.errors import EngineError
 from helpers.inference.export import export_onnx
 
@@ -256,6 +264,50 @@ def test_a_missing_onnx_file_says_how_to_make_it(rtx, tmp_path):
         build_engine(tmp_path / "x.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
 
 
+@pytest.fixture
+def two_inputs(tmp_path):
+    """A file with inputs of two types, one of an open shape, and two outputs."""
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["float"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["x", "float"], ["y"]),
+        helper.make_node("Relu", ["y"], ["z"]),
+    ]
+    shape = ["n", 4]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, shape),
+            helper.make_tensor_value_info("mask", TensorProto.INT64, [1, 4]),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in "yz"],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "two.onnx")
+    return tmp_path / "two.onnx"
+
+
+def test_an_engine_has_any_inputs_and_outputs(rtx, two_inputs, tmp_path):
+    shapes = {"x": ((1, 4), (2, 4), (8, 4))}
+    build_engine_for_shapes(two_inputs, tmp_path / "e", shapes, builder=rtx)
+    assert (tmp_path / "e").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({}, r"two\.onnx needs shapes for x; its inputs are x, mask"),
+        ({"images": ((1,), (1,), (1,))}, r"two\.onnx has no input images; its inputs are x, mask"),
+        ({"x": ((2, 4), (1, 4), (8, 4))}, r"cannot go from \(2, 4\) by \(1, 4\) to \(8, 4\)"),
+        ({"x": ((1, 4), (1, 4), (8,))}, r"cannot go from"),
+    ],
+)
+def test_shapes_that_do_not_fit_an_engine_are_refused(rtx, two_inputs, tmp_path, shapes, message):
+    with pytest.raises(InputError, match=message):
+        build_engine_for_shapes(two_inputs, tmp_path / "e", shapes, builder=rtx)
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_failed_build_gives_the_builders_reason_and_leaves_the_old_engine(
     rtx, exported, tmp_path
 ):
@@ -480,9 +532,8 @@ CLASSES = {
     "runtime": "Runtime",
     "runtime_config": "IRuntimeConfig",
     "engine": "ICudaEngine",
+    "context": "IExecutionContext",
     "inspector": "EngineInspector",
-    "self.logger": "Logger",
-    "self.runtime": "Runtime",
     "self.engine": "ICudaEngine",
     "self.context": "IExecutionContext",
 }

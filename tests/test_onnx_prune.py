@@ -396,6 +396,17 @@ def test_the_file_and_its_external_data_are_never_written_over(tmp_path):
             prune_onnx(source, target)
 
 
+def test_data_of_another_file_are_not_written_over(tmp_path):
+    source = save(
+        tmp_path / "in.onnx", [node("MatMul", "x w")], {"w": random(64, 64)},
+        save_as_external_data=True, location="weights",
+    )  # fmt: skip
+    (tmp_path / "out.onnx.data").write_text("of somebody else")
+    with pytest.raises(InputError, match=r"out\.onnx\.data exists, where the external data"):
+        prune_onnx(source, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx.data").read_text() == "of somebody else"
+
+
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
     source = save(tmp_path / "in.onnx", [node("MatMul", "x w")], {"w": random(8, 16)})
     (tmp_path / "file").touch()

@@ -20,7 +20,8 @@ from helpers.sparsity.compressed import Checkpoint
 from helpers.training.networks import create_model, create_on_meta, save_checkpoint
 
 COLUMNS = [
-    "layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason", "judged",
+    "layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason",
+    "judged",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from helpers.errors import InputError, first_line
+from helpers.errors import InputError
 from helpers.files import atomic_write, shown
 from helpers.inference.engine_log import kernel_times, read_sparsity, read_tactics, why_dense
 from helpers.inference.engine_report import EngineReport
@@ -296,14 +296,14 @@ def _add_profile(
         return
     profile = build.create_optimization_profile()
     for name, (smallest, best, largest) in shapes.items():
-        try:
-            profile.set_shape(name, smallest, best, largest)
-        except (TypeError, ValueError, RuntimeError) as error:
+        same_rank = len(smallest) == len(best) == len(largest)
+        if not (same_rank and all(a <= b <= c for a, b, c in zip(*shapes[name], strict=True))):
             raise InputError(
                 f"The input {name} of {shown(onnx_path)} cannot go from {smallest} by {best} to "
-                f"{largest}: {first_line(error)}. No dimension of the smallest shape may exceed "
-                "the best one's, and none of that the largest one's."
-            ) from error
+                f"{largest}: no dimension of the smallest shape may exceed the best one's, and "
+                "none of that the largest one's."
+            )
+        profile.set_shape(name, smallest, best, largest)
     config.add_optimization_profile(profile)
 
 

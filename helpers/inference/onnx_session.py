@@ -78,8 +78,8 @@ def open_session(path: Path) -> "InferenceSession":
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a dozen classes without a common base
         raise InputError(
-            f"{shown(path)} cannot be loaded by ONNX Runtime: {first_line(error)}. "
-            "Export the model again."
+            f"{shown(path)} cannot be loaded by ONNX Runtime: "
+            f"{first_line(error).rstrip('.')}. Export the model again, such as with export_onnx."
         ) from error
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -34,15 +35,17 @@ _MOVES = (
     "Cast", "CastLike", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
+# Operators that scale or cut their only input that is no constant, or add to it.
+_SCALES = ("Add", "Div", "Expand", "Gather", "Mul", "Split", "Sub")
 
 
 @dataclass(frozen=True)
 class Constant:
     """A tensor that depends only on what is stored in the file.
 
-    `sources` are the stored tensors that it is computed from, the one that it takes its numbers
-    from first. `value` is None if the numbers are not known, and `why_unknown` says why.
-    `is_shifted` says whether it was dequantised with a zero point that is not 0.
+    `sources` are the stored tensors that it is computed from, the largest first. `value` is None
+    if the numbers are not known, and `why_unknown` says why. `is_shifted` says whether it was
+    dequantised with a zero point that is not 0.
     """
 
     sources: tuple[str, ...]
@@ -70,7 +73,7 @@ class Scope:
     outer: "Scope | None" = None  # of a body: the graph that its node is in
     # Of a call: for each input of the function, the scope that calls it and the name there.
     arguments: "dict[str, tuple[Scope, str]]" = field(default_factory=dict)
-    inputs: frozenset[str] = frozenset()  # of a body: they come at run time
+    inputs: frozenset[str] = frozenset()  # of a graph or a body: they come at run time
     calls: tuple[tuple[str, str, str], ...] = ()  # the functions that this scope is in
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Scope:
         self.inner: list[list[Scope]] = []  # of each node: the function it calls, or its bodies
         self.returns: dict[str, tuple[Scope, str]] = {}  # of each output of a call
         self.choices: dict[str, list[tuple[Scope, str]]] = {}  # of each output of an If
+        self.slices: dict[str, tuple[Scope, str]] = {}  # of a Scan's body: what they are cut from
         self.computed: set[str] = set()  # at run time
         # ONNX orders nodes so that each comes after those that it needs.
         for node in self.nodes:
@@ -90,12 +94,19 @@ class Scope:
             self.inner.append(bodies)
             if bodies or not self._is_foldable(node):
                 self.computed.update(node.output)
+            if node.op_type == "Scan":
+                self._feed_slices(node, bodies[0], graphs[0])
             if node.op_type == "If":
                 for place, name in enumerate(node.output):
                     self.choices[name] = [
                         (body, graph.output[place].name)
                         for body, graph in zip(bodies, graphs, strict=True)
                     ]
+
+    def _feed_slices(self, node: NodeProto, body: "Scope", graph: GraphProto) -> None:
+        count = attributes_of(node)["num_scan_inputs"]
+        for item, name in zip(graph.input[-count:], node.input[-count:], strict=True):
+            body.slices[item.name] = self, name
 
     def walk(self) -> "Iterator[tuple[NodeProto, Scope]]":
         """Yield every node with its scope, each before those in its body.
@@ -120,6 +131,18 @@ class Scope:
         if name in self.tensors or name in self.producers:
             return True
         return self.outer is not None and self.outer.is_constant(name)
+
+    def require(self, name: str) -> None:
+        """Raise an error for a tensor that no node computes and that is not stored either."""
+        known = (self.arguments, self.inputs, self.tensors, self.producers)
+        if any(name in names for names in known):
+            return
+        if self.outer is None:
+            raise InputError(
+                f"{shown(self.file.path)} is not a valid ONNX model: it uses the tensor {name!r}, "
+                "which nothing in it computes. Export it again."
+            )
+        self.outer.require(name)
 
     def resolve(self, name: str) -> Constant:
         """Return a tensor for which `is_constant` holds."""
@@ -151,11 +174,7 @@ class Scope:
         if name in self.returns:
             function, output = self.returns[name]
             return function.resolve(output)
-        if self.outer is None:
-            raise InputError(
-                f"{shown(self.file.path)} uses the tensor {name!r} that nothing in it computes. "
-                "Export the model again."
-            )
+        assert self.outer is not None, name
         return self.outer.resolve(name)
 
     def _evaluate(self, node: NodeProto, name: str, known: dict[str, Constant]) -> Constant:
@@ -168,7 +187,8 @@ class Scope:
         for constant in found.values():
             if constant.value is None:
                 return constant
-        sources = tuple(dict.fromkeys(each for one in found.values() for each in one.sources))
+        by_size = sorted(found.values(), key=lambda one: np.asarray(one.value).size, reverse=True)
+        sources = tuple(dict.fromkeys(each for one in by_size for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
             value = fold(node, name, feeds, self.opsets)
@@ -214,6 +234,26 @@ class Scope:
         fixed = tuple(size for size in shape if size is not None)
         return fixed if len(fixed) == len(shape) else None
 
+    def origins(self, name: str) -> set[str]:
+        """Return a tensor and those in this scope that it is moved from or scaled from."""
+        found = {name}
+        while (node := self.producers.get(name)) is not None:
+            data = [each for each in node.input if each and not self.is_constant(each)]
+            if node.op_type not in (*_MOVES, *_SCALES) or len(data) != 1:
+                break
+            name = data[0]
+            found.add(name)
+        return found
+
+    @cached_property
+    def products_at_run_time(self) -> list[tuple[NodeProto, set[str]]]:
+        """The matrix products of two activations in this scope, with the left one's origins."""
+        return [
+            (node, self.origins(node.input[0]))
+            for node in self.nodes
+            if node.op_type == "MatMul" and not any(map(self.is_constant, node.input))
+        ]
+
     def stored_behind(self, name: str) -> tuple[str, str] | None:
         """Return the stored matrix that a tensor is moved or chosen from at run time.
 
@@ -228,6 +268,11 @@ class Scope:
             if name in self.returns:
                 function, output = self.returns[name]
                 return function.stored_behind(output)
+            if name in self.slices:
+                scope, whole = self.slices[name]
+                return (
+                    (scope.resolve(whole).sources[0], "Scan") if scope.is_constant(whole) else None
+                )
             if name in self.choices:
                 for body, output in self.choices[name]:
                     if body.is_constant(output) and body.resolve(output).sources:
@@ -239,7 +284,7 @@ class Scope:
                 return self.outer.stored_behind(name) if inherited and self.outer else None
             if node.op_type == "Where":
                 data = next((each for each in node.input[1:] if self.is_constant(each)), "")
-            elif node.op_type in _MOVES or quantisation_of(node):
+            elif node.op_type in _MOVES or _quantisation(node):
                 data = node.input[0]
             else:
                 return None
@@ -295,13 +340,16 @@ def scope_of(file: OnnxFile, shapes: dict[str, tuple[int | None, ...]]) -> Scope
         shapes: of the graph's tensors, where they are known.
     """
     model = file.model
+    tensors = initializers(model.graph)
     return Scope(
         nodes=list(model.graph.node),
-        tensors=initializers(model.graph),
+        tensors=tensors,
         opsets={item.domain: item.version for item in model.opset_import},
         file=file,
         functions={_key(function): function for function in model.functions},
         shapes=shapes,
+        # An input with an initializer has a default value, which the runtimes take for its value.
+        inputs=frozenset(item.name for item in model.graph.input if item.name not in tensors),
     )
 
 
@@ -369,7 +417,7 @@ def fold(
 ) -> np.ndarray:
     """Return an output of a node for constant inputs."""
     inputs = [feeds.get(each) for each in node.input]
-    quantise = quantisation_of(node)
+    quantise = _quantisation(node)
     if quantise is not None:
         outputs = quantise(inputs, attributes_of(node), opsets.get("", 1))
         return outputs[list(node.output).index(name)]
@@ -412,13 +460,22 @@ def _by_onnxruntime(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        enable_fallback=0,  # it would print the error and try the same again
     )
     (value,) = session.run([name], dict(feeds))
     return np.asarray(value)
 
 
 # --- quantisation ---
+
+
+def quantises(node: NodeProto) -> bool:
+    """Return whether a node quantises or dequantises, in any form that is known here."""
+    return _quantisation(node) is not None
+
 
 _Inputs = list[np.ndarray | None]
 _Quantisation = Callable[[_Inputs, dict[str, Any], int], tuple[np.ndarray, ...]]
@@ -435,7 +492,7 @@ _TENSORRT_TYPES = {
 }
 
 
-def quantisation_of(node: NodeProto) -> _Quantisation | None:
+def _quantisation(node: NodeProto) -> _Quantisation | None:
     """Return what a node does if it quantises or dequantises, whatever domain it is from."""
     if node.op_type == "QuantizeLinear":
         return _quantize_linear

@@ -24,7 +24,7 @@ from torch import Tensor
 from helpers.errors import InputError
 from helpers.files import atomic_write, shown
 from helpers.sparsity.masks import is_2to4, kept_magnitude, mask_2to4
-from helpers.sparsity.onnx_constants import Scope, fold, quantisation_of
+from helpers.sparsity.onnx_constants import Scope, fold, quantises
 from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
 from helpers.sparsity.onnx_report import FileWeight, select_file_weights
 from helpers.sparsity.onnx_weights import NodeWeight
@@ -274,7 +274,7 @@ def _origin(scope: Scope, name: str) -> tuple[TensorProto, list[tuple[Scope, Nod
 
 
 def _keeps_zeros(node: NodeProto, name: str) -> bool:
-    if quantisation_of(node) is not None:  # zero points that are not 0 are not eligible
+    if quantises(node):  # zero points that are not 0 are not eligible
         return name == node.output[0]
     return node.op_type in _KEEPS and node.domain in STANDARD_DOMAINS
 
@@ -366,9 +366,15 @@ def _require_other(file: OnnxFile, target: Path) -> None:
     for tensor in _all_tensors(file.model):
         if file.is_elsewhere(tensor):
             read += [folder / item.value for item in tensor.external_data if item.key == "location"]
-    for written in (target, _data_path(target)):
+    data = _data_path(target)
+    for written in (target, data):
         if written.exists() and any(path.exists() and written.samefile(path) for path in read):
             raise InputError(f"{shown(written)} belongs to the file to read; write to another one.")
+    if len(read) > 1 and data.exists() and not target.exists():
+        raise InputError(
+            f"{shown(data)} exists, where the external data of {shown(target)} belong. Move it, "
+            "or name another file."
+        )
 
 
 def _data_path(target: Path) -> Path:

@@ -169,8 +169,9 @@ class OnnxReport:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the table as a list of dictionaries."""
-        return self.weights.to_dict("records")
+        """Return the table as a list of dictionaries, with None for what is not known."""
+        table = self.weights.astype({"macs": object, "input_channels": object})
+        return table.where(self.weights.notna(), None).to_dict("records")
 
     @property
     def summary(self) -> str:
@@ -202,7 +203,7 @@ class OnnxReport:
                 "weight": self.weights.weight,
                 "op": self.weights.op,
                 "shape": ["x".join(map(str, shape)) or "?" for shape in self.weights["shape"]],
-                "inputs": self.weights.input_channels.map(lambda count: count or ""),
+                "inputs": self.weights.input_channels.astype(str).replace("<NA>", ""),
                 "2:4": self.weights.is_2to4.map({True: "yes", False: "no"}),
                 "verdict": self.weights.eligible.map({True: "sparse", False: "dense"}),
                 "million MACs": (self.weights.macs / 1e6).map("{:,.1f}".format).where(known, "?"),
@@ -254,7 +255,8 @@ def onnx_report(
         for each in select_file_weights(file, rules, include, exclude, complete)
     ]
     table = pd.DataFrame(rows, columns=COLUMNS[:-1])
-    table["macs"] = table.macs.astype("Int64")  # with a place for what is not known
+    # "Int64" has a place for what is not known.
+    table = table.astype({"macs": "Int64", "input_channels": "Int64"})
     total = table.macs.sum()
     table["share"] = 100 * table.macs.astype(float) / float(total) if total else float("nan")
     table = table.astype({"is_2to4": bool, "eligible": bool})

@@ -12,6 +12,8 @@ convolution, or a matrix on either side of a product. Not every constant is one:
   is not the one matrix for which TensorRT's documentation promises sparse kernels.
 - A left factor with a dimension for the batch, even one of size 1, has the form of activations:
   learned queries, for instance.
+- A right factor that attention multiplies its queries by, beside the keys that it computes, is a
+  table of keys: relative positions, as in HaloNet and BoTNet.
 - The data of a convolution whose kernel is computed at run time.
 """
 
@@ -25,13 +27,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto
 
-from helpers.errors import InputError
+from helpers.errors import HelpersError, InputError, first_line
 from helpers.files import shown
 from helpers.sparsity.onnx_constants import (
     MICROSOFT,
     Scope,
     attributes_of,
     dequantize,
+    quantises,
     scope_of,
 )
 from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
@@ -95,18 +98,24 @@ def weights_with_scopes(
 ) -> Iterator[tuple[NodeWeight, Scope]]:
     """Yield what `node_weights` yields, each with the names around its node."""
     try:
-        wanted = with_macs or any(
-            node.op_type in ("Shape", "Size") for node in file.model.graph.node
-        )
+        asks = any(node.op_type in ("Shape", "Size") for node in file.model.graph.node)
+        wanted = asks or with_macs
         scope = scope_of(file, infer_shapes(file, input_shapes or {}) if wanted else {})
         for node, inner in scope.walk():
             for weight in _weights_of(node, inner):
                 macs = _macs(weight, node, inner) if with_macs else None
                 yield replace(weight, macs=macs), inner
+    except HelpersError:
+        raise
     except RecursionError as error:
         raise InputError(
             f"The functions or bodies of {shown(file.path)} are nested too deeply. Simplify the "
             "model first, for example with onnxruntime's or polygraphy's constant folding."
+        ) from error
+    except Exception as error:  # names that are no text, attributes of the wrong kind and so on
+        raise InputError(
+            f"{shown(file.path)} is not a valid ONNX model: a node of it cannot be read "
+            f"({type(error).__name__}: {first_line(error)}). Export it again."
         ) from error
 
 
@@ -202,6 +211,11 @@ _NO_PRODUCTS = frozenset(
 )
 
 
+# Operators whose weights are attributes: the linear models of classical machine learning.
+_ML = "ai.onnx.ml"
+_LINEAR_MODELS = ("LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor")
+
+
 def _product_of(node: NodeProto) -> _Product | None:
     table = _ONNX if node.domain in STANDARD_DOMAINS else _ONNXRUNTIME
     return table.get(node.op_type) if node.domain in (*STANDARD_DOMAINS, MICROSOFT) else None
@@ -211,7 +225,7 @@ def _is_known(node: NodeProto) -> bool:
     """Return whether it is known of an operator that it multiplies by no constant matrix."""
     if node.domain in STANDARD_DOMAINS and onnx.defs.has(node.op_type):
         return True
-    return node.op_type in _NO_PRODUCTS or node.op_type.startswith("TRT_")
+    return node.op_type in _NO_PRODUCTS or quantises(node)
 
 
 # --- the weights of one node ---
@@ -221,10 +235,12 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
     """Yield the weights of one node; most nodes have none."""
     product = _product_of(node)
     if product is None:
-        yield from _of_unknown(node, scope)
+        yield from _of_other(node, scope)
         return
     factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
     used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
+    for each in used:
+        scope.require(node.input[each.place])
     constant = [each for each in used if scope.is_constant(node.input[each.place])]
     if len(used) > 1 and len(constant) == len(used):
         yield _row(node, used[-1], weight=node.input[used[-1].place], exempt=BOTH_CONSTANT)
@@ -248,8 +264,11 @@ def _row(node: NodeProto, factor: _Factor, **values: Any) -> NodeWeight:
     return NodeWeight(name, node.op_type, **{**row, **values})
 
 
-def _of_unknown(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
-    """Yield the constant matrices of an operator that is not known, as not judged."""
+def _of_other(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
+    """Yield the constant matrices of an operator of another kind; mostly there are none."""
+    if node.domain == _ML and node.op_type in _LINEAR_MODELS:
+        why = f"TensorRT runs no {node.op_type}"
+        yield _row(node, _Factor(len(node.input)), weight="coefficients", exempt=why)
     if _is_known(node) or all(map(scope.is_constant, node.input)):
         return  # of constants alone it makes another constant
     domain = node.domain or "ONNX's domain"
@@ -283,8 +302,10 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     """Return the row of a constant factor; the others are computed at run time."""
     constant = scope.resolve(node.input[factor.place])
     row = _row(node, factor, weight=constant.sources[0], sources=constant.sources)
+    attributes = attributes_of(node)
+    groups = int(attributes.get("group", 1)) if product.form == "conv" else 1
     if constant.value is None:
-        return replace(row, why_not_judged=constant.why_unknown)
+        return replace(row, why_not_judged=constant.why_unknown, groups=groups)
     stored = replace(row, value=constant.value)
     first = factor is product.factors[0] if product.factors else False
     if product.exempt:
@@ -295,7 +316,6 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     if constant.value.ndim < least or constant.value.size == 0:
         why = f"a weight cannot have the shape {constant.value.shape}"
         return replace(row, why_not_judged=why)
-    attributes = attributes_of(node)
     if product.form == "nbits":
         return _unpacked(stored, node, scope, attributes)
     axis = _input_axis(product.form, constant.value.ndim, first, attributes)
@@ -306,10 +326,10 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     return replace(
         stored,
         value=value if product.form == "conv" else _output_channels_first(value, axis),
-        groups=attributes.get("group", 1) if product.form == "conv" else 1,
+        groups=groups,
         in_fours=True,
         input_axis=axis,
-        exempt=_why_no_weight(batch, first),
+        exempt=_why_no_weight(batch, first) or _why_keys(node, scope, product, first),
         why_not_judged=why,
     )
 
@@ -321,6 +341,35 @@ def _why_no_weight(batch: tuple[int, ...], left: bool) -> str:
     if math.prod(batch) > 1:
         return f"a batch of {math.prod(batch)} matrices: TensorRT names no sparse kernel for it"
     return ""
+
+
+def _why_keys(node: NodeProto, scope: Scope, product: _Product, left: bool) -> str:
+    """Return why a right factor takes the place of keys in attention; empty if it does not.
+
+    Attention is the softmax of scores, which are products of queries and keys. Constant keys are
+    multiplied by the same queries, and their product is part of the argument of the same softmax.
+    """
+    if left or product.form != "matmul":
+        return ""
+    queries = scope.origins(node.input[0])
+    for score, origins in scope.products_at_run_time:
+        if origins & queries and _softmaxes(node, scope) & _softmaxes(score, scope):
+            return "a table that attention multiplies its queries by: keys that are constant"
+    return ""
+
+
+def _softmaxes(node: NodeProto, scope: Scope) -> set[str]:
+    """Return the outputs of all Softmax nodes that a node reaches without another product."""
+    found: set[str] = set()
+    reached = set(node.output)
+    for other in scope.nodes:  # each comes after those that it needs
+        if reached.isdisjoint(other.input) or _product_of(other) is not None:
+            continue
+        if other.op_type == "Softmax":
+            found.add(other.output[0])
+        else:
+            reached.update(other.output)
+    return found
 
 
 def _input_axis(form: str, dimensions: int, left: bool, attributes: dict[str, Any]) -> int:

@@ -392,12 +392,22 @@ def report(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="an .onnx or a .safetensors file")],
     model: Network = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="a node or weight that may stay dense, * for any characters; repeatable"),
+    ] = None,
+    allow_unjudged: Annotated[
+        bool, typer.Option("--allow-unjudged", help="accept what cannot be judged")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check that every eligible weight of an ONNX file or checkpoint is 2:4; exit 1 if not."""
+    """Check that every eligible weight of an ONNX file or checkpoint is 2:4.
+
+    The exit status is 0 if they are and nothing was left unjudged, and 1 if not.
+    """
     from helpers.tutorial import own_models
 
-    _print_result(as_json, own_models.verify, path, model)
+    _print_result(as_json, own_models.verify, path, model, exclude or [], allow_unjudged)
 
 
 @app.command(rich_help_panel=TOOLS)

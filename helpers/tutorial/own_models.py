@@ -2,6 +2,9 @@
 
 Which weights can be 2:4, which are, a pruned copy, an engine, latencies, and how much faster 2:4
 would make it. docs/cli.md has every command with its options.
+
+torchvision takes longer to import than most of the work on a file, so only the functions that make
+networks import it.
 """
 
 import tempfile
@@ -12,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torchvision.models import get_model_weights
 
 from helpers import machine
 from helpers.errors import InputError
@@ -46,7 +48,6 @@ from helpers.sparsity.onnx_inputs import (
 from helpers.sparsity.onnx_prune import OnnxPruning, prune_onnx
 from helpers.sparsity.onnx_report import onnx_report
 from helpers.sparsity.verify import verify_file
-from helpers.training import networks
 from helpers.tutorial.checks import TutorialError
 
 RETRAIN = (
@@ -88,12 +89,16 @@ def _require_new(target: Path, sources: Sequence[Path], overwrite: bool) -> None
 # --- verify ---
 
 
-def verify(path: Path, name: str | None) -> Result:
-    """Return whether each weight is 2:4; passed if all eligible ones are.
+def verify(
+    path: Path, name: str | None, exclude: Sequence[str] = (), allow_unjudged: bool = False
+) -> Result:
+    """Return whether each weight is 2:4; passed if all eligible ones are, for certain.
 
     Args:
         path: an ONNX file or a safetensors checkpoint.
         name: the network of a checkpoint that does not name it.
+        exclude: name patterns of nodes, layers and weights that are meant to stay dense.
+        allow_unjudged: accept products of which it is not known whether they could be sparse.
 
     Raises:
         TutorialError: no weight of the file is eligible, or a network is named for a file that
@@ -101,24 +106,37 @@ def verify(path: Path, name: str | None) -> Result:
     """
     model = None
     if path.suffix == ".safetensors":
+        from helpers.training import networks
+
         model = networks.checkpoint_model(path, name)
     elif name is not None:
         raise TutorialError(
             f"{shown(path)} is not a .safetensors checkpoint, and only those need --model: "
             "leave it out."
         )
-    table = verify_file(path, model)
+    table = verify_file(path, model, exclude)
     eligible = table[table.eligible]
-    if eligible.empty:
+    unjudged = int((~table.judged).sum())
+    passed = bool(eligible.is_2to4.all()) and (unjudged == 0 or allow_unjudged)
+    if eligible.empty and (unjudged == 0 or allow_unjudged):
         raise TutorialError(f"{shown(path)} has no weight that could be 2:4.")
-    passed = bool(eligible.is_2to4.all())
-    counts = {"eligible": len(eligible), "eligible_2to4": int(eligible.is_2to4.sum())}
-    return Result(
-        f"{table.to_string(index=False)}\n"
-        f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4",
-        {"file": str(path), "passed": passed, **counts, "weights": table.to_dict("records")},
-        passed,
-    )
+    lines = [table.to_string(index=False)]
+    if unjudged:
+        products = "product was" if unjudged == 1 else "products were"
+        lines.append(
+            f"{unjudged} {products} not judged, for the reason given: accept with "
+            "--allow-unjudged, or leave out by name with --exclude"
+        )
+    lines.append(f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4")
+    facts = {
+        "file": str(path),
+        "passed": passed,
+        "eligible": len(eligible),
+        "eligible_2to4": int(eligible.is_2to4.sum()),
+        "not_judged": unjudged,
+        "rows": table.to_dict("records"),
+    }
+    return Result("\n".join(lines), facts, passed)
 
 
 # --- report and prune ---
@@ -149,14 +167,14 @@ def report(
         if image_size is not None:
             raise InputError("An ONNX file has the shapes of its inputs: use --shape.")
         found = onnx_report(Path(name), rules, include, exclude, parse_shapes(texts))
-        return Result(repr(found), {"file": name, **found.facts(), "weights": found.rows()})
+        return Result(repr(found), {"file": name, **found.facts(), "rows": found.rows()})
     if texts:
         raise InputError(f"{name} takes images: give --image-size instead of --shape.")
     model, channels, size = _load(name)
     shape = (channels, image_size or size, image_size or size)
     table = sparsity_report(model, shape, rules=rules, include=include, exclude=exclude)
     facts = {"file": name, "image_shape": shape, **table.facts()}
-    return Result(repr(table), {**facts, "weights": table.layers.to_dict("records")})
+    return Result(repr(table), {**facts, "rows": table.layers.to_dict("records")})
 
 
 def prune(
@@ -195,8 +213,10 @@ def prune(
         if network is not None:
             raise InputError("Only checkpoints need --model: leave it out.")
         pruned = prune_onnx(source, target, rules, include, exclude)
-        facts |= {**pruned.facts(), "weights": pruned.rows()}
+        facts |= {**pruned.facts(), "rows": pruned.rows()}
         return Result(f"{shown(target)}: {pruned}\n{RETRAIN}", facts)
+    from helpers.training import networks
+
     model = networks.load_checkpoint(source, network)  # refused if nobody names its network
     masks = prune_2to4_(model, rules, include, exclude)
     networks.save_checkpoint(model, target, network or read_checkpoint(source).network or "")
@@ -546,6 +566,8 @@ def _engine_runners(
 
 def _load(name: str) -> tuple[nn.Module, int, int]:
     """Return a model by its network or its checkpoint, and the channels and size of its images."""
+    from helpers.training import networks
+
     if suffix := Path(name).suffix:
         if suffix != ".safetensors":
             raise TutorialError(
@@ -572,5 +594,7 @@ def _image_size(name: str) -> int:
 
     It is the smallest among those of its weights: some of them were trained on larger images.
     """
+    from torchvision.models import get_model_weights
+
     weights = get_model_weights(name)
     return min(each.transforms().crop_size[0] for each in weights)
