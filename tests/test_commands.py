@@ -342,7 +342,7 @@ def test_advice_is_calibrated_by_default_and_has_an_interval(run):
     speedup, low, high = map(float, row.split()[3:])
     assert 1 <= low <= speedup <= high
     verdict = said.partition("\n\n")[2].splitlines()[0]
-    assert re.match(rf"{low:.2f}x to {high:.2f}x at batch 64 in FP16; .* stay dense", verdict)
+    assert re.match(rf"{low:.2f}x to {high:.2f}x at batch 64 in FP16; .*gain", verdict)
 
 
 def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):

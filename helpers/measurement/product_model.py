@@ -1,4 +1,4 @@
-"""A model of the time of a matrix product on a GPU, dense or 2:4, from a dozen parameters.
+"""A model of the time of a matrix product on a GPU, dense or 2:4, from 13 parameters.
 
 A library cuts the outputs of a product into tiles, which the multiprocessors of the GPU work
 through in waves; it may also cut the inputs, to have more tiles. The model computes the time of
