@@ -35,8 +35,13 @@ def test_the_newer_kernels_are_learnt_from_older_versions_only():
         return {"network": "BERT-large seq 384", "batch": batch, "ratio": ratio, "library": name}
 
     table = pd.DataFrame(
-        [published("8.0", 1.4), published("10.0", 1.26), published("10.15", 9.0)]
-        + [published("8.0", 2.0, batch=1), published("10.0", 1.0, batch=1)]
+        [
+            published("8.0", 1.4),
+            published("10.0", 1.26),
+            published("10.15", 9.0),
+            published("8.0", 2.0, batch=1),
+            published("10.0", 1.0, batch=1),
+        ]
     )
     assert published_networks.newer_kernels(table) == pytest.approx(0.9)
     rows = [
