@@ -387,3 +387,68 @@ def test_advice_shows_where_the_time_goes(resnext, measured):
     assert rows[0].split()[0] == best.layer
     assert "<table" in advice._repr_html_()
     assert advice.verdict in advice._repr_html_()
+
+
+# Calibrated rates.
+
+CALIBRATED = Rates.calibrated("a100")
+
+
+def test_the_interval_holds_the_speed_up_and_narrows_as_errors_average_out(resnext):
+    advice = advise(resnext, CALIBRATED, IMAGE, batch=64)
+    low, high = advice.interval
+    assert 1 <= low < advice.speedup < high
+    alone = advise(nn.Linear(1024, 1024), CALIBRATED, example=torch.zeros(8192, 1024))
+    worst = CALIBRATED.errors("FP16").ratio["p80"]
+    assert math.log(alone.interval[1] / alone.speedup) == pytest.approx(worst)
+    assert math.log(high / advice.speedup) < worst
+    slow, fast = advice.dense_interval
+    assert slow < advice.dense_ms < fast
+
+
+def test_other_rates_have_no_interval():
+    advice = advise(nn.Linear(1024, 1024), A100, example=torch.zeros(64, 1024))
+    assert all(map(math.isnan, (*advice.interval, *advice.dense_interval)))
+    assert "low" not in advise_batches(nn.Conv2d(16, 16, 1), A100, (16, 8, 8), (1,))
+
+
+def test_the_verdict_says_which_layers_stay_dense():
+    class Layers(nn.Module):
+        def __init__(self, *widths):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(width, width) for width in widths)
+
+        def forward(self, *inputs):
+            return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+
+    def verdict(*widths, rows=8192):
+        return advise(
+            Layers(*widths), CALIBRATED, example=[torch.zeros(rows, width) for width in widths]
+        ).verdict
+
+    assert "; layers below 4096 channels stay dense. Expected " in verdict(32, 4096)
+    assert "; every layer that can be sparse gains. Expected 1." in verdict(2048, 4096)
+    assert "1.00x to " in verdict(32, rows=16)
+    assert "; no layer gains. " in verdict(32, rows=16)
+    assert verdict(10).startswith("1.00x to 1.00x at batch 8192 in FP16; no layer can be sparse")
+
+
+def test_a_convolution_is_the_product_of_its_windows_where_tensorrt_runs_it():
+    model = nn.Conv2d(512, 512, 3, padding=1, bias=False)
+    dense = advise(model, CALIBRATED, (512, 28, 28), batch=32).layers
+    assert dense.reason.tolist() == ["not a matrix product"]
+    row = advise(model, CALIBRATED, (512, 28, 28), batch=32, rules="tensorrt").layers.iloc[0]
+    assert row.dense_ms == dense.dense_ms.item()
+    assert row.gain > 1.2
+    windows = CALIBRATED.product_ms(32 * 28 * 28, 512, 9 * 512, "FP16", False, read=1 / 9)
+    assert row.dense_ms == pytest.approx(windows)
+    with pytest.raises(InputError, match="no rules 'none'"):
+        advise(model, CALIBRATED, (512, 28, 28), rules="none")
+
+
+def test_the_table_of_batches_has_the_intervals():
+    table = advise_batches(nn.Conv2d(256, 256, 1), CALIBRATED, (256, 28, 28), (1, 64))
+    assert table.columns.tolist() == [
+        "batch", "dense_ms", "sparse_ms", "speedup", "low", "high",
+    ]  # fmt: skip
+    assert (table.low <= table.speedup).all()

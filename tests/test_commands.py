@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -316,7 +317,9 @@ def test_verify_refuses_a_file_that_is_not_onnx(run, tmp_path):
 
 def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
     batches = ("--batch", 64, "--batch", 2, "--batch", 64)
-    status, said, _ = run("advise", "resnet50", *batches, "--gpu", "H100", "--datatype", "fp16")
+    status, said, _ = run(
+        "advise", "resnet50", *batches, "--gpu", "H100", "--datatype", "fp16", "--datasheet"
+    )
     assert status == 0
     title, floors, header, *batches = said.partition("\n\n")[0].splitlines()
     assert title == "resnet50 at 224x224 in FP16, from the NVIDIA H100 80 GB SXM's datasheet"
@@ -325,6 +328,21 @@ def test_advice_comes_by_batch_and_says_what_a_datasheet_gives(run):
     assert [row.split()[0] for row in batches] == ["2", "64"]
     verdict = said.partition("\n\n")[2].splitlines()[0]
     assert verdict.startswith(f"{float(batches[1].split()[3]):.2f}x at batch 64 in FP16 if dense")
+
+
+def test_advice_is_calibrated_by_default_and_has_an_interval(run):
+    status, said, _ = run("advise", "resnet50", "--batch", 64, "--gpu", "L4")
+    assert status == 0
+    title, header, row = said.partition("\n\n")[0].splitlines()
+    assert title == (
+        "resnet50 at 224x224 in FP16, from products published for the RTX 4090, scaled to the "
+        "NVIDIA L4 by their datasheets"
+    )
+    assert header.split() == ["batch", "dense_ms", "sparse_ms", "speedup", "low", "high"]
+    speedup, low, high = map(float, row.split()[3:])
+    assert 1 <= low <= speedup <= high
+    verdict = said.partition("\n\n")[2].splitlines()[0]
+    assert re.match(rf"{low:.2f}x to {high:.2f}x at batch 64 in FP16; .*gain", verdict)
 
 
 def test_advice_takes_a_measured_gpu_and_a_checkpoint(run, tmp_path):
@@ -369,15 +387,19 @@ def test_a_checkpoint_says_for_what_images_its_network_is_made(run, tmp_path, mo
         (("resnet51",), "There is no classification network 'resnet51'"),
         (("fcn_resnet50",), "There is no classification network 'fcn_resnet50'"),
         (("m.pt",), "m.pt is not a checkpoint: those end in .safetensors"),
-        (("resnet50", "--gpu", ""), "There is no datasheet ''"),
+        (("resnet50", "--gpu", ""), "There is no GPU ''"),
+        (("resnet50", "--gpu", "t4"), "The T4 has no Sparse Tensor Cores"),
+        (("resnet50", "--gpu", "gb10", "--datasheet"), "There is no datasheet 'gb10'"),
+        (("resnet50", "--gpu", "a100", "--datatype", "fp8"), "There are no rates in FP8"),
         (("resnet50", "--batch", 0), "There are no images of shape (3, 224, 224)"),
         (("resnet50", "--batch", 10**17), "The model does not run on these"),
         (("resnet50", "--image-size", 0), "There are no images of shape (3, 0, 0)"),
         (("resnet50", "--image-size", -5), "There are no images of shape (3, -5"),
         (("resnet50", "--image-size", 10**9), "The model does not run on these"),
         (("resnet50", "--datatype", "fp17"), "There is no 2:4 in 'FP17'"),
-        (("resnet50", "--gpu", "b200"), "There is no datasheet 'b200'"),
-        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "Give either --gpu"),
+        (("resnet50", "--gpu", "b300"), "There is no GPU 'b300' here; measured are a100"),
+        (("resnet50", "--gpu", "a100", "--rates", "x.json"), "Give either --rates"),
+        (("resnet50", "--datasheet", "--rates", "x.json"), "Give either --rates"),
         (("resnet50", "--rates", "x.json"), "x.json cannot be read"),
         (("resnet50", "--datatype", "TF32"), "There is no 2:4 in 'TF32'"),
         (

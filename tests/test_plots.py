@@ -12,6 +12,7 @@ from PIL import Image
 
 from helpers import sparsity
 from helpers.errors import InputError, WriteError
+from helpers.measurement.calibration import fitted_gains
 from helpers.measurement.gemm import measure_gemms
 from helpers.measurement.roofline import DATASHEETS, floor_ms, intensity
 from helpers.metrics import Accuracy
@@ -500,3 +501,18 @@ def test_a_batch_whose_energy_was_not_measured_has_no_figure_for_it():
     texts = [text.get_text() for text in axis.texts]
     assert len(texts) == 2 + 1  # speed at both batches, performance per watt at one
     assert "nan" not in texts
+
+
+def test_fitted_gains_have_a_panel_for_each_gpu_with_its_band_and_the_datasheet():
+    gains = fitted_gains(["a100", "h100"], "FP8", (64, 1024, 8192), 4096)
+    assert gains.name.unique().tolist() == ["h100"]  # an A100 has no FP8
+    gains = fitted_gains(["a100", "h100"], "BF16", (64, 1024, 8192), 4096)
+    assert (gains.low < gains.gain).all()
+    assert (gains.gain < gains.high).all()
+    figure = plots.plot_fitted_gains(gains, "BF16", 4096)
+    assert [axis.get_title() for axis in figure.axes] == ["A100 80GB PCIe", "H100 80GB PCIe"]
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[0] == "fitted to published measurements, width 4096"
+    with pytest.raises(InputError):
+        plots.plot_fitted_gains(gains.iloc[:0], "BF16", 4096)

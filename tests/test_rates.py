@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import InputError
+from helpers.measurement.calibration import calibration
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATASHEETS, floor_ms
 
@@ -59,8 +60,9 @@ def test_another_product_runs_at_the_rate_of_the_one_nearest_in_logarithms(recor
 
 def test_no_product_is_faster_than_any_that_was_measured(recorded):
     rates = Rates.from_record(recorded(SMALL, LARGE))
-    assert rates.launch_ms == 0.004
-    assert rates.product_ms(1, 16, 16, "FP16", True) == 0.004
+    assert (rates.launch_ms, rates.sparse_launch_ms) == (0.004, 0.005)
+    assert rates.product_ms(1, 16, 16, "FP16", False) == 0.004
+    assert rates.product_ms(1, 16, 16, "FP16", True) == 0.005
 
 
 def test_no_product_is_faster_than_its_bytes(recorded):
@@ -185,3 +187,28 @@ def test_an_unknown_datatype_does_not_change_the_others(recorded):
     assert rates.product_ms(4096, 512, 512, "FP16", True) == 0.0125
     with pytest.raises(InputError, match="no datatype 'FP4'"):
         rates.product_ms(64, 512, 512, "FP4", True)
+
+
+def test_calibrated_rates_are_the_models(monkeypatch):
+    rates = Rates.calibrated("a100")
+    found = calibration("a100")
+    assert rates.measured
+    assert rates.source == found.source
+    for sparse in (False, True):
+        expected = found.milliseconds([(4096, 512, 512)], "FP16", sparse).item()
+        assert rates.product_ms(4096, 512, 512, "FP16", sparse) == expected
+    # A sparse kernel starts more slowly; a convolution's overlapping windows are read once.
+    assert rates.product_ms(16, 16, 16, "FP16", False) >= rates.launch_ms > 0
+    assert rates.product_ms(10**6, 64, 576, "FP16", False, read=1 / 9) < rates.product_ms(
+        10**6, 64, 576, "FP16", False
+    )
+    assert rates.errors("FP16") is found.datatypes["FP16"].errors
+    assert A100.errors("FP16") is None
+    for ask in (rates.errors, lambda name: rates.product_ms(64, 64, 64, name, True)):
+        with pytest.raises(AdviceError, match="no rates in FP8 from a model fitted to products"):
+            ask("FP8")
+
+
+def test_rates_of_an_unknown_gpu_are_refused():
+    with pytest.raises(AdviceError, match="There is no GPU 'x' here"):
+        Rates.calibrated("x")

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from helpers.errors import HelpersError, first_line
 from helpers.layers import Example, ModelInputs, batch_of, layer_kind, model_inputs
+from helpers.measurement.calibration import Errors
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATATYPES, TWO_OF_FOUR, Datatype
 from helpers.measurement.trace import TracedKernel, TracedLayer, trace_kernels
@@ -34,7 +36,8 @@ class Advice:
     cannot be sparse), `gain` (how many times faster it becomes; 1 where it stays dense),
     `bound` (what limits the dense kernel: arithmetic, memory or launch) and `reason` (why it
     stays dense; empty where it becomes sparse). `rest_ms` is the time of everything outside
-    of layers. `source`, `measured` and `checked` are those of `Rates`.
+    of layers. `source`, `measured` and `checked` are those of `Rates`; `errors` are those of its
+    calibration, or None.
     """
 
     layers: pd.DataFrame
@@ -44,6 +47,7 @@ class Advice:
     source: str
     measured: bool
     checked: pd.DataFrame
+    errors: Errors | None = None
 
     @property
     def dense_ms(self) -> float:
@@ -61,8 +65,63 @@ class Advice:
         return self.dense_ms / self.sparse_ms
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The speed-ups that this one should lie between, in 8 of 10 cases.
+
+        They follow from the errors of the calibration, where it predicted products that it had
+        not seen; without a calibration they are NaN. What an engine does otherwise, such as
+        fusing operations or leaving a sparse kernel unused, is not part of them.
+        """
+        if self.errors is None:
+            return math.nan, math.nan
+        able = self.layers[self.layers.sparse_ms.notna()]
+        if able.empty:
+            return 1.0, 1.0
+        parts = able.groupby(["m", "n", "k"]).dense_ms.sum()
+        error = self.errors.sum_of((parts / parts.sum()).to_numpy())
+        rest = self.dense_ms - float(able.dense_ms.sum())
+
+        def speedup(factor: float) -> float:
+            faster = np.minimum(able.dense_ms, factor * able.sparse_ms).sum()
+            return self.dense_ms / (rest + float(faster))
+
+        return speedup(math.exp(error)), speedup(math.exp(-error))
+
+    @property
+    def dense_interval(self) -> tuple[float, float]:
+        """The milliseconds that the dense time should lie between, in 8 of 10 cases."""
+        if self.errors is None:
+            return math.nan, math.nan
+        error = math.exp(self.errors.time["p80"])
+        return self.dense_ms / error, self.dense_ms * error
+
+    @property
+    def _stay_dense(self) -> str:
+        """Which of the layers that could be sparse stay dense, in words."""
+        able = self.layers[self.layers.sparse_ms.notna()]
+        if able.empty:
+            return "no layer can be sparse"
+        gains = able.gain >= LEAST_GAIN
+        if not gains.any():
+            return "no layer gains"
+        if gains.all():
+            return "every layer that can be sparse gains"
+        channels = able[["n", "k"]].min(axis=1)
+        least = channels[gains].min()
+        if (channels[~gains] < least).all():
+            return f"layers below {least} channels stay dense"
+        return f"{gains.sum()} of {len(able)} layers that can be sparse gain"
+
+    @property
     def verdict(self) -> str:
         """The prediction, its source and how far it can be trusted, in one line."""
+        if self.errors is not None:
+            low, high = self.interval
+            return (
+                f"{low:.2f}x to {high:.2f}x at batch {self.batch} in {self.datatype}; "
+                f"{self._stay_dense}. Expected {self.speedup:.2f}x, by {self.source}; 8 of 10 "
+                "such predictions of products lay within the interval"
+            )
         prediction = f"{self.speedup:.2f}x at batch {self.batch} in {self.datatype}"
         if not self.measured:
             return (
@@ -100,7 +159,7 @@ class Advice:
             f"is in work that gains less than 1 %: {stuck_ms:.3g} ms in {len(stuck)} of "
             f"{len(self.layers)} layers, {self.rest_ms:.3g} ms outside of layers."
         )
-        if self.measured and (stuck.reason == NOT_A_PRODUCT).any():
+        if self.measured and (stuck.reason == NOT_A_PRODUCT).any() and self.errors is None:
             text += " Convolutions that are not a matrix product count at the best dense rate."
         return text
 
@@ -138,6 +197,7 @@ def advise(
     example: Example | None = None,
     batch: int = 1,
     datatype: str = "FP16",
+    rules: str = "cusparselt",
 ) -> Advice:
     """Return how much faster 2:4 is predicted to make a model, before it is pruned.
 
@@ -145,9 +205,11 @@ def advise(
     time of a batch is the sum over its kernels, one after the other.
 
     Layers are linear layers, projections of attention and convolutions. One that is a matrix
-    product takes the time that the rates give for it, of dense or sparse the faster if
-    cuSPARSELt takes its weight. Other convolutions stay dense, at the best dense rate or the
-    time to move their numbers, whichever is longer. Outputs of a layer count in the width of
+    product takes the time that the rates give for it, of dense or sparse the faster if the
+    rules take its weight. Calibrated rates treat any other convolution without groups as the
+    product of its windows and its weight, which reads each pixel once. By other rates such
+    convolutions stay dense, at the best dense rate or the time to move their numbers, whichever
+    is longer; so do those in groups. Outputs of a layer count in the width of
     its inputs, as engines in FP8 and INT8 write them. Batch norms right after a layer are
     folded and free, as is a ReLU right after a layer, a batch norm or an addition.
 
@@ -164,9 +226,12 @@ def advise(
             tuple, or named ones in a dictionary; only their shapes count.
         batch: number of images; an example has its own.
         datatype: a name in `helpers.measurement.roofline.DATATYPES` whose pattern is 2:4.
+        rules: `cusparselt`, the products of PyTorch, or `tensorrt`, whose sparse kernels take
+            3x3 convolutions too.
 
     Raises:
-        InputError: neither or both of `image_shape` and `example` are given, or they are empty.
+        InputError: neither or both of `image_shape` and `example` are given, they are empty, or
+            there are no such rules.
         AdviceError: the model does not run on them, or there are no rates in this datatype.
     """
     kind = datatype_2to4(datatype)
@@ -174,7 +239,7 @@ def advise(
     layers, rest_ms = [], 0.0
     for kernel in kernels:
         if isinstance(kernel, TracedLayer):
-            layers.append(_layer_row(kernel, rates, kind))
+            layers.append(_layer_row(kernel, rates, kind, rules))
         else:
             moved = 2 * (kernel.read + kernel.written)
             rest_ms += max(rates.limits(kernel.operations, moved, datatype).values())
@@ -186,6 +251,7 @@ def advise(
         source=rates.source,
         measured=rates.measured,
         checked=rates.checked[rates.checked.datatype == datatype],
+        errors=rates.errors(datatype),
     )
 
 
@@ -195,20 +261,37 @@ def advise_batches(
     image_shape: tuple[int, int, int],
     batch_sizes: Sequence[int],
     datatype: str = "FP16",
+    rules: str = "cusparselt",
 ) -> pd.DataFrame:
     """Return what `advise` predicts for each batch size, in milliseconds.
 
     Returns:
-        The columns `batch`, `dense_ms`, `sparse_ms` and `speedup`.
+        The columns of `batch_table`.
 
     Raises:
         AdviceError: as `advise` does.
     """
-    advices = [
-        advise(model, rates, image_shape, batch=batch, datatype=datatype) for batch in batch_sizes
-    ]
+    return batch_table(
+        [
+            advise(model, rates, image_shape, batch=batch, datatype=datatype, rules=rules)
+            for batch in batch_sizes
+        ]
+    )
+
+
+def batch_table(advices: Sequence[Advice]) -> pd.DataFrame:
+    """Return advices as a table.
+
+    Returns:
+        The columns `batch`, `dense_ms`, `sparse_ms` and `speedup`; from calibrated rates also
+        `low` and `high`, the ends of the interval of the speed-up.
+    """
+    columns = ["batch", "dense_ms", "sparse_ms", "speedup"]
     rows = [[each.batch, each.dense_ms, each.sparse_ms, each.speedup] for each in advices]
-    return pd.DataFrame(rows, columns=["batch", "dense_ms", "sparse_ms", "speedup"])
+    if all(each.errors is not None for each in advices):
+        columns += ["low", "high"]
+        rows = [row + list(each.interval) for row, each in zip(rows, advices, strict=True)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def datatype_2to4(name: str) -> Datatype:
@@ -249,31 +332,80 @@ def _trace(
     return inputs, kernels
 
 
-def _layer_row(kernel: TracedLayer, rates: Rates, datatype: Datatype) -> dict[str, Any]:
+def _layer_row(kernel: TracedLayer, rates: Rates, datatype: Datatype, rules: str) -> dict[str, Any]:
     """Return a layer as a row of the table, in the order of `LAYER_COLUMNS`."""
     weight = kernel.weight
-    outputs, inputs = weight.tensor.shape[:2]
-    reason = NOT_A_PRODUCT
-    if kernel.is_product:
-        reason = why_not_sparse(weight, "cusparselt")
-        reason = reason or why_not_cusparselt(outputs, inputs, datatype.input_bytes)
-    moved = datatype.input_bytes * (kernel.read + kernel.written)
-    limits = rates.limits(kernel.operations, moved, datatype.name)
-    m, n, k = kernel.m, kernel.n, kernel.k
+    reason = why_not_sparse(weight, rules)
+    if rules == "cusparselt" and not reason:  # the weight may be in another datatype now
+        outputs, inputs = weight.tensor.shape[:2]
+        reason = why_not_cusparselt(outputs, inputs, datatype.input_bytes)
+    windows = (kernel.read - kernel.n * kernel.k) / (kernel.m * kernel.k)
+    return timed_layer(
+        rates,
+        datatype,
+        name=weight.layer_name or weight.name,
+        kind=layer_kind(weight.layer),
+        sizes=(kernel.m, kernel.n, kernel.k),
+        groups=weight.groups,
+        is_product=kernel.is_product,
+        implicit=weight.groups == 1 and not weight.transposed,
+        operations=kernel.operations,
+        numbers=kernel.read + kernel.written,
+        read=1.0 if kernel.is_product else min(windows, 1.0),
+        reason=reason,
+    )
+
+
+def timed_layer(
+    rates: Rates,
+    datatype: Datatype,
+    *,
+    name: str,
+    kind: str,
+    sizes: tuple[int, int, int],
+    groups: int,
+    is_product: bool,
+    implicit: bool,
+    operations: int,
+    numbers: int,
+    read: float,
+    reason: str,
+) -> dict[str, Any]:
+    """Return a layer with its times as a row of the table, in the order of `LAYER_COLUMNS`.
+
+    Args:
+        rates: of the GPU.
+        datatype: of weights and activations.
+        name: of the layer.
+        kind: of the layer, in words.
+        sizes: m, n and k of its product, in each group.
+        groups: of the layer.
+        is_product: whether it is one product of matrices.
+        implicit: whether it is at least the product of its windows and its weight.
+        operations: two for each multiply-accumulate.
+        numbers: that it reads and writes.
+        read: numbers of the activations over m k.
+        reason: why it cannot be sparse; empty if it can.
+    """
+    m, n, k = sizes
+    limits = rates.limits(operations, datatype.input_bytes * numbers, datatype.name)
     dense_ms, sparse_ms = max(limits.values()), math.nan
-    if kernel.is_product:
-        dense_ms = rates.product_ms(m, n, k, datatype.name, sparse=False)
+    timed = is_product or (implicit and rates.calibration is not None)
+    if timed:
+        dense_ms = rates.product_ms(m, n, k, datatype.name, sparse=False, read=read)
+    elif not reason:
+        reason = NOT_A_PRODUCT
     if not reason:
-        sparse_ms = rates.product_ms(m, n, k, datatype.name, sparse=True)
+        sparse_ms = rates.product_ms(m, n, k, datatype.name, sparse=True, read=read)
         if sparse_ms >= dense_ms:
             reason = "its sparse kernel is not faster"
     return {
-        "layer": weight.layer_name or weight.name,
-        "kind": layer_kind(weight.layer),
+        "layer": name,
+        "kind": kind,
         "m": m,
         "n": n,
         "k": k,
-        "groups": weight.groups,
+        "groups": groups,
         "dense_ms": dense_ms,
         "sparse_ms": sparse_ms,
         "gain": 1.0 if reason else dense_ms / sparse_ms,

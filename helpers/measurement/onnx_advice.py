@@ -16,10 +16,10 @@ from onnx import NodeProto
 
 from helpers.errors import InputError
 from helpers.files import shown
-from helpers.measurement.advice import LAYER_COLUMNS, Advice, datatype_2to4
+from helpers.measurement.advice import LAYER_COLUMNS, Advice, datatype_2to4, timed_layer
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import Datatype
-from helpers.sparsity.eligibility import NOT_A_PRODUCT, why_not_cusparselt
+from helpers.sparsity.eligibility import why_not_cusparselt
 from helpers.sparsity.onnx_constants import Scope
 from helpers.sparsity.onnx_file import OnnxFile
 from helpers.sparsity.onnx_inputs import Shape, complete_shapes, onnx_inputs
@@ -160,6 +160,7 @@ def advise_onnx(
         source=rates.source,
         measured=rates.measured,
         checked=rates.checked[rates.checked.datatype == datatype],
+        errors=rates.errors(datatype),
     )
 
 
@@ -176,29 +177,30 @@ def _moved(node: NodeProto, scope: Scope) -> int | None:
 
 def _row(product: OnnxProduct, moved: int, rates: Rates, datatype: Datatype) -> dict[str, Any]:
     """Return a product as a row of the table, in the order of `LAYER_COLUMNS`."""
-    limits = rates.limits(2 * product.macs, datatype.input_bytes * moved, datatype.name)
-    dense_ms, sparse_ms = max(limits.values()), math.nan
     m, n, k = product.m, product.n, product.k
+    known = m is not None and n is not None and k is not None
     reason = product.reason
-    if product.is_matrix and m and n and k:
-        dense_ms = rates.product_ms(m, n, k, datatype.name, sparse=False)
-        reason = reason or why_not_cusparselt(n, k, datatype.input_bytes)
-        if not reason:
-            sparse_ms = rates.product_ms(m, n, k, datatype.name, sparse=True)
-            if sparse_ms >= dense_ms:
-                reason = "its sparse kernel is not faster"
-    else:
-        reason = reason or NOT_A_PRODUCT
-    return {
-        "layer": product.node,
-        "kind": product.op,
-        "m": m,
-        "n": n,
-        "k": k,
-        "groups": product.groups,
-        "dense_ms": dense_ms,
-        "sparse_ms": sparse_ms,
-        "gain": 1.0 if reason else dense_ms / sparse_ms,
-        "bound": max(limits, key=limits.__getitem__),
-        "reason": reason,
-    }
+    if known and product.is_matrix:
+        reason = reason or why_not_cusparselt(n or 0, k or 0, datatype.input_bytes)
+    sizes = (m or 1, n or 1, k or 1)
+    row = timed_layer(
+        rates,
+        datatype,
+        name=product.node,
+        kind=product.op,
+        sizes=sizes,
+        groups=product.groups,
+        is_product=known and product.is_matrix,
+        implicit=known and product.groups == 1 and product.op == "Conv",
+        operations=2 * product.macs,
+        numbers=moved,
+        read=_read(sizes, moved) if known and not product.is_matrix else 1.0,
+        reason=reason,
+    )
+    return row | {"m": m, "n": n, "k": k}
+
+
+def _read(sizes: tuple[int, int, int], moved: int) -> float:
+    """Return the numbers of a convolution's input over those of all its windows."""
+    m, n, k = sizes
+    return min(max(moved - m * n - n * k, 1) / (m * k), 1.0)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from helpers.errors import InputError
 from helpers.files import shown
+from helpers.measurement.calibration import Calibration, Errors, calibration
 from helpers.measurement.roofline import TWO_OF_FOUR, Datasheet, datatype_named, floor_ms
 
 
@@ -53,6 +54,8 @@ class Rates:
     measured ones, in the columns of `helpers.measurement.gemm.measure_gemms`, or None.
     `checked` are end-to-end speed-ups that were predicted from these products and then
     measured on the same GPU: `network`, `datatype`, `batch`, `predicted`, `measured`.
+    `calibration` is the model that was fitted to published products of the GPU, or None.
+    `sparse_launch_ms` is the least time of a sparse kernel, which starts more slowly.
     """
 
     source: str
@@ -61,6 +64,8 @@ class Rates:
     launch_ms: float = 0.0
     products: pd.DataFrame | None = field(default=None, repr=False)
     checked: pd.DataFrame = field(default_factory=lambda: _table([], CHECKED), repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
+    sparse_launch_ms: float = 0.0
 
     @classmethod
     def from_datasheet(cls, sheet: Datasheet) -> "Rates":
@@ -70,6 +75,30 @@ class Rates:
             sheet: one of `helpers.measurement.roofline.DATASHEETS`.
         """
         return cls(f"the {sheet.gpu}'s datasheet", sheet.tflops, sheet.bandwidth)
+
+    @classmethod
+    def calibrated(cls, gpu: str) -> "Rates":
+        """Return a GPU's rates by a model that was fitted to published measurements.
+
+        Args:
+            gpu: a name that `helpers.measurement.calibration.calibration` takes, such as a100.
+
+        Raises:
+            AdviceError: there is no such GPU, or it has no Sparse Tensor Cores.
+        """
+        try:
+            found = calibration(gpu)
+        except InputError as error:
+            raise AdviceError(str(error)) from error
+        kernels = [(name, each.dense, each.sparse) for name, each in found.datatypes.items()]
+        return cls(
+            found.source,
+            {name: (dense.peak_tflops, sparse.peak_tflops) for name, dense, sparse in kernels},
+            min(dense.memory_gbps for _, dense, _ in kernels),
+            min(dense.launch_us for _, dense, _ in kernels) / 1000,
+            calibration=found,
+            sparse_launch_ms=min(sparse.launch_us for _, _, sparse in kernels) / 1000,
+        )
 
     @classmethod
     def from_record(cls, path: Path) -> "Rates":
@@ -106,25 +135,47 @@ class Rates:
             name: (float(dense[rows].max()), float(sparse[rows].max()))
             for name, rows in products.groupby("datatype").groups.items()
         }
-        launch_ms = float(min(products.dense_ms.min(), products.sparse_ms.min()))
-        return cls(f"products measured on {gpu}", best, bandwidth, launch_ms, products, checked)
+        least, sparse_least = float(products.dense_ms.min()), float(products.sparse_ms.min())
+        source = f"products measured on {gpu}"
+        return cls(source, best, bandwidth, least, products, checked, sparse_launch_ms=sparse_least)
 
     @property
     def measured(self) -> bool:
-        """Whether the rates were measured; if not, they are published."""
-        return self.products is not None
+        """Whether the rates were measured, here or by others; if not, they are a datasheet's."""
+        return self.products is not None or self.calibration is not None
 
-    def product_ms(self, m: int, n: int, k: int, datatype: str, sparse: bool) -> float:
+    def errors(self, datatype: str) -> Errors | None:
+        """Return how far these rates were off where they were checked; None if never."""
+        if self.calibration is None:
+            return None
+        self._best_in(datatype)
+        return self.calibration.datatypes[datatype].errors
+
+    def product_ms(
+        self, m: int, n: int, k: int, datatype: str, sparse: bool, read: float = 1.0
+    ) -> float:
         """Return the time in milliseconds of a product of activations (m, k) and a weight (n, k).
 
         Measured: at the rate of the product that is nearest in the logarithms of m, n and k,
-        but not less than the time to move its bytes, or than any kernel takes. By a datasheet:
-        `floor_ms`. Outputs count in the width of the inputs, as the next layer reads them.
+        but not less than the time to move its bytes, or than any kernel of its kind takes.
+        Calibrated: by the fitted model. By a datasheet: `floor_ms`. Outputs count in the width of
+        the inputs, as the next layer reads them.
+
+        Args:
+            m: rows of the activations.
+            n: outputs.
+            k: inputs.
+            datatype: a name in `DATATYPES`.
+            sparse: whether the weight is compressed.
+            read: the numbers that the activations have in memory over m k; only the calibrated
+                model uses it.
 
         Raises:
             AdviceError: there are no rates in this datatype.
         """
         dense_rate, sparse_rate = self._best_in(datatype)
+        if self.calibration is not None:
+            return self.calibration.milliseconds_of(m, n, k, datatype, sparse, read)
         rate = sparse_rate if sparse else dense_rate
         width = datatype_named(datatype).input_bytes
         floor = floor_ms(m, n, k, datatype, rate, self.bandwidth, sparse, output_bytes=width)
@@ -135,7 +186,7 @@ class Rates:
         nearest = (np.log(sizes / [m, n, k]) ** 2).sum(axis=1).argmin()
         times = own["sparse_ms" if sparse else "dense_ms"].to_numpy()
         scaled = times[nearest] * (m * n * k / sizes[nearest].prod())
-        return max(scaled, floor, self.launch_ms)
+        return max(scaled, floor, self.sparse_launch_ms if sparse else self.launch_ms)
 
     def limits(self, operations: float, moved: float, datatype: str) -> dict[str, float]:
         """Return the least milliseconds of a dense kernel by each thing that may limit it.

@@ -68,6 +68,8 @@ class Datasheet:
     tflops: dict[str, tuple[float, float]]  # 10^12 operations a second, dense and sparse
     bandwidth: float  # of the GPU's memory, in GB/s
     source: str
+    multiprocessors: int
+    cache_mb: float  # the last cache before the memory, in 10^6 bytes
 
     def __repr__(self) -> str:
         rates = [f"{name} {dense:g} / {sparse:g}" for name, (dense, sparse) in self.tflops.items()]
@@ -85,31 +87,111 @@ _HOPPER = {
     "FP8": (1978.9, 3957.8),
 }
 
+
+def _tflops(tf32: float, half: float, int8: float, fp8: float | None = None) -> dict:
+    """Return dense rates by datatype with the sparse ones, which are published as their doubles."""
+    dense = {"TF32": tf32, "FP16": half, "BF16": half, "INT8": int8}
+    if fp8 is not None:
+        dense["FP8"] = fp8
+    return {name: (rate, 2 * rate) for name, rate in dense.items()}
+
+
+_AMPERE = {
+    "TF32": (156.0, 312.0),
+    "FP16": (312.0, 624.0),
+    "BF16": (312.0, 624.0),
+    "INT8": (624.0, 1248.0),
+}
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture white paper"
+
+# Rates of GeForce cards are those that accumulate in FP32.
 DATASHEETS = {
     "a100": Datasheet(
-        "NVIDIA A100 80 GB SXM",
-        {
-            "TF32": (156.0, 312.0),
-            "FP16": (312.0, 624.0),
-            "BF16": (312.0, 624.0),
-            "INT8": (624.0, 1248.0),
-        },
-        2039.0,
-        "NVIDIA A100 Tensor Core GPU datasheet",
+        "NVIDIA A100 80 GB SXM", _AMPERE, 2039.0, "NVIDIA A100 Tensor Core GPU datasheet", 108, 40.0
     ),
     "h100": Datasheet(
         "NVIDIA H100 80 GB SXM",
         _HOPPER,
         3350.0,
         "NVIDIA H100 Tensor Core GPU datasheet and architecture white paper",
+        132,
+        50.0,
     ),
     "h200": Datasheet(
         "NVIDIA H200 SXM",
         _HOPPER,
         4800.0,
         "NVIDIA H200 Tensor Core GPU datasheet; its rates, rounded there, by H100's white paper",
+        132,
+        50.0,
     ),
 }
+# Cards that `advise` knows besides those of notebook 07.
+MORE_DATASHEETS = {
+    "a100-pcie": Datasheet(
+        "NVIDIA A100 80 GB PCIe", _AMPERE, 1935.0, "NVIDIA A100 datasheet", 108, 40.0
+    ),
+    "h100-pcie": Datasheet(
+        "NVIDIA H100 80 GB PCIe",
+        _tflops(378.0, 756.5, 1513.0, 1513.0),
+        2000.0,
+        "NVIDIA H100 datasheet",
+        114,
+        50.0,
+    ),
+    "b200": Datasheet(
+        "NVIDIA B200",
+        _tflops(1125.0, 2250.0, 4500.0, 4500.0),
+        8000.0,
+        "HGX B200 datasheet",
+        148,
+        126.0,
+    ),
+    "rtx4090": Datasheet(
+        "NVIDIA GeForce RTX 4090",
+        _tflops(82.6, 165.2, 660.6, 330.3),
+        1008.0,
+        "NVIDIA Ada GPU Architecture white paper",
+        128,
+        72.0,
+    ),
+    "rtx5080": Datasheet(
+        "NVIDIA GeForce RTX 5080",
+        _tflops(56.3, 112.6, 450.2, 225.1),
+        960.0,
+        "NVIDIA RTX Blackwell GPU Architecture white paper",
+        84,
+        64.0,
+    ),
+    "a10": Datasheet(
+        "NVIDIA A10", _tflops(62.5, 125.0, 250.0), 600.0, "NVIDIA A10 datasheet", 72, 6.0
+    ),
+    "a30": Datasheet(
+        "NVIDIA A30", _tflops(82.0, 165.0, 330.0), 933.0, "NVIDIA A30 datasheet", 56, 24.0
+    ),
+    "a6000": Datasheet("NVIDIA RTX A6000", _tflops(77.4, 154.8, 309.7), 768.0, _GA102, 84, 6.0),
+    "rtx3090": Datasheet(
+        "NVIDIA GeForce RTX 3090", _tflops(35.6, 71.0, 284.0), 936.0, _GA102, 82, 6.0
+    ),
+    "l4": Datasheet(
+        "NVIDIA L4", _tflops(60.0, 121.0, 242.5, 242.5), 300.0, "NVIDIA L4 datasheet", 58, 48.0
+    ),
+    "l40s": Datasheet(
+        "NVIDIA L40S",
+        _tflops(183.0, 362.0, 733.0, 733.0),
+        864.0,
+        "NVIDIA L40S datasheet",
+        142,
+        96.0,
+    ),
+}
+
+# The GPUs that `advise` knows: products of some were measured and published; others are
+# estimated from a similar one of these.
+MEASURED_GPUS = ("a100", "h100", "b200", "rtx4090", "rtx5080", "gb10")
+ESTIMATED_GPUS = (
+    "a10", "a30", "a6000", "a100-sxm", "h100-sxm", "h200", "l4", "l40s", "rtx3090",
+)  # fmt: skip
 
 
 def require_positive(**numbers: float) -> None:

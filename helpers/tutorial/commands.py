@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from helpers.errors import HelpersError, InputError, UnavailableError, WriteError
-from helpers.measurement.roofline import DATASHEETS, TWO_OF_FOUR
+from helpers.measurement.roofline import ESTIMATED_GPUS, MEASURED_GPUS, TWO_OF_FOUR
 from helpers.tutorial import print_log
 from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import Settings, relative
@@ -419,11 +419,19 @@ def advise(
         ),
     ],
     gpu: Annotated[
-        str | None, typer.Option(help=f"a datasheet: {', '.join(DATASHEETS)}; else a100")
+        str | None,
+        typer.Option(
+            help=f"measured: {', '.join(MEASURED_GPUS)}; estimated: {', '.join(ESTIMATED_GPUS)}; "
+            "else a100"
+        ),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="what benchmarks/gpu.py measured, instead of a datasheet")
+        Path | None, typer.Option(help="what benchmarks/gpu.py measured on your GPU, instead")
     ] = None,
+    datasheet: Annotated[
+        bool,
+        typer.Option("--datasheet", help="take the peaks of the datasheet, which none reaches"),
+    ] = False,
     batch: Annotated[
         list[int] | None, typer.Option(help="batch size; give it several times; else 1, 32, 256")
     ] = None,
@@ -439,7 +447,7 @@ def advise(
         as_json,
         own_models.advise,
         model,
-        own_models.find_rates(gpu, rates),
+        own_models.find_rates(gpu, rates, datasheet),
         batch or [],
         datatype.upper(),
         image_size,

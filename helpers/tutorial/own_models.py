@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import nn
 
 from helpers import machine
@@ -31,10 +30,11 @@ from helpers.inference.file_runners import (
     why_no_engine_runs,
 )
 from helpers.measurement.advice import advise as advise_one
+from helpers.measurement.advice import batch_table
 from helpers.measurement.file_benchmark import AGAIN, compare_files, describe_comparison
 from helpers.measurement.onnx_advice import advise_onnx
 from helpers.measurement.rates import Rates
-from helpers.measurement.roofline import DATASHEETS
+from helpers.measurement.roofline import DATASHEETS, MORE_DATASHEETS
 from helpers.sparsity import prune_2to4_, sparsity_report
 from helpers.sparsity.compressed import read_checkpoint
 from helpers.sparsity.onnx_file import OnnxFile
@@ -227,21 +227,29 @@ def prune(
 # --- advise ---
 
 
-def find_rates(gpu: str | None, record: Path | None) -> Rates:
-    """Return the rates of a GPU by its datasheet, the A100's by default, or by a record.
+def find_rates(gpu: str | None, record: Path | None, by_datasheet: bool = False) -> Rates:
+    """Return the rates of a GPU, the A100 by default, or those of a record.
+
+    Args:
+        gpu: its name: rates fitted to published products of it, or scaled from a similar card.
+        record: what `benchmarks/gpu.py` measured, instead.
+        by_datasheet: take the published peaks of the GPU, which no kernel reaches.
 
     Raises:
-        TutorialError: both are given, or there is no such datasheet.
-        AdviceError: as `Rates.from_record`.
+        TutorialError: a record is given with one of the others, or there is no such datasheet.
+        AdviceError: as `Rates.from_record` and `Rates.calibrated`.
     """
-    if gpu is not None and record is not None:
-        raise TutorialError("Give either --gpu, a datasheet, or --rates, a measurement.")
     if record is not None:
+        if gpu is not None or by_datasheet:
+            raise TutorialError("Give either --rates, a measurement, or --gpu and --datasheet.")
         return Rates.from_record(record)
-    sheet = "a100" if gpu is None else gpu.lower()
-    if sheet not in DATASHEETS:
-        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(DATASHEETS)}.")
-    return Rates.from_datasheet(DATASHEETS[sheet])
+    name = "a100" if gpu is None else gpu.lower()
+    if not by_datasheet:
+        return Rates.calibrated(name)
+    sheets = DATASHEETS | MORE_DATASHEETS
+    if name not in sheets:
+        raise TutorialError(f"There is no datasheet {gpu!r}; there are {', '.join(sheets)}.")
+    return Rates.from_datasheet(sheets[name])
 
 
 def advise(
@@ -285,16 +293,13 @@ def advise(
             for batch in sorted(set(batch_sizes or (1, 32, 256)))
         ]
         title = f"{name} at {size}x{size} in {datatype}, from {rates.source}"
-    rows = [
-        {"batch": a.batch, "dense_ms": a.dense_ms, "sparse_ms": a.sparse_ms, "speedup": a.speedup}
-        for a in advices
-    ]
+    table = batch_table(advices)
+    rows = table.to_dict("records")
     lines = [title]
     if not rates.measured:
         lines.append(
             "Floors, not measurements: at the published peaks, all operands from GPU memory."
         )
-    table = pd.DataFrame(rows)
     lines += [table.to_string(index=False, float_format="{:.3g}".format), "", repr(advices[-1])]
     facts = {
         "model": name,

@@ -4,6 +4,7 @@ Dense is grey and sparse is green throughout; pruned but not yet retrained is or
 dense twin is blue.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -541,3 +542,83 @@ def _label_below(axis: Axes, places: pd.DataFrame) -> None:
             rotation_mode="anchor", ha="left", va="center", fontsize=8,
             arrowprops=leader if last < across[at] else None,
         )  # fmt: skip
+
+
+def plot_fitted_gains(gains: pd.DataFrame, datatype: str, width: int) -> Figure:
+    """Draw the gain of a layer over its rows, one panel for each GPU.
+
+    Args:
+        gains: as `helpers.measurement.calibration.fitted_gains` returns it.
+        datatype: of the layer.
+        width: outputs and inputs of the layer.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if gains.empty:
+        raise InputError(f"There is no gain in {datatype} to draw; choose GPUs that have it.")
+    gpus = list(dict.fromkeys(gains.gpu))
+    figure, axes = _axes(max(6, 2.3 * len(gpus)), 3.4, len(gpus), sharey=True)
+    for axis, gpu in zip(axes, gpus, strict=True):
+        own = gains[gains.gpu == gpu]
+        axis.fill_between(own.rows, own.low, own.high, color=SPARSE, alpha=0.25, linewidth=0)
+        axis.plot(own.rows, own.gain, color=SPARSE)
+        axis.axhline(1, color=DENSE, linewidth=1)
+        axis.axhline(2, color="#333333", linestyle="--", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_title(gpu, fontsize=9)
+        axis.set_xlabel("rows")
+    axes[0].set_ylabel(f"dense time over sparse time, {datatype}")
+    handles: list[Artist] = [
+        Line2D([], [], color=SPARSE, label=f"fitted to published measurements, width {width}"),
+        Patch(color=SPARSE, alpha=0.25, label="8 of 10 measured products"),
+        Line2D([], [], color="#333333", linestyle="--", label="datasheet"),
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    return figure
+
+
+def plot_published(rows: pd.DataFrame) -> Figure:
+    """Draw predicted speed-ups of whole networks beside the published ones, by batch size.
+
+    Args:
+        rows: of `benchmarks/results/published_networks.json`: `network`, `gpu`, `library`,
+            `batch`, `predicted`, `low`, `high` and `error`, predicted less published.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if rows.empty:
+        raise InputError("There is no network to draw; give the rows of the result.")
+    groups = list(rows.groupby(["network", "gpu", "library"], sort=False))
+    columns = min(4, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False, sharey=True
+    )
+    plt.close(figure)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis, ((network, gpu, library), own) in zip(axes.flat, groups, strict=False):
+        own = own.sort_values("batch")
+        places = np.arange(len(own))
+        spread = [own.predicted - own.low, own.high - own.predicted]
+        axis.errorbar(
+            places, own.predicted, spread, color=SPARSE, marker="o", markersize=4, capsize=2
+        )
+        axis.plot(places, own.predicted - own.error, "D", color="#333333", markersize=4)
+        axis.axhline(1, color=DENSE, linewidth=1)
+        axis.set_xticks(places, own.batch.astype(str), fontsize=7)
+        axis.set_title(f"{network}\n{gpu}, {library}", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("speed-up by 2:4", fontsize=8)
+    handles: list[Artist] = [
+        Line2D([], [], color=SPARSE, marker="o", label="predicted, with its interval"),
+        Line2D([], [], color="#333333", marker="D", linestyle="", label="published"),
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", ncols=2)
+    figure.supxlabel("batch size", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    return figure
