@@ -178,7 +178,7 @@ def test_pruning_and_retraining_follow_the_rules(run, tiny_settings):
     for command in (("prune", "--rules", "any"), ("retrain",)):
         status, *said = run(*command)
         assert status == 0, said
-    grouped = "layer1.0.conv2.weight"
+    grouped = "layer2.0.conv2.weight"
     for name in ("02_pruned.safetensors", "03_retrained.safetensors"):
         weights = eligible_weights(load_checkpoint(artifacts.require(name)), "any")
         assert grouped in weights
@@ -485,7 +485,9 @@ def test_the_case_studys_files_from_report_to_benchmark(run, case_study, tmp_pat
     assert [line.split()[0] for line in said.splitlines()[4:7]] == ["dense", "dense", "sparse"]
     status, said, _ = run("advise", dense, "--shape", "input_1:8x3x32x32")
     assert status == 0
-    assert "in FP16, from the NVIDIA A100" in said
+    assert "in FP16, from a model fitted to products published for the A100" in " ".join(
+        said.split()
+    )
 
 
 def as_json(run, *arguments):
@@ -522,9 +524,9 @@ def test_every_command_on_a_file_prints_json_and_nothing_else(run, case_study, t
 
 
 def test_checkpoints_and_networks_are_reported_and_pruned(run, tmp_path):
-    model = create_model("resnext14_8x4d", 10)
-    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x4d")
-    for name in ("resnext14_8x4d", tmp_path / "dense.safetensors"):
+    model = create_model("resnext14_8x1d", 10)
+    save_checkpoint(model, tmp_path / "dense.safetensors", "resnext14_8x1d")
+    for name in ("resnext14_8x1d", tmp_path / "dense.safetensors"):
         status, said, _ = run("report", name)
         assert status == 0
         assert said.startswith("12 of 17 layers can be sparse (tensorrt)")

@@ -20,7 +20,7 @@ RATES = Rates.from_datasheet(DATASHEETS["a100"])
 
 @pytest.fixture(scope="module")
 def model():
-    return networks.create_model("resnext14_8x4d", 10).eval()
+    return networks.create_model("resnext14_8x1d", 10).eval()
 
 
 @pytest.fixture(scope="module")

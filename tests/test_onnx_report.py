@@ -36,7 +36,7 @@ def ones(*shape):
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_file_and_its_model_have_the_same_report(tmp_path, pruned):
-    model = networks.create_model("resnext14_8x4d", 10).eval()
+    model = networks.create_model("resnext14_8x1d", 10).eval()
     if pruned:
         prune_2to4_(model)
     path = export_onnx(model, tmp_path / "net.onnx", (1, 28, 28))

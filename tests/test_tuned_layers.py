@@ -77,8 +77,8 @@ def test_exactly_the_eligible_layers_become_gemms():
     layers = use_gemms_(folded, "dense")
     assert {"conv1", "layer1.0.conv2", "fc"} <= set(others)  # 3x3, grouped, ten outputs
     assert all(folded.get_submodule(name) is layer for name, layer in others.items())
-    expected = {f"layer{i}.0.{conv}" for i in range(1, 5) for conv in ("conv1", "conv3")}
-    expected |= {f"layer{i}.0.downsample.0" for i in range(2, 5)}
+    expected = {f"layer{i}.0.{conv}" for i in range(2, 5) for conv in ("conv1", "conv3")}
+    expected |= {f"layer{i}.0.downsample.0" for i in range(2, 5)}  # layer1 has 8 channels inside
     assert {layer.name for layer in layers} == expected
 
 
