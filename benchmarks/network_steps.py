@@ -100,6 +100,9 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _told(error: BaseException) -> str:
+    """Return the class and the first line of what an error was caused by."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"[:400]
 
 
