@@ -5,18 +5,19 @@ Shown in `01_load_pretrained.ipynb`.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from helpers.computed_weights import Shape, find_source, used_weight
 from helpers.errors import InputError
 from helpers.products import Product, watch_products
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Layers with weights that are listed and counted, but never pruned.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+UNSUPPORTED = (*RECURRENT, nn.Bilinear)
 
 # What a model is called with: one tensor, several, or named ones.
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -33,29 +37,62 @@ ModelInputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """A weight of a linear layer, a convolution or an attention layer.
+    """A weight of a linear layer, a convolution, an attention layer or a recurrent one.
 
-    `name` is the parameter's name in the model, `attribute` its name in the layer.
+    `name` is the name in the model of the parameter that holds the numbers, as in `state_dict`;
+    `attribute` is what the layer calls the weight. They differ where the layer computes the
+    weight from the parameter: `path` is then the parameter's path in the layer. `refusal` says
+    why no 2:4 of the parameter reaches a product; empty if it does. `tied_to` holds the other
+    names of the same parameter, each with the module that it belongs to, which may be an
+    embedding.
     """
 
     name: str
     layer: nn.Module
     attribute: str
+    path: str = ""
+    is_computed: bool = False
+    refusal: str = ""
+    tied_to: tuple[tuple[str, nn.Module], ...] = ()
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as the layer sees it."""
-        return getattr(self.layer, self.attribute)
+        """The weight as it is multiplied by."""
+        if not self.is_computed:
+            return getattr(self.layer, self.attribute)
+        inputs = smallest_inputs(self.layer, self.shape)
+        return used_weight(self.layer, self.attribute, inputs, self.input_dim)
+
+    @property
+    def stored(self) -> nn.Parameter | None:
+        """The parameter that holds the numbers; None if there is not one for each of them."""
+        owner, _, name = (self.path or self.attribute).rpartition(".")
+        return self.layer.get_submodule(owner)._parameters.get(name)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight."""
+        return self._like.shape
+
+    @property
+    def element_size(self) -> int:
+        """The bytes of one of its numbers."""
+        return self._like.element_size()
+
+    @property
+    def _like(self) -> Tensor:
+        stored = self.stored
+        return getattr(self.layer, self.attribute) if stored is None else stored
 
     @property
     def is_parameter(self) -> bool:
-        """Whether the layer holds the weight itself, and does not compute it from others."""
-        return self.attribute in self.layer._parameters
+        """Whether the layer multiplies by the parameter itself."""
+        return not self.is_computed and self.attribute in self.layer._parameters
 
     @property
     def layer_name(self) -> str:
         """The layer's name in the model; empty if the model is this one layer."""
-        return self.name.rpartition(".")[0]
+        return self.name.removesuffix(self.path or self.attribute).removesuffix(".")
 
     @property
     def transposed(self) -> bool:
@@ -65,25 +102,75 @@ class LayerWeight:
     @property
     def input_dim(self) -> int:
         """The dimension of the input channels."""
-        return 0 if self.transposed else 1
+        return 0 if self.transposed or _is_gpt2_linear(self.layer) else 1
 
     @property
     def groups(self) -> int:
         """Groups of a convolution; 1 for other layers."""
-        return getattr(self.layer, "groups", 1)
+        return self.layer.groups if isinstance(self.layer, CONVOLUTIONS + TRANSPOSED) else 1
 
     @property
     def input_channels(self) -> int:
         """The input channels that one output channel sums over."""
-        channels = self.tensor.shape[self.input_dim]
+        channels = self.shape[self.input_dim]
         return channels // self.groups if self.transposed else channels
+
+    @property
+    def output_channels(self) -> int:
+        """The output channels, of all groups together."""
+        channels = self.shape[1 - self.input_dim]
+        return channels * self.groups if self.transposed else channels
+
+
+def _is_gpt2_linear(layer: nn.Module) -> bool:
+    """Return whether this is the linear layer of GPT-2, whose weight is (inputs, outputs)."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return module is not None and isinstance(layer, module.Conv1D)
 
 
 def _attributes(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, nn.MultiheadAttention):
         packed = layer.in_proj_weight is not None
         return ("in_proj_weight",) if packed else tuple(f"{x}_proj_weight" for x in "qkv")
-    return ("weight",) if isinstance(layer, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) else ()
+    if isinstance(layer, nn.RNNBase):
+        return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
+    if isinstance(layer, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    kinds = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
+    return ("weight",) if isinstance(layer, kinds) or _is_gpt2_linear(layer) else ()
+
+
+_FORWARDS = {
+    kind.forward for kind in (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED)
+}
+_CONVOLVES = {nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward}
+
+
+def _computes(layer: nn.Module, attribute: str) -> bool:
+    """Return whether a layer may multiply by something else than the parameter itself."""
+    parameter = layer._parameters.get(attribute)
+    if parameter is None or getattr(layer, attribute) is not parameter:
+        return True
+    kind, own = type(layer), vars(layer)
+    if _is_gpt2_linear(layer):
+        return kind.__name__ != "Conv1D" or "forward" in own
+    if kind.forward not in _FORWARDS or "_conv_forward" in own:
+        return True
+    if isinstance(layer, CONVOLUTIONS) and type(layer)._conv_forward not in _CONVOLVES:
+        return True
+    # Accelerate wraps the forward that a layer has, and keeps it under this name.
+    kept = getattr(own.get("_old_forward"), "__func__", None)
+    return "forward" in own and kept not in _FORWARDS
+
+
+def smallest_inputs(layer: nn.Module, shape: torch.Size) -> list[Shape]:
+    """Return the shapes of the smallest inputs that a layer with a weight of this shape takes."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return [(1, layer.embed_dim), (1, layer.kdim), (1, layer.vdim)]
+    if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
+        sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+        return [(1, layer.in_channels, *(step * (size - 1) + 1 for size, step in sizes))]
+    return [(1, shape[0 if _is_gpt2_linear(layer) else -1])]
 
 
 def _uses(model: nn.Module) -> Iterator[LayerWeight]:
@@ -91,22 +178,61 @@ def _uses(model: nn.Module) -> Iterator[LayerWeight]:
     first: dict[int, str] = {}
     for prefix, layer in model.named_modules():
         for attribute in _attributes(layer):
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            parameter = layer._parameters.get(attribute)
+            use = _use(layer, attribute)
+            if use is None:
+                continue
+            name = f"{prefix}.{use.name}" if prefix else use.name
+            parameter = use.stored
             if parameter is not None:
                 name = first.setdefault(id(parameter), name)
-            yield LayerWeight(name, layer, attribute)
+            yield replace(use, name=name)
+
+
+def _use(layer: nn.Module, attribute: str) -> LayerWeight | None:
+    """Return a weight of a layer, named as if the layer were the model."""
+    if isinstance(layer, UNSUPPORTED):
+        kind = "bilinear" if isinstance(layer, nn.Bilinear) else "recurrent"
+        return LayerWeight(attribute, layer, attribute, refusal=f"{kind}: not supported")
+    if not _computes(layer, attribute):
+        return LayerWeight(attribute, layer, attribute)
+    held = getattr(layer, attribute, None)
+    if not isinstance(held, Tensor):  # this layer has another weight in its place
+        return None
+    unsaved = LayerWeight(attribute, layer, attribute)
+    inputs = smallest_inputs(layer, held.shape)
+    path, as_it_is, refusal = find_source(layer, attribute, inputs, unsaved.input_dim)
+    return LayerWeight(path, layer, attribute, path, not as_it_is, refusal)
 
 
 def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
-    """Return the weights of a model's linear, convolution and attention layers, by name.
+    """Return the weights of a model's layers by the names of the parameters.
 
-    A subclass of such a layer counts as one; a weight that several layers share comes once.
+    Layers are linear ones, convolutions, attention, recurrent and bilinear ones; a subclass
+    counts as one. A weight that several layers share comes once.
     """
     weights: dict[str, LayerWeight] = {}
     for use in _uses(model):
-        weights.setdefault(use.name, use)
+        known = weights.setdefault(use.name, use)
+        if use.refusal and not known.refusal:
+            weights[use.name] = replace(known, refusal=use.refusal)
+    for name, also in _tied(model, weights).items():
+        weights[name] = replace(weights[name], tied_to=also)
     return weights
+
+
+def _tied(
+    model: nn.Module, weights: Mapping[str, LayerWeight]
+) -> dict[str, tuple[tuple[str, nn.Module], ...]]:
+    """Return the other names of the weights that have some, with the modules they belong to."""
+    by_parameter = {id(weight.stored): name for name, weight in weights.items()}
+    others: dict[str, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            weight = by_parameter.get(id(parameter)) if parameter is not None else None
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if weight is not None and name != weight:
+                others.setdefault(weight, []).append((name, module))
+    return {name: tuple(also) for name, also in others.items()}
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -119,11 +245,14 @@ def layer_kind(layer: nn.Module) -> str:
     """Return what kind of layer this is, in words, such as "grouped 3x3 convolution"."""
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) or _is_gpt2_linear(layer):
         return "linear"
+    if isinstance(layer, UNSUPPORTED):
+        return "bilinear" if isinstance(layer, nn.Bilinear) else "recurrent"
     if not isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         raise InputError(
-            f"A {type(layer).__name__} is not a linear layer, a convolution or an attention layer."
+            f"A {type(layer).__name__} is not a linear layer, a convolution, an attention layer "
+            "or a recurrent one."
         )
     size = "x".join(map(str, layer.kernel_size))
     grouped = "grouped " if layer.groups > 1 else ""
@@ -200,6 +329,65 @@ def batch_of(inputs: ModelInputs) -> int:
 # --- what each weight costs ---
 
 
+@dataclass(frozen=True)
+class MacCount:
+    """The multiply-accumulates of every product of a model, while it runs once.
+
+    `layers` counts those with the weights of `layer_weights`, by name and in order of execution;
+    `sparse` those of them that sum over the weight's input channels, and so could skip its
+    zeros. `parameters` counts products with other parameters of the model, such as the experts
+    of a mixture, and `without_weight` the products of two activations, such as the scores of
+    attention, and of whatever else the model computes.
+    """
+
+    layers: Counter[str]
+    sparse: Counter[str]
+    parameters: Counter[str]
+    without_weight: int
+
+    @property
+    def total(self) -> int:
+        """The multiply-accumulates of the whole network."""
+        return self.layers.total() + self.parameters.total() + self.without_weight
+
+
+def count_macs(
+    model: nn.Module, inputs: ModelInputs, weights: Mapping[str, LayerWeight]
+) -> MacCount:
+    """Count the multiply-accumulates of a model for some inputs.
+
+    Args:
+        model: any model; it runs once, in evaluation mode, and gets its mode back.
+        inputs: what `model_inputs` returned.
+        weights: what `layer_weights(model)` returned.
+    """
+    parameters = dict(model.named_parameters())
+    known = {id(weight.stored): name for name, weight in weights.items()}
+    watched = {known.get(id(each), name): each for name, each in parameters.items()}
+    count = MacCount(Counter(), Counter(), Counter(), 0)
+    without_weight = 0
+
+    def add(product: Product) -> None:
+        nonlocal without_weight
+        names = (product.weight,) if product.weight else product.computed_from
+        name = next((name for name in names if name in weights), "")
+        if name:
+            weight = weights[name]
+            count.layers[name] += product.macs
+            if product.sums_over(watched[name], weight.input_dim):
+                count.sparse[name] += product.macs
+        elif names:
+            count.parameters[names[0]] += product.macs
+        else:
+            without_weight += product.macs
+
+    args, kwargs = inputs
+    watching = watch_products(watched, add, model.buffers())
+    with torch.no_grad(), in_mode(model, training=False), watching:
+        model(*args, **kwargs)
+    return replace(count, without_weight=without_weight)
+
+
 def layer_table(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
@@ -223,72 +411,28 @@ def layer_table(
         InputError: neither or both of `image_shape` and `example` are given, or there is no
             such image, or no tensor in the example.
     """
+    inputs = model_inputs(model, image_shape, example)
+    weights = layer_weights(model) if weights is None else weights
+    return table_of(weights, count_macs(model, inputs, weights))
+
+
+def table_of(weights: Mapping[str, LayerWeight], count: MacCount) -> pd.DataFrame:
+    """Return the table of `layer_table` for MACs that were counted before."""
     import pandas as pd
 
-    args, kwargs = model_inputs(model, image_shape, example)
-    weights = layer_weights(model) if weights is None else weights
-    # Cached, a weight that a parametrization computes is one tensor throughout the run.
-    with torch.no_grad(), in_mode(model, training=False), parametrize.cached():
-        tensors = {name: weight.tensor for name, weight in weights.items()}
-        macs = _macs_by_weight(model, tensors, args, kwargs)
     rows = [
         {
             "weight": name,
             "kind": layer_kind(weights[name].layer),
-            "shape": "x".join(map(str, tensors[name].shape)),
+            "shape": "x".join(map(str, weights[name].shape)),
             "groups": weights[name].groups,
-            "parameters": tensors[name].numel(),
-            "macs": macs[name],
+            "parameters": weights[name].shape.numel(),
+            "macs": count.layers[name],
         }
-        for name in {**macs, **weights}
+        for name in {**count.layers, **weights}
     ]
     columns = ["weight", "kind", "shape", "groups", "parameters", "macs"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _macs_by_weight(
-    model: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Counter[str]:
-    """Return the MACs with each weight while the model runs once, in order of execution."""
-    macs: Counter[str] = Counter()
-    uses: dict[nn.Module, list[LayerWeight]] = {}
-    for use in _uses(model):
-        if use.name in weights:
-            uses.setdefault(use.layer, []).append(use)
-    running: list[nn.Module | None] = []  # the innermost last; None while its hooks prepare it
-
-    def count(product: Product) -> None:
-        name, layer = product.weight, running[-1] if running else None
-        if running and layer is None:
-            return
-        if not name and layer is not None:
-            # Some layers compute a factor of their weight's shape at each call: those that
-            # standardise or quantise it, and those of `torch.nn.utils.weight_norm`.
-            shapes = (product.factor.shape, product.factor.shape[::-1])  # or its transpose
-            computed = (use.name for use in uses[layer] if weights[use.name].shape in shapes)
-            name = next(computed, "")
-        if name:
-            macs[name] += product.macs
-
-    def prepare(*_: object) -> None:
-        running.append(None)
-
-    def enter(layer: nn.Module, _: object) -> None:
-        running[-1] = layer
-
-    def leave(*_: object) -> None:
-        running.pop()
-
-    hooks = [layer.register_forward_pre_hook(prepare, prepend=True) for layer in uses]
-    hooks += [layer.register_forward_pre_hook(enter) for layer in uses]
-    hooks += [layer.register_forward_hook(leave, always_call=True) for layer in uses]
-    try:
-        with watch_products(weights, count):
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return macs
 
 
 @contextmanager

@@ -195,10 +195,13 @@ def test_attention_is_eligible_by_all_rules(rules):
 
 
 @pytest.mark.parametrize("rules", ["tensorrt", "asp", "cusparselt", "any"])
-def test_a_computed_weight_is_not_eligible(rules):
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
-    assert verdict(layer, rules) == ["computed from other parameters"]
-    assert eligible_weights(layer, rules) == {}
+def test_a_computed_weight_is_eligible_where_its_zeros_survive(rules):
+    normalised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    orthogonal = nn.utils.parametrizations.orthogonal(nn.Linear(16, 16))
+    assert verdict(normalised, rules) == [""]
+    assert list(eligible_weights(normalised, rules)) == ["parametrizations.weight.original1"]
+    assert verdict(orthogonal, rules) == ["computed from other parameters"]
+    assert eligible_weights(orthogonal, rules) == {}
 
 
 def test_an_unknown_rules_are_refused_with_the_known_ones():

@@ -674,14 +674,19 @@ def test_a_layer_that_is_never_called_is_named():
     )
 
 
-def test_a_weight_that_is_standardised_before_its_use_is_named():
-    class Standardised(nn.Conv2d):
+def test_a_weight_that_is_standardised_outside_its_layer_is_named():
+    class Standardised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(4, 8, 1)
+
         def forward(self, x):
-            return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+            weight = self.inner.weight
+            return F.conv2d(x, weight - weight.mean(1, keepdim=True), self.inner.bias)
 
     fails(
-        nn.Sequential(Standardised(4, 8, 1)),
-        r"cannot prune 0\.weight: .* or computes another weight from it",
+        nn.Sequential(Standardised()),
+        r"cannot prune 0\.inner\.weight: .* or computes another weight from it",
     )
 
 

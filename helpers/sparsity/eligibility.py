@@ -59,20 +59,18 @@ def _asp(weight: LayerWeight) -> str:
     """Allow what NVIDIA's ASP prunes, so that results can be compared with published ones."""
     if weight.transposed:
         return "transposed: not among ASP's layers"
-    outputs, inputs = weight.tensor.shape[:2]
-    if outputs % 8:
-        return f"{outputs} output channels: not a multiple of 8"
-    if inputs % 16:
-        return f"{inputs} input channels: not a multiple of 16"
+    if weight.output_channels % 8:
+        return f"{weight.output_channels} output channels: not a multiple of 8"
+    if weight.input_channels % 16:
+        return f"{weight.input_channels} input channels: not a multiple of 16"
     return ""
 
 
 def _cusparselt(weight: LayerWeight) -> str:
     """Allow the matrix products that cuSPARSELt has, in the data type of the weight."""
-    rows, columns, *kernel = weight.tensor.shape
-    if weight.transposed or weight.groups > 1 or any(size > 1 for size in kernel):
+    if weight.transposed or weight.groups > 1 or any(size > 1 for size in weight.shape[2:]):
         return NOT_A_PRODUCT
-    return why_not_cusparselt(rows, columns, weight.tensor.element_size())
+    return why_not_cusparselt(weight.output_channels, weight.input_channels, weight.element_size)
 
 
 def why_not_cusparselt(rows: int, columns: int, element_size: int = 2) -> str:
@@ -114,7 +112,7 @@ def why_not_sparse(weight: LayerWeight, rules: str = "tensorrt") -> str:
     ASP in NVIDIA/apex, apex/contrib/sparsity; torch.sparse.semi_structured (cuSPARSELt).
     """
     why_not = _rules(rules)
-    return why_not(weight) if weight.is_parameter else "computed from other parameters"
+    return weight.refusal or why_not(weight)
 
 
 def _rules(name: str) -> Callable[[LayerWeight], str]:
@@ -127,7 +125,15 @@ def _rules(name: str) -> Callable[[LayerWeight], str]:
 class Candidate(LayerWeight):
     """A weight with its verdict: `reason` says why it stays dense, and is empty if it need not."""
 
-    reason: str
+    reason: str = ""
+
+    @classmethod
+    def judged(cls, weight: LayerWeight, reason: str) -> "Candidate":
+        """Return a weight with a verdict."""
+        return cls(
+            weight.name, weight.layer, weight.attribute, weight.path, weight.is_computed,
+            weight.refusal, weight.tied_to, reason,
+        )  # fmt: skip
 
     @property
     def eligible(self) -> bool:
@@ -136,8 +142,10 @@ class Candidate(LayerWeight):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as a parameter of its layer; an eligible weight is always one."""
-        return self.layer.get_parameter(self.attribute)
+        """The parameter that is pruned; an eligible weight always has one."""
+        if self.stored is None:
+            raise InputError(f"{self.name} is {self.reason}: no single parameter can be pruned.")
+        return self.stored
 
 
 def select_weights(
@@ -158,7 +166,7 @@ def select_weights(
             reason = "not included"
         else:
             reason = why_not_sparse(weight, rules)
-        candidates.append(Candidate(weight.name, weight.layer, weight.attribute, reason))
+        candidates.append(Candidate.judged(weight, reason))
     return candidates
 
 
