@@ -16,7 +16,7 @@ from helpers.errors import InputError, WriteError
 
 def shown(path: Path) -> str:
     """Return a path as messages show it: relative if it is below the working folder, else full."""
-    path = Path(path).resolve()
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would show where a link leads)
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

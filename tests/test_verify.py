@@ -19,7 +19,10 @@ from helpers.sparsity import (
 from helpers.sparsity.compressed import Checkpoint
 from helpers.training.networks import create_model, create_on_meta, save_checkpoint
 
-COLUMNS = ["layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason"]
+COLUMNS = [
+    "layer", "type", "weight", "shape", "groups", "eligible", "is_2to4", "zeros", "reason",
+    "judged",
+]  # fmt: skip
 
 
 class OwnConv(nn.Conv2d):

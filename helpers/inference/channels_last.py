@@ -19,7 +19,7 @@ from helpers.errors import InputError
 from helpers.files import atomic_write, shown
 from helpers.inference.onnx_session import onnx_max_relative_error
 from helpers.sparsity.eligibility import why_not_tensorrt
-from helpers.sparsity.onnx_weights import STANDARD_DOMAINS, load_onnx
+from helpers.sparsity.onnx_file import STANDARD_DOMAINS, load_onnx
 
 
 def rewrite_1x1_as_matmul(

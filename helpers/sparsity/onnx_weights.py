@@ -1,354 +1,400 @@
-"""The weights of an ONNX file as its nodes see them.
+"""Every product of an ONNX file with a constant, and the constant as its node sees it.
 
-Whatever a file computes from constants alone (casts, transpositions, reshapes,
-dequantisation) is computed first. Used in `04_export_onnx.ipynb`.
+Whatever a file computes from constants alone (casts, transpositions, reshapes, dequantisation) is
+computed first. Used in `04_export_onnx.ipynb`.
+
+A weight is a constant that multiplies every row of the activations alike: the weight of a
+convolution, or a matrix on either side of a product. Not every constant is one:
+
+- If both factors are constants, so is their product, and no product is left when a runtime has
+  loaded the file. Tables of relative positions that a small network transforms are of this kind.
+- A right factor with a matrix for each head, position or expert is a batch of matrices, and so
+  is not the one matrix for which TensorRT's documentation promises sparse kernels.
+- A left factor with a dimension for the batch, even one of size 1, has the form of activations:
+  learned queries, for instance.
+- The data of a convolution whose kernel is computed at run time.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper
-from onnx.numpy_helper import to_array
-from onnx.reference import ReferenceEvaluator
+from onnx import NodeProto
 
 from helpers.errors import InputError
 from helpers.files import shown
+from helpers.sparsity.onnx_constants import (
+    MICROSOFT,
+    Scope,
+    attributes_of,
+    dequantize,
+    scope_of,
+)
+from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
+from helpers.sparsity.onnx_macs import count_macs, infer_shapes
 
-# The operators that TensorRT runs sparse, and their inputs that can be weights.
-_SPARSE_OPS = {"Conv": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
-# Other operators that multiply by weights.
-_DENSE_OPS = {
-    "ConvInteger": (1,),
-    "ConvTranspose": (1,),
-    "DeformConv": (1,),
-    "Einsum": (0, 1, 2, 3),
-    "GRU": (1, 2),
-    "LSTM": (1, 2),
-    "MatMulInteger": (0, 1),
-    "QLinearConv": (3,),
-    "QLinearMatMul": (0, 3),
-    "RNN": (1, 2),
-}
-_RANDOM_OPS = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
-STANDARD_DOMAINS = ("", "ai.onnx")
-_FLOATS = (AttributeProto.FLOAT, AttributeProto.FLOATS)
-
-_Stored = TensorProto | onnx.SparseTensorProto
-
-
-def load_onnx(path: Path) -> onnx.ModelProto:
-    """Return an ONNX model; tensors in external files are checked, but not read.
-
-    Raises:
-        InputError: the file is missing or is not an ONNX model.
-    """
-    try:
-        model = onnx.load(path, load_external_data=False)
-        # The checker parses the file once more, in C++: it takes a path or bytes, no parsed
-        # model, and looks for external data only if it has the path.
-        onnx.checker.check_model(str(path))
-    except OSError as error:
-        raise InputError(f"{shown(path)} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # protobuf and ONNX raise classes without a common base
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{shown(path)} is not a valid ONNX model: {reason}") from error
-    return model
+AT_RUN_TIME = "the weight is computed at run time"
+BOTH_CONSTANT = "both factors are constants: computed once, when the file is loaded"
 
 
 @dataclass(frozen=True)
 class NodeWeight:
-    """A weight that a node of an ONNX file multiplies by.
+    """A constant that a node of an ONNX file multiplies by, or a product without one.
 
-    `value` is None if the numbers are not known, and `why_unknown` says why. With `in_fours` the
-    value is shaped (out, in, ...), where `in` is the axis that is summed over; without, the
-    operator never runs sparse and the value has the shape in which it is stored.
+    With `in_fours` the operator may run sparse, and the value is shaped (out, in, ...), where
+    `in` is the axis that is summed over. Without, `exempt` says why it never does, and the value
+    has the shape in which it is stored. If the numbers are not known, `value` is None and
+    `why_not_judged` says why; for a product that has no constant `value` is None as well.
     """
 
     node: str
     op: str
-    weight: str  # its name in the file, or if its numbers are not known in the node
+    weight: str  # the stored tensor, or if there is none the input of the node
     value: np.ndarray | None
     groups: int = 1
     in_fours: bool = False
-    why_unknown: str = ""
+    exempt: str = ""
+    why_not_judged: str = ""
+    sources: tuple[str, ...] = ()  # all stored tensors that it is computed from
+    operand: str = ""  # the input of the node
+    side: int = 0  # which input of the node it is
+    input_axis: int | None = None  # the axis of the operand that is summed over
+    macs: int | None = None  # for the shapes of the file or those that were given
 
 
-def node_weights(path: Path) -> Iterator[NodeWeight]:
-    """Yield the weights of every convolution, matrix product and recurrent layer in a file.
+def node_weights(
+    path: Path, input_shapes: Mapping[str, Sequence[int]] | None = None, with_macs: bool = False
+) -> Iterator[NodeWeight]:
+    """Yield every product of a file in which a constant may take part.
 
-    A weight that is computed at run time is included if its node could run sparse, and so are
-    the weights in the bodies of If, Loop and Scan and in local functions.
+    These are convolutions, matrix products, recurrent layers and the like, in ONNX's and ONNX
+    Runtime's operators; also in the bodies of If, Loop and Scan and in local functions. An
+    operator that is not known and that has a constant matrix is included as not judged. Products
+    of two activations are included with their MACs, because they are part of a file's arithmetic.
+
+    Args:
+        path: an ONNX file, with its external data where it says.
+        input_shapes: of the file's inputs, where it leaves them open; only for `macs`.
+        with_macs: infer shapes to count the MACs of each product, by its node's output.
 
     Raises:
         InputError: the file is missing or damaged, or is not an ONNX model.
     """
-    model = load_onnx(path)
+    file = OnnxFile(path)
     try:
-        scope = _Scope(
-            nodes=list(model.graph.node),
-            tensors=_initializers(model.graph),
-            opsets={item.domain: item.version for item in model.opset_import},
-            folder=Path(path).parent,
-            functions={_key(function): function for function in model.functions},
+        wanted = with_macs or any(
+            node.op_type in ("Shape", "Size") for node in file.model.graph.node
         )
+        scope = scope_of(file, infer_shapes(file, input_shapes or {}) if wanted else {})
         for node, inner in scope.walk():
-            yield from _weights_of(node, inner)
+            for weight in _weights_of(node, inner):
+                yield replace(weight, macs=_macs(weight, node, inner)) if with_macs else weight
     except RecursionError as error:
         raise InputError(
-            f"The constants or functions of {shown(path)} are nested too deeply. Simplify the "
+            f"The functions or bodies of {shown(path)} are nested too deeply. Simplify the "
             "model first, for example with onnxruntime's or polygraphy's constant folding."
         ) from error
 
 
-def _weights_of(node: NodeProto, scope: "_Scope") -> Iterator[NodeWeight]:
-    """Yield the weights of one node; most nodes have none."""
-    if node.domain not in STANDARD_DOMAINS:
-        return
-    sides = _SPARSE_OPS.get(node.op_type) or _DENSE_OPS.get(node.op_type, ())
-    candidates = [side for side in sides if side < len(node.input) and node.input[side]]
-    constant = [side for side in candidates if scope.is_constant(node.input[side])]
-    for side in constant:
-        yield _weight_at(node, scope, side)
-    if not constant and node.op_type in _SPARSE_OPS:
-        why = "the weight is computed at run time"
-        name = node.input[candidates[-1]]
-        yield NodeWeight(node.name, node.op_type, name, None, why_unknown=why)
+def _macs(weight: NodeWeight, node: NodeProto, scope: Scope) -> int | None:
+    product = _product_of(node)
+    if product is None:
+        return None
+    if weight.exempt == BOTH_CONSTANT:
+        return 0
+    shape = None if weight.value is None else weight.value.shape
+    is_matrix = product.form == "nbits" or (weight.in_fours and not weight.exempt)
+    return count_macs(node, scope, product.form, weight.side, shape, is_matrix)
 
 
-def _weight_at(node: NodeProto, scope: "_Scope", side: int) -> NodeWeight:
-    name = node.input[side]
-    source = scope.resolve(name)
-    if source.value is None:
-        return NodeWeight(node.name, node.op_type, name, None, why_unknown=source.why_unknown)
-    weight = NodeWeight(node.name, node.op_type, source.name, source.value)
-    if source.value.size == 0 or source.value.ndim < (1 if node.op_type == "MatMul" else 2):
-        why = f"a weight cannot have the shape {source.value.shape}"
-        return replace(weight, value=None, why_unknown=why)
-    if node.op_type in _DENSE_OPS:
-        return weight
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    value = _output_channels_first(source.value, node.op_type, side, attributes)
-    return replace(weight, value=value, groups=attributes.get("group", 1), in_fours=True)
-
-
-def _output_channels_first(
-    weight: np.ndarray, op: str, side: int, attributes: dict[str, Any]
-) -> np.ndarray:
-    """Return a weight as (out, in, ...), where `in` is the axis that is summed over."""
-    if op == "Gemm":
-        transposed = attributes.get("transB" if side else "transA", 0)
-        return weight if bool(transposed) == bool(side) else weight.T
-    if op == "MatMul":
-        # The sum is over the last axis of the left factor and the last but one of the right.
-        weight = weight.swapaxes(-1, -2) if side and weight.ndim > 1 else weight
-        return weight.reshape(-1, weight.shape[-1])
-    return weight
+# --- which inputs of which operators are factors ---
 
 
 @dataclass(frozen=True)
-class _Constant:
-    """A tensor that depends only on what is stored in the file."""
+class _Factor:
+    """An input of an operator that takes part in a product."""
 
-    name: str  # of the stored tensor that it is computed from
-    value: np.ndarray | None  # None: not known, and `why_unknown` says why
-    why_unknown: str = ""
-
-
-# `onnx.inliner.inline_local_functions` is no replacement for the function calls below: it drops
-# the default values of a function's attributes, and leaves a call as it is where the function is
-# written for another opset. `onnxscript.optimizer.fold_constants` is none for `_evaluate`: its
-# results lose the names under which the weights are stored.
+    place: int
+    scale: int | None = None  # the input that it is multiplied by to dequantise it
+    zero_point: int | None = None
 
 
-@dataclass
-class _Scope:
-    """The names in a graph, in the body of a node, or in one call of a function."""
+@dataclass(frozen=True)
+class _Product:
+    """How an operator multiplies: `form` says where its weight has the axis of the sum."""
 
-    nodes: list[NodeProto]
-    tensors: dict[str, _Stored]
-    opsets: dict[str, int]
-    folder: Path
-    functions: dict[tuple[str, str, str], FunctionProto]
-    outer: "_Scope | None" = None  # of a body: the graph that its node is in
-    # Of a call: for each input of the function, the scope that calls it and the name there.
-    arguments: "dict[str, tuple[_Scope, str]]" = field(default_factory=dict)
-    inputs: frozenset[str] = frozenset()  # of a body: they come at run time
-
-    def __post_init__(self) -> None:
-        self.producers = {name: node for node in self.nodes for name in node.output}
-        self.inner: list[list[_Scope]] = []  # of each node: the function it calls, or its bodies
-        self.returns: dict[str, tuple[_Scope, str]] = {}  # of each output of a call
-        self.computed: set[str] = set()  # at run time
-        # ONNX orders nodes so that each comes after those that it needs.
-        for node in self.nodes:
-            function = self.functions.get(_key(node))
-            if function is not None:
-                self._add_call(node, function)
-                continue
-            bodies = [self._body(graph) for graph in _graphs(node)]
-            self.inner.append(bodies)
-            if bodies or not self._is_foldable(node):
-                self.computed.update(node.output)
-
-    def walk(self) -> "Iterator[tuple[NodeProto, _Scope]]":
-        """Yield every node with its scope, each before those in its body."""
-        for node, scopes in zip(self.nodes, self.inner, strict=True):
-            yield node, self
-            for scope in scopes:
-                yield from scope.walk()
-
-    def is_constant(self, name: str) -> bool:
-        """Return whether a tensor depends only on what is stored in the file."""
-        if not name:  # an input that is left out
-            return True
-        if name in self.arguments:
-            caller, argument = self.arguments[name]
-            return caller.is_constant(argument)
-        if name in self.inputs or name in self.computed:
-            return False
-        if name in self.tensors or name in self.producers:
-            return True
-        return self.outer is not None and self.outer.is_constant(name)
-
-    def resolve(self, name: str) -> _Constant:
-        """Return a tensor for which `is_constant` holds."""
-        if name in self.arguments:
-            caller, argument = self.arguments[name]
-            return caller.resolve(argument)
-        if name in self.tensors:
-            return _Constant(name, _array(self.tensors[name], self.folder))
-        if name in self.returns:
-            function, output = self.returns[name]
-            return function.resolve(output)
-        if name in self.producers or self.outer is None:
-            return self._evaluate(self.producers[name], name)
-        return self.outer.resolve(name)
-
-    def _evaluate(self, node: NodeProto, name: str) -> _Constant:
-        if node.op_type == "Constant":
-            return _Constant(name, _constant(node, self.folder))
-        found = {source: self.resolve(source) for source in node.input if source}
-        for constant in found.values():
-            if constant.value is None:
-                return constant
-        feeds = {source: constant.value for source, constant in found.items()}
-        inputs = [helper.make_value_info(source, onnx.TypeProto()) for source in feeds]
-        outputs = [helper.make_value_info(name, onnx.TypeProto())]
-        graph = helper.make_graph([node], "constant", inputs, outputs)
-        try:
-            (value,) = ReferenceEvaluator(graph, opsets=self.opsets).run([name], feeds)
-        except Exception:  # a custom operator may raise anything
-            return _Constant(name, None, f"{node.op_type} before it cannot be evaluated")
-        return _Constant(found[node.input[0]].name, np.asarray(value))
-
-    def _is_foldable(self, node: NodeProto) -> bool:
-        if node.op_type == "Constant":
-            return True
-        known = all(map(self.is_constant, node.input))
-        return len(node.input) > 0 and known and node.op_type not in _RANDOM_OPS
-
-    def _body(self, graph: GraphProto) -> "_Scope":
-        return replace(
-            self,
-            nodes=list(graph.node),
-            tensors=_initializers(graph),
-            outer=self,
-            arguments={},
-            inputs=frozenset(item.name for item in graph.input),
-        )
-
-    def _add_call(self, node: NodeProto, function: FunctionProto) -> None:
-        attributes = {item.name: item for item in (*function.attribute_proto, *node.attribute)}
-        arguments = dict(zip_longest(function.input, node.input, fillvalue=""))
-        scope = replace(
-            self,
-            nodes=[_with_arguments(inner, arguments, attributes) for inner in function.node],
-            tensors={},
-            opsets={item.domain: item.version for item in function.opset_import},
-            outer=None,
-            arguments={name: (self, given) for name, given in arguments.items()},
-            inputs=frozenset(),
-        )
-        self.inner.append([scope])
-        for name, output in zip(node.output, function.output, strict=False):
-            self.returns[name] = scope, output
-            if not scope.is_constant(output):
-                self.computed.add(name)
+    form: str  # conv, matmul, gemm, nbits or other
+    factors: tuple[_Factor, ...]
+    exempt: str = ""
 
 
-def _key(item: NodeProto | FunctionProto) -> tuple[str, str, str]:
-    """Return what a call and its function have in common: domain, name, overload."""
-    name = item.op_type if isinstance(item, NodeProto) else item.name
-    return "" if item.domain in STANDARD_DOMAINS else item.domain, name, item.overload
+def _no_sparse(op: str, *places: int) -> _Product:
+    return _Product("other", tuple(map(_Factor, places)), f"TensorRT runs no {op} sparse")
 
 
-def _initializers(graph: GraphProto) -> dict[str, _Stored]:
-    dense: dict[str, _Stored] = {tensor.name: tensor for tensor in graph.initializer}
-    return dense | {tensor.values.name: tensor for tensor in graph.sparse_initializer}
+_PLAIN = (_Factor(0), _Factor(1))
+_INTEGER = (_Factor(0, None, 2), _Factor(1, None, 3))
+_QLINEAR = (_Factor(0, 1, 2), _Factor(3, 4, 5))
+_ONNX: dict[str, _Product] = {
+    "Conv": _Product("conv", _PLAIN),
+    "ConvInteger": _Product("conv", _INTEGER),
+    "QLinearConv": _Product("conv", _QLINEAR),
+    "MatMul": _Product("matmul", _PLAIN),
+    "MatMulInteger": _Product("matmul", _INTEGER),
+    "QLinearMatMul": _Product("matmul", _QLINEAR),
+    "Gemm": _Product("gemm", _PLAIN),
+    "Attention": _no_sparse("Attention", 0, 1, 2),
+    "CausalConvWithState": _no_sparse("CausalConvWithState", 0, 1),
+    "ConvTranspose": _no_sparse("ConvTranspose", 0, 1),
+    "DeformConv": _no_sparse("DeformConv", 0, 1),
+    "Einsum": _Product("einsum", (), "TensorRT runs no Einsum sparse"),
+    "GRU": _no_sparse("GRU", 0, 1, 2),
+    "LSTM": _no_sparse("LSTM", 0, 1, 2),
+    "LinearAttention": _no_sparse("LinearAttention", 0, 1, 2),
+    "RNN": _no_sparse("RNN", 0, 1, 2),
+}
+_ONNXRUNTIME: dict[str, _Product] = {
+    "Attention": _Product("matmul", _PLAIN),
+    "ConvTransposeWithDynamicPads": _no_sparse("ConvTranspose", 0, 1),
+    "DynamicQuantizeLSTM": _no_sparse("LSTM", 0, 1, 2),
+    "DynamicQuantizeMatMul": _Product("matmul", (_Factor(0), _Factor(1, 2, 3))),
+    "FusedConv": _Product("conv", _PLAIN),
+    "FusedGemm": _Product("gemm", _PLAIN),
+    "FusedMatMul": _Product("matmul", _PLAIN),
+    "FusedMatMulActivation": _Product("matmul", _PLAIN),
+    "GemmFastGelu": _Product("matmul", _PLAIN),
+    "GemmFloat8": _Product("gemm", _PLAIN),
+    "MatMulInteger16": _Product("matmul", _PLAIN),
+    "MatMulIntegerToFloat": _Product("matmul", (_Factor(0, 2, 4), _Factor(1, 3, 5))),
+    "MatMulNBits": _Product("nbits", (_Factor(0), _Factor(1, 2, 3))),
+    "QAttention": _Product("matmul", (_Factor(0, 3, 6), _Factor(1, 4, 7))),
+    "QGemm": _Product("gemm", _QLINEAR),
+    "QLinearConv": _Product("conv", _QLINEAR),
+    "TransposeMatMul": _Product("matmul", _PLAIN),
+}
+# Operators outside of ONNX that take constant matrices and multiply by none: tables that they
+# look up, angles, boxes, and element-wise operators.
+_NO_PRODUCTS = frozenset(
+    "BatchedNMS_TRT BiasAdd BiasGelu BiasSoftmax BiasSplitGelu CropAndResize DequantizeBFP "
+    "DequantizeLinear DequantizeWithOrder EfficientNMS_ONNX_TRT EfficientNMS_TRT "
+    "EmbedLayerNormalization ExpandDims FastGelu GatedAdd GatherBlockQuantized GatherND Gelu "
+    "GemmaRotaryEmbedding GridSample GroupNorm GroupQueryAttention MRotaryEmbedding MulInteger "
+    "NhwcMaxPool Pad QEmbedLayerNormalization QLinearAdd QLinearAveragePool QLinearConcat "
+    "QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearReduceMean QLinearSigmoid "
+    "QLinearSoftmax QLinearWhere QOrderedGelu QOrderedLayerNormalization QuantizeBFP "
+    "QuantizeLinear QuantizeWithOrder QuickGelu Range RelativePositionBias RemovePadding "
+    "RestorePadding ROIAlign_TRT RotaryEmbedding SkipGroupNorm SkipLayerNormalization "
+    "SkipSimplifiedLayerNormalization Tokenizer TorchEmbedding Trilu Unique".split()
+)
 
 
-def _graphs(node: NodeProto) -> list[GraphProto]:
-    """Return the bodies of an If, a Loop or a Scan."""
+def _product_of(node: NodeProto) -> _Product | None:
+    table = _ONNX if node.domain in STANDARD_DOMAINS else _ONNXRUNTIME
+    return table.get(node.op_type) if node.domain in (*STANDARD_DOMAINS, MICROSOFT) else None
+
+
+def _is_known(node: NodeProto) -> bool:
+    """Return whether it is known of an operator that it multiplies by no constant matrix."""
+    if node.domain in STANDARD_DOMAINS and onnx.defs.has(node.op_type):
+        return True
+    return node.op_type in _NO_PRODUCTS or node.op_type.startswith("TRT_")
+
+
+# --- the weights of one node ---
+
+
+def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
+    """Yield the weights of one node; most nodes have none."""
+    product = _product_of(node)
+    if product is None:
+        yield from _of_unknown(node, scope)
+        return
+    factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
+    used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
+    constant = [each for each in used if scope.is_constant(node.input[each.place])]
+    if len(used) > 1 and len(constant) == len(used):
+        yield _row(node, used[-1], weight=node.input[used[-1].place], exempt=BOTH_CONSTANT)
+        return
+    for factor in constant:
+        if len(used) > 1:
+            yield _weight_at(node, scope, product, factor)
+    if not constant and len(used) > 1:
+        yield _without_constant(node, scope, product, used)
+
+
+def _row(node: NodeProto, factor: _Factor, **values: Any) -> NodeWeight:
+    # TensorRT gives nodes without a name the same one.
+    name = node.name or f"node_of_{next(filter(None, node.output), '')}"
+    operand = node.input[factor.place] if factor.place < len(node.input) else ""
+    row = {"weight": operand, "value": None, "operand": operand, "side": factor.place}
+    return NodeWeight(name, node.op_type, **{**row, **values})
+
+
+def _of_unknown(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
+    """Yield the constant matrices of an operator that is not known, as not judged."""
+    if _is_known(node) or all(map(scope.is_constant, node.input)):
+        return  # of constants alone it makes another constant
+    domain = node.domain or "ONNX's domain"
+    why = f"{node.op_type} of {domain} is not known here, and may multiply by it"
+    for place, name in enumerate(node.input):
+        if name and scope.is_constant(name):
+            constant = scope.resolve(name)
+            if constant.value is None or constant.value.ndim > 1:
+                row = _row(node, _Factor(place), weight=constant.sources[0], why_not_judged=why)
+                yield replace(row, sources=constant.sources)
+    for item in node.attribute:
+        if item.HasField("t") and len(item.t.dims) > 1:
+            yield _row(node, _Factor(len(node.input)), weight=item.name, why_not_judged=why)
+
+
+def _without_constant(
+    node: NodeProto, scope: Scope, product: _Product, used: list[_Factor]
+) -> NodeWeight:
+    """Return the row of a product whose factors are all computed at run time."""
+    places = used[1:] if product.form in ("conv", "nbits") else used[::-1]
+    for factor in places:
+        stored = scope.stored_behind(node.input[factor.place])
+        if stored is not None:
+            name, operator = stored
+            why = f"{operator} makes it of {name} at run time"
+            return _row(node, factor, weight=name, why_not_judged=why, sources=(name,))
+    return _row(node, used[-1], exempt=AT_RUN_TIME)
+
+
+def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor) -> NodeWeight:
+    """Return the row of a constant factor; the others are computed at run time."""
+    constant = scope.resolve(node.input[factor.place])
+    row = _row(node, factor, weight=constant.sources[0], sources=constant.sources)
+    if constant.value is None:
+        return replace(row, why_not_judged=constant.why_unknown)
+    stored = replace(row, value=constant.value)
+    first = factor is product.factors[0] if product.factors else False
+    if product.exempt:
+        return replace(stored, exempt=product.exempt)
+    if first and product.form in ("conv", "nbits"):
+        return replace(stored, exempt="data of a product whose weight is computed at run time")
+    least = {"conv": 3, "matmul": 1}.get(product.form, 2)
+    if constant.value.ndim < least or constant.value.size == 0:
+        why = f"a weight cannot have the shape {constant.value.shape}"
+        return replace(row, why_not_judged=why)
+    attributes = attributes_of(node)
+    if product.form == "nbits":
+        return _unpacked(stored, node, scope, attributes)
+    axis = _input_axis(product.form, constant.value.ndim, first, attributes)
+    value, why = _dequantised(constant.value, node, scope, factor, product.form, axis)
+    if constant.is_shifted:
+        why = NOT_SYMMETRIC
+    batch = constant.value.shape[:-2] if product.form == "matmul" else ()
+    return replace(
+        stored,
+        value=value if product.form == "conv" else _output_channels_first(value, axis),
+        groups=attributes.get("group", 1) if product.form == "conv" else 1,
+        in_fours=True,
+        input_axis=axis,
+        exempt=_why_no_weight(batch, first),
+        why_not_judged=why,
+    )
+
+
+def _why_no_weight(batch: tuple[int, ...], left: bool) -> str:
+    """Return why a factor with more than two dimensions is not one matrix; empty if it is."""
+    if left and batch:
+        return f"a left factor with {len(batch) + 2} dimensions: activations that are constant"
+    if math.prod(batch) > 1:
+        return f"a batch of {math.prod(batch)} matrices: TensorRT names no sparse kernel for it"
+    return ""
+
+
+def _input_axis(form: str, dimensions: int, left: bool, attributes: dict[str, Any]) -> int:
+    """Return the axis of a factor that its product sums over."""
+    if form == "conv":
+        return 1
+    if dimensions == 1:
+        return 0
+    transposed = bool(attributes.get("transA" if left else "transB", 0))
+    # The sum is over the last axis of the left factor and the last but one of the right.
+    return dimensions - 1 if left != transposed else dimensions - 2
+
+
+def _output_channels_first(matrices: np.ndarray, axis: int) -> np.ndarray:
+    """Return matrices as one, (out, in), where `in` is the axis that is summed over."""
+    rows = np.moveaxis(matrices, axis, -1)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+# --- quantised factors ---
+
+NOT_SYMMETRIC = (
+    "its zero point is not 0, and TensorRT takes no such weight: quantise it symmetrically"
+)
+
+
+def _dequantised(
+    value: np.ndarray, node: NodeProto, scope: Scope, factor: _Factor, form: str, axis: int
+) -> tuple[np.ndarray, str]:
+    """Return a factor without its scale and zero point, and why it cannot be judged, if so."""
+    names = [_input(node, factor.scale), _input(node, factor.zero_point)]
+    scale, zero_point = _values(scope, names)
+    if not all(map(scope.is_constant, names)):
+        return value, "its scale or zero point is computed at run time"
+    if scale is None and zero_point is None:
+        return value, ""
+    # One scale for each output channel: of a matrix that is the axis that is not summed over.
+    outputs = 0 if form == "conv" else 2 * value.ndim - 3 - axis
+    one = np.ones((), np.float32)
+    result = dequantize(value, one if scale is None else scale, zero_point, outputs)
+    return result, NOT_SYMMETRIC if zero_point is not None and np.any(zero_point) else ""
+
+
+def _input(node: NodeProto, place: int | None) -> str:
+    """Return the name of an input of a node; empty if it is left out."""
+    return node.input[place] if place is not None and place < len(node.input) else ""
+
+
+def _values(scope: Scope, names: Sequence[str]) -> list[np.ndarray | None]:
+    """Return the values of inputs; None for those that are left out or not known."""
     return [
-        graph
-        for item in node.attribute
-        for graph in ([item.g] if item.HasField("g") else item.graphs)
+        scope.resolve(name).value if name and scope.is_constant(name) else None for name in names
     ]
 
 
-def _with_arguments(
-    node: NodeProto, arguments: dict[str, str], attributes: dict[str, AttributeProto]
-) -> NodeProto:
-    """Return a node of a function as one call sees it, with the attributes of the call."""
-    bound = NodeProto()
-    bound.CopyFrom(node)
-    bound.input[:] = [name if arguments.get(name, name) else "" for name in node.input]
-    del bound.attribute[:]
-    for item in node.attribute:
-        if item.ref_attr_name and item.ref_attr_name not in attributes:
-            continue  # the operator has its own default
-        given = bound.attribute.add()
-        given.CopyFrom(attributes.get(item.ref_attr_name, item))
-        given.name = item.name
-    for graph in _graphs(bound):
-        inner = [_with_arguments(inner, arguments, attributes) for inner in graph.node]
-        del graph.node[:]
-        graph.node.extend(inner)
-    return bound
+def _unpacked(
+    row: NodeWeight, node: NodeProto, scope: Scope, attributes: dict[str, Any]
+) -> NodeWeight:
+    """Return the row of MatMulNBits, whose weight is packed in blocks along its inputs.
 
-
-def _constant(node: NodeProto, folder: Path) -> np.ndarray:
-    """Return the value of a Constant node, whichever attribute holds it."""
-    (item,) = node.attribute
-    value = helper.get_attribute_value(item)
-    if isinstance(value, TensorProto | onnx.SparseTensorProto):
-        return _array(value, folder)
-    return np.asarray(value, np.float32 if item.type in _FLOATS else None)
-
-
-def _array(tensor: _Stored, folder: Path) -> np.ndarray:
-    """Return a stored tensor, without a copy if its bytes allow it.
-
-    Raises:
-        InputError: its bytes are missing, or are not as many as its shape says.
+    Source: ONNX Runtime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
     """
-    stored = tensor if isinstance(tensor, TensorProto) else tensor.values
-    try:
-        if isinstance(tensor, TensorProto):
-            return to_array(tensor, str(folder))
-        values, places = to_array(stored, str(folder)), to_array(tensor.indices, str(folder))
-        dense = np.zeros(tuple(tensor.dims), values.dtype)
-        by_axis = places.T if places.ndim == 2 else np.unravel_index(places, dense.shape)
-        dense[tuple(by_axis)] = values
-    except Exception as error:  # ONNX and NumPy raise classes without a common base
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"The tensor {stored.name} cannot be read: {reason}. Export the model again, or copy "
-            "the files of its external data beside it."
-        ) from error
-    return dense
+    bits, size = attributes.get("bits", 4), attributes["block_size"]
+    rows, columns = attributes["N"], attributes["K"]
+    names = [_input(node, place) for place in (2, 3, 4)]
+    scale, zero_point, _ = _values(scope, names)
+    if scale is None or names[2] or not all(map(scope.is_constant, names)):
+        why = "its scales are computed at run time or are in an order of their own"
+        return replace(row, value=None, why_not_judged=why)
+    blocks = -(-columns // size)
+    numbers = _from_bits(row.value, bits).reshape(rows, -1)[:, : blocks * size]
+    neutral = 1 << (bits - 1)
+    if zero_point is None:
+        shift = np.full((rows, blocks), neutral, np.float32)
+    elif zero_point.dtype == np.uint8:
+        shift = _from_bits(zero_point.reshape(rows, -1), bits)[:, :blocks].astype(np.float32)
+    else:
+        shift = zero_point.reshape(rows, blocks).astype(np.float32)
+    value = dequantize(numbers, scale.reshape(rows, blocks), shift, axis=1, block_size=size)
+    why = "" if (shift == neutral).all() else NOT_SYMMETRIC
+    return replace(
+        row, value=value[:, :columns], in_fours=True, input_axis=None, why_not_judged=why
+    )
+
+
+def _from_bits(packed: np.ndarray | None, bits: int) -> np.ndarray:
+    """Return the numbers of a few bits that are packed in bytes, the lowest bits first."""
+    octets = np.asarray(packed, np.uint8)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (octets[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return numbers.reshape(*octets.shape[:-1], -1)

@@ -4,8 +4,9 @@ A weight of an ONNX file is checked as its node sees it: `helpers.sparsity.onnx_
 computes whatever the file computes from constants alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,20 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
-def verify_file(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
+def verify_file(
+    path: Path, model: nn.Module | None = None, exclude: Sequence[str] = ()
+) -> "pd.DataFrame":
     """Return the table of `verify_checkpoint` for a safetensors file, else of `verify_onnx`.
 
     Args:
         path: an ONNX file or a safetensors checkpoint.
         model: the model that a checkpoint belongs to.
+        exclude: name patterns such as `*pos_embed*`, for nodes, layers and weights that are
+            meant to stay dense; their rows are kept, as not eligible.
 
     Raises:
-        InputError: the file is missing, damaged, or of a kind that is not read, or `model` does
-            not belong to it.
+        InputError: the file is missing, damaged, or of a kind that is not read, `model` does
+            not belong to it, or a pattern fits nothing.
     """
     path = Path(path)
     if path.suffix in _PICKLES:
@@ -45,13 +50,13 @@ def verify_file(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
             "Save the state_dict with helpers.sparsity.save_compressed, or as safetensors."
         )
     if path.suffix == ".safetensors":
-        return verify_checkpoint(path, model)
+        return _without(exclude, verify_checkpoint(path, model))
     if model is not None:
         raise InputError(
             f"{shown(path)} is not a safetensors checkpoint, and other files are verified "
             "without a model. Leave it out."
         )
-    return verify_onnx(path)
+    return _without(exclude, verify_onnx(path))
 
 
 def verify_model(model: nn.Module) -> "pd.DataFrame":
@@ -119,20 +124,27 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
 
 
 def verify_onnx(path: Path) -> "pd.DataFrame":
-    """Return one row for each weight of the convolutions and matrix products in a file.
+    """Return one row for each product of an ONNX file in which a constant may take part.
 
-    The columns are `node`, `op`, `weight` (its name), `shape` (output channels first),
-    `groups`, `eligible` (by TensorRT's rules), `is_2to4` along the axis that is summed
-    over, `zeros` (share of zero weights in per cent) and `reason` (why a weight is not
-    eligible). A node whose weight is computed at run time has a row that says so. The bodies
-    of If, Loop and Scan and the calls of local functions are included.
+    The columns are `node`, `op`, `weight` (the name of the stored tensor), `shape` (output
+    channels first), `groups`, `eligible` (by TensorRT's rules), `is_2to4` along the axis that is
+    summed over, `zeros` (share of zero weights in per cent), `reason` (why a weight is not
+    eligible) and `judged`. A weight that is stored quantised is judged by its values after
+    dequantisation. The bodies of If, Loop and Scan and the calls of local functions are included.
 
-    Conv, Gemm and MatMul can be eligible. Weights of other operators that multiply
-    (ConvTranspose, Einsum, LSTM, QLinearConv and the like) are listed as not eligible,
-    in the shape in which they are stored, and not checked for the pattern.
+    Weights of convolutions and matrix products can be eligible, in ONNX's operators and in ONNX
+    Runtime's fused and quantised ones. `judged` is false if it is not known whether a weight can
+    run sparse: its numbers come from an operator that cannot be evaluated here or that depends on
+    the run, an unknown operator takes a matrix, or a weight has a zero point that is not 0. A file
+    is 2:4 for certain only if every row is judged and every eligible one 2:4.
+
+    The other rows are judged, and not eligible: weights of operators that never run sparse
+    (ConvTranspose, Einsum, LSTM and the like), in the shape in which they are stored; constants
+    that are no weights, as `helpers.sparsity.onnx_weights` tells them apart; and products of two
+    activations.
 
     Args:
-        path: an ONNX file, with its external data in the same folder.
+        path: an ONNX file, with its external data where it says.
 
     Raises:
         InputError: the file is missing or damaged, or is not an ONNX model.
@@ -146,12 +158,28 @@ def verify_onnx(path: Path) -> "pd.DataFrame":
     return _table(["node", "op", "weight"], rows)
 
 
+def _without(exclude: Sequence[str], table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table whose excluded rows are not eligible."""
+    names = [column for column in ("node", "layer", "weight") if column in table]
+    for pattern in exclude:
+        matches = table[names].map(lambda name: fnmatchcase(name, pattern)).any(axis=1)  # noqa: B023
+        if not matches.any():
+            raise InputError(
+                f"Nothing in the file matches {pattern!r}. Give the name of a node or a weight, "
+                "with * for any characters."
+            )
+        table.loc[matches, "eligible"] = False
+        table.loc[matches, "judged"] = True
+        table.loc[matches, "reason"] = "excluded"
+    return table
+
+
 # --- verdicts ---
 
 
 @dataclass(frozen=True)
 class _Verdict:
-    """The columns that all tables have."""
+    """The columns that all tables have; `judged` is false if eligibility or numbers are unknown."""
 
     shape: tuple[int, ...]
     groups: int
@@ -159,6 +187,7 @@ class _Verdict:
     is_2to4: bool
     zeros: float
     reason: str
+    judged: bool = True
 
 
 def _judged(nonzero: np.ndarray, groups: int, reason: str) -> _Verdict:
@@ -174,13 +203,15 @@ def _unknown(reason: str) -> _Verdict:
 
 
 def _judged_node(weight: "NodeWeight") -> _Verdict:
+    reason = weight.exempt or weight.why_not_judged
     if weight.value is None:
-        return _unknown(weight.why_unknown)
-    if not weight.in_fours:
-        reason = f"TensorRT runs no {weight.op} sparse"
-        return replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
-    reason = why_not_tensorrt(weight.value.shape[1], weight.groups)
-    return _judged(weight.value != 0, weight.groups, reason)
+        verdict = _unknown(reason)
+    elif weight.in_fours:
+        reason = reason or why_not_tensorrt(weight.value.shape[1], weight.groups)
+        verdict = _judged(weight.value != 0, weight.groups, reason)
+    else:
+        verdict = replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
+    return replace(verdict, judged=not weight.why_not_judged or bool(weight.exempt))
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> "pd.DataFrame":
@@ -201,7 +232,7 @@ def _table_of(weights: Mapping[str, LayerWeight], tensors: Mapping[str, Tensor])
             nonzero = _nonzero(tensors[name]).swapaxes(1, weight.input_dim)
             verdict = _judged(nonzero, weight.groups, reason)
         else:  # the model computes it from what the checkpoint holds
-            verdict = _unknown(reason)
+            verdict = replace(_unknown(reason), judged=False)
         row = {"layer": weight.layer_name, "type": type(weight.layer).__name__, "weight": name}
         rows.append(row | asdict(verdict))
     return _table(["layer", "type", "weight"], rows)

@@ -148,11 +148,22 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="the network of a checkpoint that does not name it")
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="a node or weight that may stay dense, * for any characters; repeatable"),
+    ] = None,
+    allow_unjudged: Annotated[
+        bool, typer.Option("--allow-unjudged", help="accept what cannot be judged")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Check that every eligible weight of an ONNX file or checkpoint is 2:4; exit 1 if not."""
+    """Check that every eligible weight of an ONNX file or checkpoint is 2:4.
+
+    The exit status is 0 if they are and nothing was left unjudged, and 1 if not.
+    """
     from helpers.tutorial import own_models
 
-    if not own_models.verify(path, model):
+    if not own_models.verify(path, model, exclude or (), allow_unjudged, as_json):
         raise typer.Exit(1)
 
 

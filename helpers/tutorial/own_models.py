@@ -3,6 +3,7 @@
 These are `python -m helpers verify` and `python -m helpers advise`.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +21,21 @@ from helpers.training import networks
 from helpers.tutorial.checks import TutorialError
 
 
-def verify(path: Path, name: str | None) -> bool:
-    """Print whether each weight is 2:4; return whether all eligible ones are.
+def verify(
+    path: Path,
+    name: str | None,
+    exclude: Sequence[str] = (),
+    allow_unjudged: bool = False,
+    as_json: bool = False,
+) -> bool:
+    """Print whether each weight is 2:4; return whether all eligible ones are, for certain.
 
     Args:
         path: an ONNX file or a safetensors checkpoint.
         name: the network of a checkpoint that does not name it.
+        exclude: name patterns of nodes, layers and weights that are meant to stay dense.
+        allow_unjudged: accept products of which it is not known whether they could be sparse.
+        as_json: print JSON instead of the table.
 
     Raises:
         TutorialError: no weight of the file is eligible, or a network is named for a file that
@@ -39,13 +49,32 @@ def verify(path: Path, name: str | None) -> bool:
             f"{shown(path)} is not a .safetensors checkpoint, and only those need --model: "
             "leave it out."
         )
-    table = verify_file(path, model)
-    print(table.to_string(index=False))
+    table = verify_file(path, model, exclude)
     eligible = table[table.eligible]
-    if eligible.empty:
+    unjudged = int((~table.judged).sum())
+    passed = bool(eligible.is_2to4.all()) and (unjudged == 0 or allow_unjudged)
+    if eligible.empty and (unjudged == 0 or allow_unjudged):
         raise TutorialError(f"{shown(path)} has no weight that could be 2:4.")
+    if as_json:
+        verdict = {
+            "file": str(path),
+            "passed": passed,
+            "eligible": len(eligible),
+            "eligible_2to4": int(eligible.is_2to4.sum()),
+            "not_judged": unjudged,
+            "rows": json.loads(table.to_json(orient="records")),
+        }
+        print(json.dumps(verdict, indent=2))
+        return passed
+    print(table.to_string(index=False))
+    if unjudged:
+        products = "product was" if unjudged == 1 else "products were"
+        print(
+            f"{unjudged} {products} not judged, for the reason given: accept with "
+            "--allow-unjudged, or leave out by name with --exclude"
+        )
     print(f"{eligible.is_2to4.sum()} of {len(eligible)} eligible weights are 2:4")
-    return bool(eligible.is_2to4.all())
+    return passed
 
 
 def advise(

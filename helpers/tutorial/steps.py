@@ -88,6 +88,7 @@ def export(settings: Settings) -> None:
             print(f"{file}: maximum relative error against PyTorch {error:.1e}")
     table = verify_onnx(artifacts.path("04_sparse_fp16.onnx"))
     eligible = table[table.eligible]
+    check(table.judged.all(), "every product of the ONNX file was judged")
     check(eligible.is_2to4.all(), f"all {len(eligible)} eligible weights of the ONNX file are 2:4")
 
 
