@@ -1,4 +1,6 @@
+import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.nn import functional as F
 from helpers.errors import HelpersError
 from helpers.products import watch_products
 from helpers.sparsity import is_2to4, mask_2to4, prune_2to4_
-from helpers.sparsity.sparsegpt import _rows, prune_sparsegpt_, sparsegpt_2to4
+from helpers.sparsity.eligibility import select_weights
+from helpers.sparsity.sparsegpt import _inputs, prune_sparsegpt_, sparsegpt_2to4
 
 
 def correlated(rows, columns, seed=0):
@@ -160,69 +163,140 @@ def test_senseless_numbers_are_refused(wrong):
 
 # One layer.
 
+# A convolution of every kind, and a linear layer: all from 8 channels to 4.
+LAYERS = {
+    "linear": lambda: nn.Linear(8, 4),
+    "conv1d": lambda: nn.Conv1d(8, 4, 3),
+    "conv2d": lambda: nn.Conv2d(8, 4, 3),
+    "conv3d": lambda: nn.Conv3d(8, 4, 2, stride=2),
+    "pointwise": lambda: nn.Conv2d(8, 4, 1, bias=False),
+    "asymmetric": lambda: nn.Conv2d(8, 4, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(1, 3)),
+    "stride and padding": lambda: nn.Conv2d(8, 4, 3, stride=2, padding=1),
+    "same": lambda: nn.Conv2d(8, 4, 4, padding="same", dilation=2),
+    "valid": lambda: nn.Conv2d(8, 4, 3, padding="valid"),
+    "reflect": lambda: nn.Conv2d(8, 4, 3, padding=2, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(8, 4, 4, padding="same", padding_mode="circular"),
+    "replicate": lambda: nn.Conv2d(8, 4, 3, padding=1, padding_mode="replicate"),
+    "grouped": lambda: nn.Conv2d(8, 4, 3, groups=2, padding=1),
+    "grouped and dilated": lambda: nn.Conv1d(8, 4, 3, groups=2, dilation=2),
+    "transposed": lambda: nn.ConvTranspose2d(8, 4, 3),
+    "transposed 1d": lambda: nn.ConvTranspose1d(8, 4, 4, stride=2, padding=1),
+    "transposed 3d": lambda: nn.ConvTranspose3d(8, 4, 2, stride=2),
+    "transposed, gaps": lambda: nn.ConvTranspose2d(8, 4, 2, stride=3),
+    "transposed, cut": lambda: nn.ConvTranspose2d(8, 4, 2, padding=2, bias=False),
+    "transposed, asymmetric": lambda: nn.ConvTranspose2d(
+        8, 4, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), dilation=(2, 1)
+    ),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(8, 4, 3, stride=2, groups=2),
+}
+
+
+def inputs_for(layer, count=5):
+    kernel = getattr(layer, "kernel_size", ())
+    sizes = [9] * len(kernel) if len(kernel) < 3 else [4] * 3
+    flat = correlated(count * math.prod(sizes), 8)
+    return flat.view(count, *sizes, 8).movedim(-1, 1)
+
+
+def rows_of(run, weight, *inputs):
+    """What a weight is multiplied with when something runs on these inputs."""
+    products = []
+    with torch.no_grad(), watch_products({"weight": weight.parameter}, products.append):
+        run(*inputs)
+    (product,) = products
+    return list(_inputs(product, weight))
+
+
+def weight_of(layer):
+    (weight,) = select_weights(layer, rules="any")
+    return weight
+
+
+def as_matrix(layer, tensor):
+    """A weight as (groups, outputs of a group, kernel positions * inputs of a group)."""
+    weight = weight_of(layer)
+    grouped = tensor.unflatten(0, (weight.groups, -1))
+    if weight.transposed:
+        grouped = grouped.transpose(1, 2)
+    return grouped.movedim(2, -1).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
+    layer = seeded(make).double()
+    inputs = inputs_for(layer).double()
+    (rows,) = rows_of(layer, weight_of(layer), inputs)
+    product = (rows @ as_matrix(layer, layer.weight).mT).movedim(0, 1).flatten(1)
+    bias = 0 if layer.bias is None else layer.bias
+    expected = layer(inputs).movedim(1, -1).reshape(-1, 4)
+    torch.testing.assert_close(product + bias, expected)
+
+
+def slow_hessian(layer, inputs):
+    """The sum of x xᵀ for each output channel, from how each output depends on the weight."""
+
+    def outputs(weight):
+        named = {**dict(layer.named_parameters()), "weight": weight}
+        return torch.func.functional_call(layer, named, (inputs,))
+
+    slopes = (
+        torch.func.jacrev(outputs)(layer.weight.detach())
+        .movedim(1, 0)
+        .flatten(1, -1 - layer.weight.dim())
+    )
+    hessians = []
+    for channel, own in enumerate(slopes):  # (outputs of one channel, *weight)
+        rows = torch.stack([as_matrix(layer, slope).flatten(0, 1)[channel] for slope in own])
+        hessians.append(rows.T @ rows)
+    return hessians
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_every_layer_is_pruned_by_the_inputs_that_its_outputs_depend_on(make):
+    layer, dense, by_magnitude = (seeded(make).double() for _ in range(3))
+    inputs = inputs_for(layer, count=2).double()
+    (mask,) = prune_sparsegpt_(layer, [inputs], rules="any").values()
+    expected = torch.stack(
+        [
+            slow_sparsegpt(row[None], hessian, 0.01)[0]
+            for row, hessian in zip(
+                as_matrix(dense, dense.weight.detach()).flatten(0, 1),
+                slow_hessian(dense, inputs),
+                strict=True,
+            )
+        ]
+    )
+    pruned = as_matrix(layer, layer.weight.detach()).flatten(0, 1)
+    torch.testing.assert_close(pruned, expected)
+    assert is_2to4(layer.weight, weight_of(layer).input_dim)
+    assert torch.equal(layer.weight != 0, mask)
+    prune_2to4_(by_magnitude, rules="any")
+    assert output_error(layer, dense, inputs) < output_error(by_magnitude, dense, inputs)
+
 
 def output_error(layer, dense, inputs):
     with torch.no_grad():
         return float((layer(inputs) - dense(inputs)).square().sum())
 
 
-LAYERS = {
-    "linear": lambda: nn.Linear(16, 8),
-    "conv1d": lambda: nn.Conv1d(16, 8, 3),
-    "conv2d": lambda: nn.Conv2d(16, 8, 3),
-    "conv3d": lambda: nn.Conv3d(16, 8, 2),
-    "pointwise": lambda: nn.Conv2d(16, 8, 1, bias=False),
-    "asymmetric": lambda: nn.Conv2d(16, 8, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(1, 3)),
-    "stride and padding": lambda: nn.Conv2d(16, 8, 3, stride=2, padding=1),
-    "same": lambda: nn.Conv2d(16, 8, 4, padding="same", dilation=2),
-    "valid": lambda: nn.Conv2d(16, 8, 3, padding="valid"),
-    "reflect": lambda: nn.Conv2d(16, 8, 3, padding=2, padding_mode="reflect"),
-    "circular": lambda: nn.Conv2d(16, 8, 4, padding="same", padding_mode="circular"),
-    "replicate": lambda: nn.Conv2d(16, 8, 3, padding=1, padding_mode="replicate"),
-    "grouped": lambda: nn.Conv2d(16, 8, 3, groups=4, padding=1),
-}
-
-
-def inputs_for(layer):
-    kernel = getattr(layer, "kernel_size", ())
-    return seeded(torch.randn, 5, 16, *[9] * len(kernel))
-
-
-def rows_of(run, weight, *inputs):
-    """What a weight is multiplied with when something runs on these inputs."""
-    products = []
-    with torch.no_grad(), watch_products({"weight": weight}, products.append):
-        run(*inputs)
-    (product,) = products
-    return list(_rows(product))
-
-
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_the_unfolded_inputs_times_the_weight_are_the_layers_outputs(make):
-    layer = seeded(make).double()
-    inputs = inputs_for(layer).double()
-    groups = getattr(layer, "groups", 1)
-    weight = layer.weight.movedim(1, -1).reshape(groups, 8 // groups, -1)
-    (rows,) = rows_of(layer, layer.weight, inputs)
-    product = (rows @ weight.mT).movedim(0, 1).flatten(1)  # (rows, output channels)
-    bias = 0 if layer.bias is None else layer.bias
-    expected = layer(inputs).movedim(1, -1).reshape(-1, 8)
-    torch.testing.assert_close(product + bias, expected)
-
-
 def test_a_single_image_is_unfolded_as_a_batch_of_one():
     layer, image = nn.Conv2d(4, 8, 3), torch.randn(4, 6, 6)
-    (alone,), (batch,) = (rows_of(layer, layer.weight, x) for x in (image, image[None]))
+    (alone,), (batch,) = (rows_of(layer, weight_of(layer), x) for x in (image, image[None]))
     assert torch.equal(alone, batch)
 
 
-def test_large_inputs_are_unfolded_in_parts(monkeypatch):
-    layer, images = nn.Conv2d(4, 8, 3), torch.randn(5, 4, 6, 6)
-    (whole,) = rows_of(layer, layer.weight, images)
-    monkeypatch.setattr("helpers.sparsity.sparsegpt._CHUNK", 2 * whole[0].numel() // 5)
-    parts = rows_of(layer, layer.weight, images)
-    assert [part.shape[1] for part in parts] == [32, 32, 16]
-    assert torch.equal(torch.cat(parts, 1), whole)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_large_inputs_are_unfolded_in_parts(monkeypatch, kind):
+    layer, images = kind(4, 8, 3, padding=1), torch.randn(5, 4, 6, 6)
+    (whole,) = rows_of(layer, weight_of(layer), images)
+    for images_at_once, sizes in ((2, [72, 72, 36]), (0.5, [18] * 10)):
+        chunk = int(images_at_once * whole[0].numel()) // 5
+        monkeypatch.setattr("helpers.sparsity.sparsegpt._CHUNK", chunk)
+        parts = rows_of(layer, weight_of(layer), images)
+        assert [part.shape[1] for part in parts] == sizes
+        assert torch.equal(torch.cat(parts, 1), whole)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -241,7 +315,9 @@ def test_every_convolution_is_the_product_with_its_unfolded_inputs(
     weight = seeded(torch.randn, 2, 4 // groups, kernel, 2).double()
     matrix = weight.movedim(1, -1).reshape(groups, 2 // groups, -1)
     arguments = images, weight, None, stride, padding, dilation, groups
-    (rows,) = rows_of(F.conv2d, weight, *arguments)
+    layer = nn.Conv2d(4, 2, (kernel, 2), groups=groups).double()
+    layer.weight = nn.Parameter(weight)
+    (rows,) = rows_of(F.conv2d, weight_of(layer), *arguments)
     expected = F.conv2d(*arguments)
     outputs = (rows @ matrix.mT).movedim(0, 1).flatten(1)
     torch.testing.assert_close(outputs, expected.movedim(1, -1).reshape(-1, 2))
@@ -452,8 +528,8 @@ def test_the_network_is_not_run_past_the_layer_that_is_observed():
     runs = []
     model[4].register_forward_pre_hook(lambda *_: runs.append(1))
     prune_sparsegpt_(model, smooth_images(8, 4).split(2))
-    # Once for the order of execution, then with four batches for the linear layer behind it.
-    assert len(runs) == 1 + 4
+    # Once for the order of execution, then for the linear layer behind it, with four batches each.
+    assert len(runs) == 4 + 4
 
 
 def test_layers_can_be_left_dense():
@@ -480,21 +556,140 @@ def test_the_projections_of_attention_are_pruned_by_what_they_multiply(batch_fir
     torch.testing.assert_close(encoder.self_attn.in_proj_weight, projection.weight)
 
 
-def test_named_inputs_are_calibration_data():
-    class Two(nn.Module):
+class Attention(nn.Module):
+    """Attention with queries, keys and values that are the same or are not."""
+
+    def __init__(self, alike, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.alike = nn.MultiheadAttention(16, 2, **options), alike
+
+    def forward(self, query, key, value):
+        value = key if "v" in self.alike else value
+        return self.inner(key if "q" in self.alike else query, key, value, need_weights=False)[0]
+
+
+def queries_keys_values(key_size=16, value_size=16):
+    sizes = 16, key_size, value_size
+    return tuple(
+        correlated(4 * 30, size, seed).view(30, 4, size) for seed, size in enumerate(sizes)
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("alike", ["qkv", "kv", "qk", ""])
+def test_each_projection_of_attention_is_pruned_by_its_own_inputs(alike, autocast):
+    """Together they are one weight, whose rows have different inputs."""
+    attention, inputs = Attention(alike), queries_keys_values()
+    query, key, value = inputs
+    own = [key if "q" in alike else query, key, key if "v" in alike else value]
+    if autocast:
+        own = [x.bfloat16() for x in own]
+    linears = []
+    for weight, x in zip(attention.inner.in_proj_weight.detach().chunk(3), own, strict=True):
+        linear = nn.Linear(16, 16)
+        linear.weight.data.copy_(weight)
+        prune_sparsegpt_(linear.to(x.dtype), [x])
+        linears.append(linear.weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        masks = prune_sparsegpt_(attention, [inputs])
+    assert list(masks) == ["inner.in_proj_weight", "inner.out_proj.weight"]
+    weight = attention.inner.in_proj_weight
+    assert torch.equal(weight != 0, masks["inner.in_proj_weight"])
+    if autocast:  # only the inputs are the same there
+        assert is_2to4(weight)
+    else:
+        torch.testing.assert_close(weight, torch.cat(linears))
+
+
+def test_separate_projections_of_attention_are_pruned_by_their_inputs():
+    attention, inputs = Attention("", kdim=8, vdim=12), queries_keys_values(8, 12)
+    linears = [nn.Linear(size, 16) for size in (16, 8, 12)]
+    for name, linear, x in zip("qkv", linears, inputs, strict=True):
+        linear.weight.data.copy_(attention.inner.get_parameter(f"{name}_proj_weight"))
+        prune_sparsegpt_(linear, [x])
+    masks = prune_sparsegpt_(attention, [inputs])
+    assert list(masks) == [
+        "inner.q_proj_weight", "inner.k_proj_weight", "inner.v_proj_weight", "inner.out_proj.weight"
+    ]  # fmt: skip
+    for name, linear in zip("qkv", linears, strict=True):
+        pruned = attention.inner.get_parameter(f"{name}_proj_weight")
+        torch.testing.assert_close(pruned, linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_with_named_inputs_stays_closer_than_by_magnitude():
+    def make():
+        torch.manual_seed(0)
+        return nn.Transformer(16, 2, 2, 2, 32, batch_first=True).eval()
+
+    dense, pruned, by_magnitude = make(), make(), make()
+    source, target = (correlated(40 * 12, 16, seed).view(40, 12, 16) for seed in (0, 1))
+    padding = torch.zeros(40, 12, dtype=torch.bool)
+    padding[::2, 9:] = True
+    batch = {"src": source, "tgt": target, "src_key_padding_mask": padding}
+    masks = prune_sparsegpt_(pruned, [batch])
+    assert masks.keys() == prune_2to4_(by_magnitude).keys()
+    with torch.no_grad():
+        expected = dense(**batch)
+        error, other = ((m(**batch) - expected).square().sum() for m in (pruned, by_magnitude))
+    assert error < 0.7 * other
+
+
+def model_with(forward):
+    """A model with one linear layer and a `forward` of its own."""
+
+    class Own(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
             self.inner = nn.Linear(16, 16)
 
-        def forward(self, x, *, scale=1.0):
-            return self.inner(x * scale)
+    Own.forward = forward
+    return Own()
 
-    named, positional = Two(), Two()
-    inputs = correlated(64, 16)
-    prune_sparsegpt_(named, [{"x": inputs, "scale": 2.0}])
-    prune_sparsegpt_(positional, [2 * inputs])
-    assert same(named.state_dict(), positional.state_dict())
+
+# What the layer is called with is always the same, 64 vectors `x`.
+CALIBRATION_BATCHES = {
+    "a tensor": (lambda self, x: self.inner(x), lambda x: x),
+    "with a label": (lambda self, x: self.inner(x), lambda x: [x, "a label"]),
+    "with labels for an option": (lambda self, x, y=None: self.inner(x), lambda x: (x, x)),
+    "two inputs": (lambda self, x, y: self.inner(x - y), lambda x: (2 * x, x)),
+    "two and a label": (lambda self, x, y: self.inner(x - y), lambda x: [2 * x, x, "label"]),
+    "names": (lambda self, *, x, by=1: self.inner(x * by), lambda x: {"x": x / 2, "by": 2}),
+    "an option": (lambda self, x, y=0: self.inner(x + y), lambda x: {"x": 2 * x, "y": -x}),
+    "a list": (lambda self, images: self.inner(torch.cat(images)), lambda x: (x.chunk(3), "boxes")),
+    "any names": (lambda self, **named: self.inner(named["x"]), lambda x: {"x": x}),
+    "any number": (lambda self, *inputs: self.inner(inputs[0]), lambda x: [x, "label"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch"), CALIBRATION_BATCHES.values(), ids=CALIBRATION_BATCHES
+)
+def test_a_model_gets_the_inputs_that_it_requires(forward, batch):
+    model, linear, inputs = model_with(forward), model_with(nn.Identity()), correlated(64, 16)
+    assert list(prune_sparsegpt_(model, [batch(inputs)])) == ["inner.weight"]
+    prune_sparsegpt_(linear.inner, [inputs])
+    assert torch.equal(model.inner.weight, linear.inner.weight)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda x: x, r"does not fit Own\.forward\(x, y\): missing .*'y'.* tuples with all inputs"),
+        (lambda x: (x,), "missing a required argument: 'y'"),
+        (lambda x: {"x": x}, "missing a required argument: 'y'"),
+        (lambda x: {"x": x, "y": x, "z": x}, "unexpected keyword argument 'z'"),
+        (lambda x: "images", "batch is a str without a tensor"),
+        (lambda x: [], "batch is a list without a tensor"),
+        (lambda x: {"x": 1, "y": 2}, "batch is a dict without a tensor"),
+        (lambda x: x.numpy(), "batch is a ndarray without a tensor"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_refused(batch, message):
+    model, inputs = model_with(lambda self, x, y: self.inner(x + y)), correlated(64, 16)
+    fails(model, message, [batch(inputs)])
 
 
 def test_a_linear_layer_of_single_vectors_is_pruned():
@@ -542,24 +737,45 @@ class Transposing(nn.Module):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        (lambda x, weight: x @ weight, "used in parts, transposed or in another shape"),
-        (lambda x, weight: x @ weight[:8].T, "used in parts, transposed or in another shape"),
-        (lambda x, weight: x @ weight[0], "used in another product than x Wᵀ"),
-        (lambda x, weight: weight @ x.T, "used in another product than x Wᵀ"),
-        (lambda x, weight: weight.T @ x.T, "used in another product than x Wᵀ"),
-        (lambda x, weight: weight.T @ x[0], "used in parts, transposed or in another shape"),
+        (lambda x, weight: x @ weight, "transposed, or in other parts than whole rows"),
+        (lambda x, weight: F.linear(x, weight.T), "transposed, or in other parts"),
+        (lambda x, weight: F.linear(x, weight.T.contiguous()), "transposed, or in other parts"),
+        (lambda x, weight: x[:, :8] @ weight[:, :8].T, "transposed, or in other parts"),
+        (lambda x, weight: x[:, ::2] @ weight[:, ::2].T, "transposed, or in other parts"),
+        (lambda x, weight: F.linear(x, weight[::2]), "transposed, or in other parts"),
+        (lambda x, weight: weight.T @ x.T, "transposed, or in other parts"),
+        (lambda x, weight: weight.T @ x[0], "transposed, or in other parts"),
+        (lambda x, weight: x[:, None] @ weight.view(2, 8, 16)[[0] * 16].mT, "computes another"),
+        (
+            lambda x, weight: x.view(2, 8, 16) @ weight.view(2, 8, 16).mT,
+            "in a product of another form",
+        ),
+        (
+            lambda x, weight: F.conv_transpose1d(x[:, :, None], weight[:, :, None]),
+            "as the filters of the other kind of convolution",
+        ),
     ],
 )
 def test_a_weight_in_a_product_of_another_form_is_named_with_the_reason(way, reason):
-    fails(Transposing(way), f"prune inner.weight: it is {reason}", [correlated(16, 16)])
+    fails(Transposing(way), f"prune inner.weight: .*{reason}", [correlated(16, 16)])
 
 
-@pytest.mark.parametrize("way", ["x @ weight.T", "einsum"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x, weight: x @ weight.T,
+        lambda x, weight: (weight @ x.T).T,
+        lambda x, weight: torch.einsum("bi,oi->bo", x, weight),
+        lambda x, weight: torch.matmul(weight, x.view(4, 16, 16).mT),
+        lambda x, weight: F.linear(x, weight.clone()),
+        lambda x, weight: torch.cat([F.linear(x, weight[:4]), F.linear(x, weight[4:])], 1),
+        lambda x, weight: torch.stack([x @ row for row in weight], 1),
+        lambda x, weight: torch.stack([weight @ vector for vector in x]),
+        lambda x, weight: F.conv2d(x[:, :, None, None], weight[:, :, None, None]),
+    ],
+)
 def test_a_product_that_is_written_out_is_pruned_as_the_linear_layer(way):
-    def multiply(x, weight):
-        return x @ weight.T if way != "einsum" else torch.einsum("bi,oi->bo", x, weight)
-
-    model, inputs = Transposing(multiply), correlated(64, 16)
+    model, inputs = Transposing(way), correlated(64, 16)
     linear = nn.Linear(16, 16, bias=False)
     linear.weight.data.copy_(model.inner.weight)
     prune_sparsegpt_(model, [inputs])
@@ -567,22 +783,56 @@ def test_a_product_that_is_written_out_is_pruned_as_the_linear_layer(way):
     torch.testing.assert_close(model.inner.weight, linear.weight)
 
 
-def test_a_transposed_convolution_is_named_with_the_reason():
-    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3))
-    fails(model, "prune 0.weight: it is used transposed", rules="any")
-
-
-def test_attention_whose_query_is_not_its_key_is_named_with_the_reason():
-    class Cross(nn.Module):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_filters_that_are_used_as_a_matrix_are_pruned_as_the_convolution(memory_format):
+    class AsMatrix(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = nn.MultiheadAttention(16, 2)
+            self.conv = seeded(nn.Conv2d, 8, 4, 3).to(memory_format=memory_format)
 
         def forward(self, x):
-            return self.attention(x, 2 * x, 2 * x)
+            return F.unfold(x, 3).mT @ self.conv.weight.flatten(1).T
 
-    inputs = correlated(64, 16).view(4, 16, 16)
-    fails(Cross(), "prune attention.in_proj_weight: it is used in parts", [inputs])
+    model, conv, images = AsMatrix(), seeded(nn.Conv2d, 8, 4, 3), smooth_images(8, 8)
+    prune_sparsegpt_(model, [images])
+    prune_sparsegpt_(conv, [images])
+    torch.testing.assert_close(model.conv.weight, conv.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_that_is_used_as_filters_is_pruned_as_the_linear_layer():
+    """As patches are embedded: groups of four lie along the columns of the matrix."""
+    inputs = correlated(64, 2 * 4 * 4)
+    model = nn.Linear(32, 16, bias=False)
+    linear = copy.deepcopy(model)
+    model.forward = lambda x: F.conv2d(x, model.weight.view(16, 2, 4, 4))
+    prune_sparsegpt_(model, [inputs.view(64, 2, 4, 4)])
+    prune_sparsegpt_(linear, [inputs])
+    torch.testing.assert_close(model.weight, linear.weight)
+
+
+def test_rows_that_are_not_used_are_pruned_by_magnitude():
+    model, inputs = Transposing(lambda x, weight: F.linear(x, weight[:8])), correlated(64, 16)
+    dense = model.inner.weight.detach().clone()
+    prune_sparsegpt_(model, [inputs])
+    unused = model.inner.weight.detach()[8:]
+    assert torch.equal(unused, dense[8:] * mask_2to4(dense[8:]))
+
+
+def test_a_layer_that_only_a_later_batch_reaches_is_pruned_by_that_batch():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.few, self.many = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.few(self.few(x)) if len(x) < 10 else self.many(x)
+
+    model, many = Experts(), Experts().many
+    inputs = correlated(64, 16)
+    assert list(prune_sparsegpt_(model, [inputs[:8], inputs[8:]])) == ["few.weight", "many.weight"]
+    prune_sparsegpt_(many, [inputs[8:]])
+    torch.testing.assert_close(model.many.weight, many.weight)
 
 
 # What goes wrong leaves no trace.
@@ -639,11 +889,6 @@ def test_images_that_cannot_be_read_again_are_reported():
     fails(network(), "no calibration data", calibration_data=Once())
 
 
-def test_a_batch_without_a_tensor_is_refused():
-    fails(network(), "batch is a str", calibration_data=["images"])
-    fails(network(), "batch is a list", calibration_data=[[]])
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_that_is_not_finite_is_named(value):
     model = network()
@@ -667,11 +912,9 @@ def test_a_singular_hessian_in_a_later_layer_restores_the_earlier_ones():
 def test_a_layer_that_is_never_called_is_named():
     model = network()
     model.add_module("unused", nn.Identity())
-    model.unused.inner = nn.Linear(8, 8)
-    fails(
-        model,
-        r"cannot prune unused\.inner\.weight: .* since its layer does not run",
-    )
+    model.unused.inner, model.unused.other = nn.Linear(8, 8), nn.Linear(8, 8)
+    names = r"unused\.inner\.weight, unused\.other\.weight"
+    fails(model, rf"cannot prune {names}: .* since its layer does not run.*`exclude`")
 
 
 def test_a_weight_that_is_standardised_outside_its_layer_is_named():

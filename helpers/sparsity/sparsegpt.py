@@ -3,21 +3,30 @@
 Explained in `02_prune_2_4.ipynb`.
 """
 
+import inspect
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import reduce
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
-from helpers.products import Product, aten, watch_products
-from helpers.sparsity.eligibility import Selection, select_weights, why_none_eligible
+from helpers.products import Product, aten, storage_of, watch_products
+from helpers.sparsity.eligibility import (
+    Candidate,
+    Selection,
+    select_weights,
+    why_none_eligible,
+)
 from helpers.sparsity.masks import diverged, mask_2to4, require_numbers
 from helpers.sparsity.prune import Masks
 
@@ -44,14 +53,16 @@ def prune_sparsegpt_(
 
     Memory: a copy of the eligible weights on the CPU, to restore the model from; on
     the model's device what one layer needs, above all its Hessian of (columns, columns)
-    float64 for each group of the layer.
+    float64 for each group of the layer, or for each part of it that has inputs of its own,
+    such as queries and keys.
 
     Args:
         model: any model; it runs in evaluation mode and gets its mode back.
-        calibration_data: batches of inputs: tensors, tuples whose first item is one, or
-            dictionaries of named inputs. They are read once for every layer and moved to
-            the model's device: pass a list, or a loader that yields the same batches every
-            time.
+        calibration_data: batches of inputs, each a tensor; a dictionary of named inputs; or a
+            tuple or list, of which `forward` gets as many items as it requires, and at least
+            one. What follows them, such as labels, is ignored; inputs that `forward` does not
+            require have to be named. The batches are read once for every layer and moved to the
+            model's device: pass a list, or a loader that yields the same batches every time.
         rules: which weights are eligible, as in `prune_2to4_`.
         include: as in `prune_2to4_`.
         exclude: as in `prune_2to4_`.
@@ -64,10 +75,10 @@ def prune_sparsegpt_(
         weight is eligible.
 
     Raises:
-        InputError: a weight or its input is NaN or infinite, a weight is used in no linear
-            layer, attention layer or convolution that is not transposed, the calibration data
-            cannot be read, or a Hessian is singular. After this or any other error the model
-            is as it was.
+        InputError: a weight or its input is NaN or infinite, the calibration data is not
+            multiplied with a weight as linear layers, attention and convolutions do it, the
+            calibration data cannot be read, or a Hessian is singular. After this or any other
+            error the model is as it was.
 
     Source: Frantar and Alistarh, "SparseGPT", arXiv 2301.00774.
     """
@@ -79,20 +90,20 @@ def prune_sparsegpt_(
             "once for every layer. Pass a list or a DataLoader."
         )
     candidates = select_weights(model, rules, include, exclude)
-    weights = {weight.name: weight.parameter for weight in candidates if weight.eligible}
+    weights = {weight.name: weight for weight in candidates if weight.eligible}
     if not weights:
         _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
         return {}
     for name, weight in weights.items():
-        require_numbers(weight, name)
-        if not weight.isfinite().all():
+        require_numbers(weight.parameter, name)
+        if not weight.parameter.isfinite().all():
             raise diverged(name)
     masks = {}
     with torch.no_grad(), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, calibration_data)
         for name in tqdm(uses, desc="SparseGPT", leave=False):
-            hessian = _hessian(model, name, weights[name], uses[name], calibration_data)
-            masks[name] = _prune_weight_(weights[name], hessian, dampening, block_size, name)
+            hessians = _hessians(model, weights[name], uses[name], calibration_data)
+            masks[name] = _prune_weight_(weights[name], hessians, dampening, block_size)
     return {name: masks[name] for name in weights}
 
 
@@ -176,149 +187,245 @@ def _inverse_factor(hessian: Tensor, dampening: float, name: str) -> Tensor:
 
 
 def _prune_weight_(
-    weight: Tensor, hessian: Tensor, dampening: float, block_size: int, name: str
+    weight: Candidate, hessians: "_Hessians", dampening: float, block_size: int
 ) -> Tensor:
     """Prune a layer's weight in place and return its mask."""
-    # (groups, rows, kernel positions * input channels): four columns in a row are four
-    # input channels at one position, which is the pattern that sparse kernels read.
-    groups, channels = len(hessian), weight.shape[1]
-    split = weight.detach().reshape(groups, len(weight) // groups, channels, -1)
-    matrix = split.transpose(2, 3).flatten(2)
-    pruned, mask = (
-        result.unflatten(2, (-1, channels)).transpose(2, 3).reshape(weight.shape)
-        for result in sparsegpt_2to4(matrix, hessian, dampening, block_size, name)
-    )
-    weight.copy_(pruned)
-    if not weight.isfinite().all():
+    tensor = weight.parameter.detach()
+    mask = torch.empty_like(tensor, dtype=torch.bool)
+    by_rows = _by_rows(weight, tensor)
+    # (rows, kernel positions * input channels): four columns in a row are four input
+    # channels at one position, which is the pattern that sparse kernels read.
+    channels_last = by_rows.reshape(*by_rows.shape[:3], -1).transpose(2, 3)
+    matrix = channels_last.flatten(2).flatten(0, 1)
+    pruned = matrix.new_empty(matrix.shape, dtype=torch.float64)
+    kept = matrix.new_empty(matrix.shape, dtype=torch.bool)
+    for first, last, hessian in _rows_with_hessians(hessians, matrix):
+        parts = matrix[first:last].unflatten(0, (len(hessian), -1))
+        results = sparsegpt_2to4(parts, hessian, dampening, block_size, weight.name)
+        for whole, result in zip((pruned, kept), results, strict=True):
+            whole[first:last] = result.flatten(0, 1)
+    for target, result in ((tensor, pruned), (mask, kept)):
+        ordered = result.view(channels_last.shape).transpose(2, 3)
+        _by_rows(weight, target).copy_(ordered.reshape(by_rows.shape))
+    if not tensor.isfinite().all():
         raise InputError(
-            f"{name} has become too large for {weight.dtype}. Use more calibration data or a "
-            f"dampening above {dampening}."
+            f"{weight.name} has become too large for {tensor.dtype}. Use more calibration data or "
+            f"a dampening above {dampening}."
         )
     return mask
 
 
+def _by_rows(weight: Candidate, tensor: Tensor) -> Tensor:
+    """View a tensor in the shape of a weight as (groups, output channels, input channels, ...)."""
+    grouped = tensor.unflatten(0, (weight.groups, -1))
+    return grouped.transpose(1, 2) if weight.input_dim == 0 else grouped
+
+
+def _rows_with_hessians(hessians: "_Hessians", matrix: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield first and last of consecutive rows, and the Hessian of each equal part of them."""
+    rows, columns = matrix.shape
+    seen = [
+        (start + group * size, start + (group + 1) * size, hessian)
+        for (start, size), sums in hessians.items()
+        for group, hessian in enumerate(sums.split(1))
+    ]
+    edges = sorted({0, rows, *(edge for first, last, _ in seen for edge in (first, last))})
+    for _, run in groupby(pairwise(edges), key=lambda part: part[1] - part[0]):
+        parts = list(run)
+        totals = []
+        for first, last in parts:
+            own = [hessian for start, stop, hessian in seen if start <= first and last <= stop]
+            # Rows that nothing is multiplied with may lose any weights; here, the smallest.
+            own = own or [matrix.new_zeros(1, columns, columns, dtype=torch.float64)]
+            totals.append(reduce(torch.add, own))
+        yield parts[0][0], parts[-1][1], totals[0] if len(totals) == 1 else torch.cat(totals)
+
+
 # --- what a weight is multiplied with ---
+
+# Sums of x xᵀ, each for consecutive parts of the rows of a weight: by the first row and the
+# number of rows in a part, (parts, columns, columns).
+_Hessians = dict[tuple[int, int], Tensor]
 
 
 class _StopForwardError(Exception):
     """Ends a forward pass whose remaining layers are not needed.
 
-    Nothing but an exception leaves a `forward` that is not ours; `_hessian` catches it.
+    Nothing but an exception leaves a `forward` that is not ours; `_hessians` catches it.
     """
 
 
-def _why_not(product: Product, weight: Tensor) -> str:
-    """Return why a product is not one of the weight's rows with its inputs; empty if it is."""
-    factor = product.factor
+class _OtherUseError(Exception):
+    """Says how a weight is used where its rows are not multiplied with inputs."""
+
+
+def _outputs(product: Product, weight: Candidate) -> range:
+    """Return which of the outputs that a weight can compute a product computes.
+
+    Raises:
+        _OtherUseError: they are not the sums over inputs that the layer's outputs are.
+    """
+    whole, factor = weight.parameter, product.factor
     if product.operator is aten.convolution:
-        if product.arguments[6]:
-            return "transposed, as the filters of a transposed convolution"
-    elif factor.dim() == 2 and not product.factor_first:
+        if bool(product.arguments[6]) != weight.transposed:
+            raise _OtherUseError("as the filters of the other kind of convolution")
+    elif factor.dim() > 2 or weight.transposed:
+        raise _OtherUseError("in a product of another form than the layer's")
+    elif factor.dim() == 1:
+        factor = factor[None]
+    elif product.factor_first == (weight.input_dim == 0):
         factor = factor.mT  # x Wᵀ, as linear layers and attention compute it
-    elif not product.factor_first or product.input.dim() > 1:  # W x does, for a single vector x
-        return "in another product than x Wᵀ"
-    if factor.shape != weight.shape or factor.stride(1) != weight.stride(1):
-        return "in parts, transposed or in another shape"
-    return ""
-
-
-_NEVER = (
-    "the first calibration batch is not multiplied with it, since its layer does not run or "
-    "computes another weight from it"
-)
+    rows, part = whole.flatten(1).to(factor.dtype), factor.flatten(1)
+    starts = []
+    if storage_of(factor) == storage_of(whole):
+        starts = [int(factor.storage_offset() - whole.storage_offset()) // whole.stride(0)]
+    elif rows.shape[1] == part.shape[1]:  # a copy, such as autocast makes
+        starts = (rows == part[0]).all(1).nonzero().flatten().tolist()
+    # In the same memory there may still be a transpose, or only some of the columns.
+    found = [start for start in starts if torch.equal(rows[start : start + len(part)], part)]
+    inputs_first = weight.input_dim == 0
+    if len(found) != 1 or (inputs_first and len(part) < len(rows)):
+        raise _OtherUseError("transposed, or in other parts than whole rows")
+    if inputs_first:
+        return range(weight.groups * whole.shape[1])
+    return range(found[0], found[0] + len(part))
 
 
 def _count_uses(
-    model: nn.Module, weights: Mapping[str, Tensor], calibration_data: Iterable[Any]
+    model: nn.Module, weights: Mapping[str, Candidate], calibration_data: Iterable[Any]
 ) -> Counter[str]:
-    """Return how often the first batch is multiplied with each weight, in that order."""
-    uses: Counter[str] = Counter()
+    """Return how often a batch is multiplied with each weight at most, in order of execution."""
+    most: Counter[str] = Counter()
     reasons: dict[str, str] = {}
 
     def count(product: Product) -> None:
-        if not product.weight:
+        name = product.weight
+        if not name:
             return
-        if reason := _why_not(product, weights[product.weight]):
-            reasons[product.weight] = reason
+        try:
+            _outputs(product, weights[name])
+        except _OtherUseError as reason:
+            reasons[name] = f"it is used {reason}"
         else:
-            uses[product.weight] += 1
+            uses[name] += 1
 
-    args, kwargs = next(_batches(calibration_data, weights))
-    with watch_products(weights, count):
-        model(*args, **kwargs)
-    for name in weights:
-        if name in uses:
-            continue
-        reason = f"it is used {reasons[name]}" if name in reasons else _NEVER
-        raise InputError(f"SparseGPT cannot prune {name}: {reason}. Leave it dense with `exclude`.")
-    return uses
+    tensors = {name: weight.parameter for name, weight in weights.items()}
+    for args, kwargs in _batches(model, calibration_data, tensors):
+        uses: Counter[str] = Counter()
+        with watch_products(tensors, count):
+            model(*args, **kwargs)
+        most |= uses
+    unused = [name for name in weights if name not in most]
+    if unused:
+        reason = reasons.get(unused[0], _NEVER)
+        alike = [name for name in unused if reasons.get(name, _NEVER) == reason]
+        names = ", ".join(alike[:5]) + (f" and {len(alike) - 5} more" if len(alike) > 5 else "")
+        raise InputError(
+            f"SparseGPT cannot prune {names}: {reason}. Leave such weights dense with `exclude`."
+        )
+    return most
 
 
-def _hessian(
-    model: nn.Module, name: str, weight: Tensor, uses: int, calibration_data: Iterable[Any]
-) -> Tensor:
-    """Return the sum of x xᵀ over what a weight is multiplied with, (groups, columns, columns).
+_NEVER = (
+    "no calibration batch is multiplied with it, since its layer does not run or computes "
+    "another weight from it"
+)
+
+
+def _hessians(
+    model: nn.Module, weight: Candidate, uses: int, calibration_data: Iterable[Any]
+) -> _Hessians:
+    """Return the sums of x xᵀ over what the rows of a weight are multiplied with.
 
     In float64: thousands of terms are added up, and the result, with a condition in the
     thousands too, is inverted.
     """
-    hessian = torch.zeros((), dtype=torch.float64, device=weight.device)
+    hessians: _Hessians = {}
     left = 0
 
     def add(product: Product) -> None:
-        nonlocal hessian, left
-        if not product.weight or _why_not(product, weight):
+        nonlocal left
+        if not product.weight:
             return
-        for rows in _rows(product):
-            hessian = hessian + rows.mT @ rows
+        try:
+            outputs = _outputs(product, weight)
+        except _OtherUseError:  # `_count_uses` has found others that count
+            return
+        for inputs in _inputs(product, weight):
+            part = outputs.start, len(outputs) // len(inputs)
+            hessians[part] = hessians.get(part, 0) + inputs.mT @ inputs
         left -= 1
         if left == 0:
             raise _StopForwardError
 
-    for args, kwargs in _batches(calibration_data, {name: weight}):
+    tensors = {weight.name: weight.parameter}
+    for args, kwargs in _batches(model, calibration_data, tensors):
         left = uses
-        with suppress(_StopForwardError), watch_products({name: weight}, add):
+        with suppress(_StopForwardError), watch_products(tensors, add):
             model(*args, **kwargs)
-    if not hessian.isfinite().all():
+    if not all(hessian.isfinite().all() for hessian in hessians.values()):
         raise InputError(
-            f"The inputs of {name} have NaN or infinite values. Look for them in the calibration "
-            "data and in the layers before it."
+            f"The inputs of {weight.name} have NaN or infinite values. Look for them in the "
+            "calibration data and in the layers before it."
         )
-    return hessian
+    return hessians
 
 
-def _rows(product: Product) -> Iterator[Tensor]:
-    """Yield what a weight is multiplied with, as (groups, rows, columns) in float64.
+def _inputs(product: Product, weight: Candidate) -> Iterator[Tensor]:
+    """Yield what rows of a weight are multiplied with, as (groups, inputs, columns) in float64.
 
     The columns are ordered as in `_prune_weight_`: position by position of the kernel, all
     channels of a group together.
     """
+    groups, positions = 1, 1
     if product.operator is aten.convolution:
-        groups = product.arguments[-1]
-        channels, *kernel = product.factor.shape[1:]
+        groups, positions = product.arguments[8], math.prod(product.factor.shape[2:])
         windows = _windows(product)
     else:
-        groups, kernel = 1, []
-        channels = product.input.shape[-1]
-        windows = product.input.reshape(-1, channels)
-    for part in windows.split(max(1, _CHUNK // windows[0].numel())):
-        part = part.reshape(len(part), groups, channels, -1, math.prod(kernel))
-        yield part.permute(1, 0, 3, 4, 2).flatten(3).flatten(1, 2).double()
+        columns_first = product.factor_first and product.input.dim() > 1  # W X
+        vectors = product.input.mT if columns_first else product.input
+        windows = vectors.reshape(-1, vectors.shape[-1], 1)
+    channels = weight.input_channels
+    for image in windows.split(max(1, _CHUNK // windows[0].numel())):
+        for part in image.split(max(1, _CHUNK // image[:, :, 0].numel()), dim=2):
+            columns = part.reshape(
+                len(part), groups, -1, part[0, 0].numel() // positions, positions
+            )
+            if weight.transposed:  # an output meets the last position of the kernel first
+                columns = columns.flip(-1)
+            # As the weight has them: filters may be used as a matrix, or the other way round.
+            columns = columns.permute(1, 0, 3, 2, 4).flatten(3).unflatten(3, (channels, -1))
+            yield columns.transpose(3, 4).flatten(3).flatten(1, 2).double()
 
 
 def _windows(product: Product) -> Tensor:
     """View what a kernel sees at each place: (images, channels, *output, *kernel).
 
-    `F.unfold` would do the same, for images of two dimensions only.
+    `F.unfold` would do the same, for images of two dimensions only. A transposed convolution is
+    an ordinary one of its inputs with zeros between them, in which the kernel is reversed.
     """
     kernel = product.factor.shape[2:]
-    _, _, _, *settings = product.arguments[:6]
-    strides, paddings, dilations = (
-        tuple(each) * (len(kernel) // len(each))
-        for each in settings  # one number counts for all
+    images = product.input
+    strides, paddings, dilations, outer = (
+        tuple(each) * (len(kernel) // len(each))  # one number counts for all
+        for each in (*product.arguments[3:6], product.arguments[7])
     )
-    # `F.pad` takes the zeros before and after each axis, the last axis first.
-    windows = F.pad(product.input, [zeros for each in reversed(paddings) for zeros in (each, each)])
+    # `F.pad` takes the zeros before and after each axis, the last axis first; below zero it cuts.
+    zeros = [(size, size) for size in paddings]
+    if product.arguments[6]:
+        spread = [
+            1 + (size - 1) * stride for size, stride in zip(images.shape[2:], strides, strict=True)
+        ]
+        images = images.new_zeros(*images.shape[:2], *spread)
+        places = tuple(slice(None, None, stride) for stride in strides)
+        images[:, :, *places] = product.input
+        edges = [
+            dilation * (size - 1) - padding
+            for size, dilation, padding in zip(kernel, dilations, paddings, strict=True)
+        ]
+        zeros = [(edge, edge + more) for edge, more in zip(edges, outer, strict=True)]
+        strides = (1,) * len(kernel)
+    windows = F.pad(images, [size for each in reversed(zeros) for size in each])
     for axis, (size, stride, dilation) in enumerate(
         zip(kernel, strides, dilations, strict=True), start=2
     ):
@@ -330,38 +437,57 @@ def _windows(product: Product) -> Tensor:
 
 
 def _batches(
-    calibration_data: Iterable[Any], weights: Mapping[str, Tensor]
+    model: nn.Module, calibration_data: Iterable[Any], weights: Mapping[str, Tensor]
 ) -> Iterator[ModelInputs]:
     """Yield what to call the model with for each batch, on the device of the weights."""
     device = next(iter(weights.values())).device
+    signature = inspect.signature(model.forward)
     count = 0
     for batch in calibration_data:
         count += 1
-        if isinstance(batch, Mapping):
-            yield (), {name: _moved(value, device) for name, value in batch.items()}
-            continue
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(inputs, Tensor):
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
             raise InputError(
-                f"A calibration batch is a {type(inputs).__name__}. Pass tensors, tuples whose "
-                "first item is one, or dictionaries of named inputs."
+                f"A calibration batch is a {type(batch).__name__} without a tensor. Pass tensors, "
+                "tuples of inputs, or dictionaries of named inputs."
             )
-        yield (inputs.to(device),), {}
+        args, kwargs = _arguments(batch, signature)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"A calibration batch does not fit {type(model).__name__}.forward{signature}: "
+                f"{error}. Pass tuples with all inputs that it requires, or dictionaries of named "
+                "inputs."
+            ) from error
+        yield tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     if count == 0:
         raise InputError("There is no calibration data: `calibration_data` is empty.")
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _arguments(batch: Any, signature: inspect.Signature) -> ModelInputs:
+    """Return the positional and the named arguments that a batch of calibration data holds."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if not isinstance(batch, tuple | list):
+        return (batch,), {}
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    required = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind in positional and parameter.default is parameter.empty
+    ]
+    return tuple(batch[: max(1, len(required))]), {}
 
 
 @contextmanager
-def _all_or_nothing(weights: Mapping[str, Tensor]) -> Iterator[None]:
+def _all_or_nothing(weights: Mapping[str, Candidate]) -> Iterator[None]:
     """Restore the weights if anything goes wrong, an interruption too."""
-    before = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+    before = {
+        name: weight.parameter.detach().to("cpu", copy=True) for name, weight in weights.items()
+    }
     try:
         yield
     except BaseException:
         for name, weight in weights.items():
-            weight.copy_(before[name])
+            weight.parameter.copy_(before[name])
         raise
