@@ -1,11 +1,6 @@
-"""Take one network through all steps, and judge each by an oracle of its own.
+"""Take one network through all steps, and judge each by the oracle of `product_oracle.py`.
 
-`networks.py` starts this script in a process of its own for each network:
-
-    python benchmarks/network_steps.py LIBRARY/NAME ROWS_FILE
-
-It adds one line of JSON to the file for each step when the step is done, so that what killed
-the process (the limit of time or memory, a crash) is the step without a line.
+`networks.py` calls `main` in a process of its own for each network.
 """
 
 import copy
@@ -13,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from helpers.errors import HelpersError, first_line
+from helpers.errors import HelpersError, first_line, root_cause
 from helpers.inference.export import export_onnx
 from helpers.sparsity import (
     hold_masks,
@@ -101,9 +95,8 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 def _told(error: BaseException) -> str:
     """Return the class and the first line of what an error was caused by."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"[:400]
+    cause = root_cause(error)
+    return f"{type(cause).__name__}: {first_line(cause)}"[:400]
 
 
 @dataclass
@@ -438,6 +431,7 @@ def verify_the_model(trial: Trial) -> str:
 def export(trial: Trial) -> str:
     """Write an ONNX file: with our function if the input is an image, else with PyTorch's."""
     path = trial.folder / "model.onnx"
+    refusal = ""
     image = trial.inputs[0] if len(trial.inputs) == 1 else None
     if isinstance(image, Tensor) and image.dim() == 4 and image.is_floating_point():
         channels, height, width = image.shape[1:]
@@ -446,19 +440,16 @@ def export(trial: Trial) -> str:
                 trial.file = export_onnx(trial.model, path, (channels, height, width))
             return f"by export_onnx, {path.stat().st_size / 1e6:.1f} MB"
         except Stop as stop:
-            ours_failed = stop
-    else:
-        ours_failed = None
+            if stop.verdict != REFUSED:
+                raise
+            refusal = f"; export_onnx: {stop.reason}"
     with theirs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(trial.model, trial.inputs, dynamo=True, verbose=False)
         assert program is not None
         program.save(path)
     trial.file = path
-    size = f"by torch.onnx.export, {path.stat().st_size / 1e6:.1f} MB"
-    if ours_failed is not None and ours_failed.verdict == RAW_ERROR:
-        raise Stop(RAW_ERROR, f"{ours_failed.reason} ({size} with a fixed batch)")
-    return size if ours_failed is None else f"{size}; ours: {ours_failed.reason}"
+    return f"by torch.onnx.export, {path.stat().st_size / 1e6:.1f} MB{refusal}"
 
 
 def verify_the_file(trial: Trial) -> str:
@@ -489,6 +480,8 @@ def _judge_table(table: Any, found: Sequence[FileWeight]) -> str:
             continue
         if not judged:
             raise Stop(FALSE_PASS, f"{weight.node} has no row")
+        if not all(row.judged for row in judged):
+            continue  # it is said that nothing is known, and the file does not pass
         states = {(bool(row.eligible), bool(row.is_2to4)) for row in judged}
         if weight.is_2to4 and (True, True) not in states:
             raise Stop(
@@ -503,8 +496,11 @@ def _judge_table(table: Any, found: Sequence[FileWeight]) -> str:
     for row in table[table.eligible & ~table.is_2to4].itertuples():
         if row.node not in really_dense:
             raise Stop(FALSE_FAIL, f"{row.node} ({row.op} with {row.weight}) is no dense weight")
-    judged_rows = table[table.eligible]
-    return f"{len(judged_rows)} of {len(table)} rows eligible, {dense} dense"
+    told = f"{table.eligible.sum()} of {len(table)} rows eligible, {dense} dense"
+    unjudged = table[~table.judged]
+    if len(unjudged):
+        told += f", {len(unjudged)} not judged ({unjudged.reason.iloc[0]})"
+    return told
 
 
 def _feeds(path: Path, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -571,19 +567,21 @@ def try_network(network: Network) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def main(name: str, rows: Path, seconds: int, gib: float) -> None:
-    """Try one network within limits of processor time and memory."""
+def main(name: str, rows: Path, log: Path, seconds: int, gib: float) -> None:
+    """Try one network within limits of processor time and memory.
+
+    Each step adds one line of JSON to `rows` when it is done, so that what ends the process is
+    the step without a line.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (int(gib * GIB), int(gib * GIB)))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     signal.alarm(10 * seconds)  # in case it waits for something
+    with open(log, "wb") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     (network,) = (network for network in catalogue() if str(network) == name)
     with open(rows, "a", encoding="utf-8") as file:
         for row in try_network(network):
             print(json.dumps(row), file=file, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -23,10 +23,8 @@ only, into the project's environment:
 """
 
 import json
-import shlex
+import multiprocessing
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -39,6 +37,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+import network_steps
 from helpers import machine
 from helpers.errors import InputError
 from helpers.files import write_json
@@ -119,19 +118,22 @@ def _is_of(row: dict[str, Any], network: Network) -> bool:
     return (row["library"], row["network"]) == (network.library, network.name)
 
 
-def try_apart(network: Network, seconds: int, gib: float, launcher: str) -> list[dict[str, Any]]:
+def try_apart(network: Network, seconds: int, gib: float) -> list[dict[str, Any]]:
     """Return the rows of a network, tried in a process of its own."""
-    script = Path(__file__).with_name("network_steps.py")
+    # The server has the slow imports done, and is forked for each network.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["network_steps", "onnxscript", *PACKAGES])
     with TemporaryDirectory() as folder:
         rows_file, log = Path(folder) / "rows", Path(folder) / "log"
-        command = [*shlex.split(launcher), sys.executable, str(script), str(network),
-                   str(rows_file), str(seconds), str(gib)]  # fmt: skip
-        with open(log, "wb") as output:
-            code = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT)
+        process = context.Process(
+            target=network_steps.main, args=(str(network), rows_file, log, seconds, gib)
+        )
+        process.start()
+        process.join()
         lines = rows_file.read_text().splitlines() if rows_file.exists() else []
         rows = [json.loads(line) for line in lines]
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    verdict, reason = _why_stopped(code, seconds, last)
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    verdict, reason = _why_stopped(process.exitcode or 0, seconds, last)
     for step in [*STEPS][len(rows) :]:
         rows.append(
             {
@@ -166,7 +168,6 @@ def main(
     seconds: Annotated[int, typer.Option(min=1, help="of processor time for a network")] = 300,
     gib: Annotated[float, typer.Option(min=0.5, help="memory for a network")] = 3.0,
     again: Annotated[bool, typer.Option(help="try what the file has already, too")] = False,
-    launcher: Annotated[str, typer.Option(help="goes before each process's command")] = "",
 ) -> None:
     """Try networks of other projects in every step, and print the table of verdicts."""
     patterns = only or ["*"]
@@ -185,7 +186,7 @@ def main(
     lock = Lock()
 
     def run(network: Network) -> None:
-        rows = try_apart(network, seconds, gib, launcher)
+        rows = try_apart(network, seconds, gib)
         with lock:
             record.replace(network, rows)
             shown = " ".join(f"{row['step']}: {row['verdict']}," for row in rows)

@@ -6,9 +6,10 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from torch import nn
 
 from helpers import sparsity
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError
 from helpers.inference.export import export_onnx
 from helpers.metrics import max_relative_error
 
@@ -106,3 +107,14 @@ def test_deprecations_inside_the_exporter_are_hidden_and_other_warnings_are_not(
         warnings.simplefilter("always")
         export_onnx(tiny_net, tmp_path / "net.onnx", SHAPE)
     assert [str(each.message) for each in seen] == ["a UserWarning"]
+
+
+class Bessel(nn.Module):  # which ONNX does not have
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_a_model_that_pytorch_cannot_export_is_refused_with_the_cause(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write Bessel as ONNX .*bessel_j0"):
+        export_onnx(Bessel(), tmp_path / "model.onnx", SHAPE)
+    assert not list(tmp_path.iterdir())

@@ -50,7 +50,7 @@ def test_two_networks_pass_every_step_in_processes_of_their_own(tmp_path):
 
 def test_a_network_that_is_killed_leaves_the_steps_that_it_had_done():
     network = Network("torchvision", "no such network", small)
-    rows = networks.try_apart(network, seconds=60, gib=3, launcher="")
+    rows = networks.try_apart(network, seconds=60, gib=3)
     assert rows[0]["verdict"] == "raw error"
     assert {row["verdict"] for row in rows[1:]} == {"skipped"}
     assert networks._why_stopped(-24, 60, [])[0] == "limit"

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from helpers.errors import InputError, first_line, root_cause
 from helpers.inference.fold import fold_batch_norm
 
 INPUT, OUTPUT = "images", "logits"  # the names in every file that is written here
@@ -26,7 +27,7 @@ def export_onnx(
         half: FP16 weights and arithmetic instead of FP32.
 
     Raises:
-        InputError: the model cannot be traced.
+        InputError: the model cannot be traced, or the exporter cannot write it.
     """
     folded = fold_batch_norm(model)
     example = torch.zeros(2, *image_shape)
@@ -36,15 +37,23 @@ def export_onnx(
         # The exporter uses what PyTorch has deprecated; users cannot fix that.
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)
-        program = torch.onnx.export(
-            folded,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                folded,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises classes without a common base
+            cause = root_cause(error)
+            raise InputError(
+                f"PyTorch cannot write {type(model).__name__} as ONNX with a dynamic batch "
+                f"({type(cause).__name__}: {first_line(cause)}). torch.onnx.export(model, "
+                "(images,), dynamo=True) may write it with the batch of the images."
+            ) from error
     assert program is not None  # it is None only where dynamo=False
     program.save(path, external_data=False)
     return Path(path)
