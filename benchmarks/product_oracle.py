@@ -274,6 +274,8 @@ def _file_weight(
             dim = 1 - side if not attributes.get("transB" if side else "transA", 0) else side
         case _:
             dim = 1
-    eligible = not grouped and weight.dim() > 0 and weight.shape[dim] % 4 == 0
+    # A batch of matrices is a constant activation, or weights of experts; neither has a kernel.
+    batched = node.op_type == "MatMul" and weight.shape[:-2].numel() > 1
+    eligible = not grouped and not batched and weight.dim() > 0 and weight.shape[dim] % 4 == 0
     is_2to4 = eligible and is_2to4_along(weight, dim)
     return FileWeight(node.name, side, is_2to4, eligible, name in from_product)
