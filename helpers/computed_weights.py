@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from helpers.products import Product, watch_products
 
 COMPUTED = "computed from other parameters"
-ZEROS_ARE_LOST = "computed before the product, and zeros do not stay zero"
+ZEROS_ARE_LOST = "computed anew before the product: zeros do not stay zero"
+OTHER_DIMENSION = "not summed over along its input channels"
 
 Shape = tuple[int, ...]
 
@@ -71,24 +72,38 @@ def find_source(
         return Source(attribute, False, COMPUTED)
     name = names[0]
     uses = [factor for factor in factors if name in factor.names]
+    as_it_is = name == attribute and all(factor.as_it_is for factor in uses)
     if not all(_survive(factor, removed[name]) for factor in uses):
-        return Source(name, False, ZEROS_ARE_LOST)
-    return Source(name, name == attribute and all(factor.as_it_is for factor in uses))
+        return Source(name, as_it_is, OTHER_DIMENSION if as_it_is else ZEROS_ARE_LOST)
+    return Source(name, as_it_is)
 
 
 def used_weight(
-    layer: nn.Module, attribute: str, inputs: Sequence[Shape], input_dim: int = 1
+    layer: nn.Module,
+    attribute: str,
+    inputs: Sequence[Shape],
+    input_dim: int = 1,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return the weight that a layer multiplies by now, in the shape of its weight.
+    """Return the weight that a layer multiplies by, in the shape of its weight.
 
-    If that cannot be seen, it is what the layer holds. The arguments are those of `find_source`.
+    If that cannot be seen, it is what the layer holds.
+
+    Args:
+        layer: as in `find_source`.
+        attribute: as in `find_source`.
+        inputs: as in `find_source`.
+        input_dim: as in `find_source`.
+        state: parameters and buffers to take instead of the layer's own, by their names in it.
     """
     held = layer._parameters.get(attribute)
-    parameters = {name: each.detach() for name, each in layer.named_parameters()}
-    if all(map(_is_plain, parameters.values())):
+    numbers = dict(state or {})
+    parameters = {name: numbers.pop(name, each).detach() for name, each in layer.named_parameters()}
+    has_numbers = all(_is_plain(each) and not each.is_meta for each in parameters.values())
+    if has_numbers:
         shape = held.shape if held is not None else getattr(layer, attribute).shape
-        factors = _factors(layer, attribute, inputs, input_dim, parameters, shape) or ()
-        for factor in factors:
+        found = _factors(layer, attribute, inputs, input_dim, parameters, shape, numbers)
+        for factor in found or ():
             if factor.weight is not None:
                 return factor.weight
     return held if held is not None else getattr(layer, attribute)
@@ -139,8 +154,12 @@ def _factors(
     input_dim: int,
     parameters: Mapping[str, Tensor],
     shape: torch.Size,
+    state: Mapping[str, Tensor] | None = None,
 ) -> list[_Factor] | None:
-    """Return what a layer multiplies its input by; None if it does not run alone."""
+    """Return what a layer multiplies its input by; None if it does not run alone.
+
+    Buffers are taken from `state`, else they are copies of the layer's own.
+    """
     found: list[_Factor] = []
 
     def see(product: Product) -> None:
@@ -149,11 +168,11 @@ def _factors(
             weight = _in_shape(product, shape, input_dim)
             found.append(_Factor(names, bool(product.weight), weight))
 
-    buffers = {
-        name: torch.ones_like(each, device="cpu") if each.is_meta else each.clone()
-        for name, each in layer.named_buffers()
-    }
-    state = {f"layer.{name}": each for name, each in {**parameters, **buffers}.items()}
+    buffers = {}
+    for name, each in layer.named_buffers():
+        given = (state or {}).get(name, each)
+        buffers[name] = torch.ones_like(given, device="cpu") if given.is_meta else given.clone()
+    inside = {f"layer.{name}": each for name, each in {**parameters, **buffers}.items()}
     like = next(iter(parameters.values()))
     ones = {size: like.new_ones(size, device=_device(like)) for size in inputs}
     alone = _Alone(layer, attribute)
@@ -162,11 +181,11 @@ def _factors(
         shaped = {size: each[(None,) * in_front] for size, each in ones.items()}
         example = tuple(shaped[size] for size in inputs)  # attention may see that two are one
         try:
-            with _put_back(layer), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                for each in layer.modules():
-                    each.training = False
+            with attributes_restored(layer), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for module in layer.modules():
+                    module.training = False
                 with watch_products(parameters, see, buffers.values()):
-                    functional_call(alone, state, example)
+                    functional_call(alone, inside, example)
         except Exception:
             continue  # a layer may raise anything for inputs that it does not take
         return found
@@ -202,12 +221,15 @@ class _Alone(nn.Module):
 
 
 @contextmanager
-def _put_back(layer: nn.Module) -> Iterator[None]:
-    """Give a layer and those in it their attributes back, their mode among them."""
-    before = [(each, dict(vars(each))) for each in layer.modules()]
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Give all modules of a model their attributes back, as hooks that compute weights set them.
+
+    Their mode is one too; numbers that are written into a tensor are not put back.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
-        for each, attributes in before:
-            vars(each).clear()
-            vars(each).update(attributes)
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)

@@ -60,8 +60,23 @@ class LayerWeight:
         """The weight as it is multiplied by."""
         if not self.is_computed:
             return getattr(self.layer, self.attribute)
+        return self.computed_from({})
+
+    def computed_from(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight that the layer computes from the numbers of a checkpoint.
+
+        Args:
+            state: parameters and buffers by their names in the model; those that are missing
+                are the layer's own.
+        """
         inputs = smallest_inputs(self.layer, self.shape)
-        return used_weight(self.layer, self.attribute, inputs, self.input_dim)
+        prefix = f"{self.layer_name}." if self.layer_name else ""
+        inside = {
+            name.removeprefix(prefix): each
+            for name, each in state.items()
+            if name.startswith(prefix)
+        }
+        return used_weight(self.layer, self.attribute, inputs, self.input_dim, inside)
 
     @property
     def stored(self) -> nn.Parameter | None:

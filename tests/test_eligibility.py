@@ -266,7 +266,13 @@ def test_a_report_counts_a_transformer_by_an_example():
     model = nn.TransformerEncoderLayer(16, 2, 30, batch_first=True)
     report = sparsity_report(model, example=torch.zeros(1, 5, 16))
     assert report.layers.eligible.tolist() == [True, True, True, False]
-    assert report.macs_share == pytest.approx(100 * (48 + 16 + 30) / (48 + 16 + 30 + 30))
+    attention = 2 * 5  # 5 scores for each token, and as many values; in MACs over 16 channels
+    total = 48 + 16 + 30 + 30 + attention
+    assert report.macs_share == pytest.approx(100 * (48 + 16 + 30) / total)
+    assert report.notes == [
+        f"{100 * attention / total:.2f} % of the MACs multiply two activations, as the scores of "
+        "attention are, and stay dense."
+    ]
     prune_2to4_(model)
     assert all(map(is_2to4, eligible_weights(model).values()))
 

@@ -113,7 +113,7 @@ def test_many_layers_are_not_named_one_by_one():
     layers = pd.DataFrame(
         {"weight": map(str, range(41)), "macs": 1e6, "eligible": True, "reason": ""}
     )
-    (axis,) = plots.plot_layers(sparsity.SparsityReport(layers, 1)).axes
+    (axis,) = plots.plot_layers(sparsity.SparsityReport(layers, 1, 1, 0)).axes
     assert len(axis.patches) == 41
     assert axis.get_xlabel() == "layer, in order of execution"
 

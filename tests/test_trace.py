@@ -264,8 +264,30 @@ def test_the_same_tensor_given_twice_is_read_once():
     assert len(advise(attention, A100, example=(x, x.clone(), x.clone())).layers) > 2
 
 
-def test_a_computed_weight_counts_with_the_rest():
+def test_a_computed_weight_is_a_layer_without_the_cost_of_computing_it():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
     advice = advise(model, replace(A100, bandwidth=math.inf), example=torch.zeros(8, 64))
-    assert advice.layers.layer.tolist() == ["1"]
-    assert advice.rest_ms == pytest.approx(2 * 8 * 64 * 64 / 312e9)
+    assert advice.layers.layer.tolist() == ["0", "1"]
+    assert advice.layers[["m", "n", "k"]].to_numpy().tolist() == [[8, 64, 64]] * 2
+    assert advice.layers.reason.tolist() == [""] * 2
+    assert advice.rest_ms == 0
+
+
+class Standardised(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True))
+
+
+def test_a_weight_that_loses_its_zeros_is_a_layer_that_stays_dense():
+    advice = advise(Standardised(64, 64), A100, example=torch.zeros(8, 64))
+    assert advice.layers.reason.tolist() == [
+        "computed anew before the product: zeros do not stay zero"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_a_hook_computes_is_left_as_it_was():
+    layer = nn.utils.weight_norm(nn.Linear(64, 64))
+    before = layer.weight
+    trace_kernels(layer, ((torch.zeros(2, 64),), {}))
+    assert layer.weight is before

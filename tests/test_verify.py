@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from helpers.errors import HelpersError, InputError
 from helpers.sparsity import (
+    is_2to4,
+    mask_2to4,
     prune_2to4_,
     save_compressed,
     verify_checkpoint,
@@ -193,16 +196,54 @@ def test_regnets_are_verified(tmp_path):
     assert table[table.eligible].is_2to4.all()
 
 
-def test_a_weight_that_the_model_computes_is_not_eligible(tmp_path):
+def test_a_computed_weight_is_judged_as_it_is_multiplied_by(tmp_path):
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Linear(4, 4))
-    table = verify_model(model)
-    assert table.reason.tolist() == ["computed from other parameters", ""]
-    assert table["shape"].tolist() == [(4, 8), (4, 4)]
     path = tmp_path / "net.safetensors"
     save_file(model.state_dict(), path)
-    table = verify_checkpoint(path, model)
-    assert table.reason.tolist() == ["computed from other parameters", ""]
-    assert table["shape"].tolist() == [(), (4, 4)]
+    dense = verify_model(model)
+    assert dense.weight.tolist() == ["0.parametrizations.weight.original1", "1.weight"]
+    assert dense.reason.tolist() == ["", ""]
+    assert dense["shape"].tolist() == [(4, 8), (4, 4)]
+    assert dense.is_2to4.tolist() == [False, False]
+    prune_2to4_(model)
+    assert is_2to4(model[0].weight)
+    assert verify_model(model).is_2to4.tolist() == [True, True]
+    pd.testing.assert_frame_equal(verify_checkpoint(path, model), dense)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_a_weight_that_is_2to4_only_where_it_is_stored_is_dense(tmp_path):
+    model = nn.Sequential(Standardised(8, 4, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(mask_2to4(model[0].weight))
+    save_file(model.state_dict(), tmp_path / "net.safetensors")
+    for table in (verify_model(model), verify_checkpoint(tmp_path / "net.safetensors", model)):
+        assert table[["eligible", "is_2to4"]].to_numpy().tolist() == [[False, False]]
+        assert table.reason.tolist() == ["computed anew before the product: zeros do not stay zero"]
+        assert table.zeros.tolist() == [0]
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.head.weight = self.emb.weight
+
+
+@pytest.mark.parametrize("stored", ["emb.weight", "head.weight"])
+def test_a_tied_weight_is_verified_by_any_of_its_names(stored, tmp_path):
+    model = LanguageModel()
+    prune_2to4_(model)
+    table = verify_model(model)
+    assert table.weight.tolist() == ["head.weight"]
+    assert table[["eligible", "is_2to4"]].to_numpy().tolist() == [[True, True]]
+    save_file({stored: model.head.weight.detach()}, tmp_path / "net.safetensors")
+    pd.testing.assert_frame_equal(verify_checkpoint(tmp_path / "net.safetensors", model), table)
 
 
 def test_a_model_without_numbers_is_refused():

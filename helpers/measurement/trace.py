@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from helpers.layers import LayerWeight, ModelInputs, in_mode, layer_weights
+from helpers.computed_weights import attributes_restored
+from helpers.layers import UNSUPPORTED, LayerWeight, ModelInputs, in_mode, layer_weights
 from helpers.products import Product, storage_of, watch_products
 
 RELUS = ("relu", "relu6", "hardtanh")
@@ -48,7 +49,7 @@ class TracedLayer(TracedKernel):
         weight = self.weight
         if weight.transposed or weight.groups > 1:
             return False
-        return math.prod(weight.tensor.shape[2:]) == 1
+        return math.prod(weight.shape[2:]) == 1
 
 
 def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[TracedKernel]:
@@ -60,12 +61,17 @@ def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[TracedKernel]:
     with torch.inference_mode():
         state = dict(model.named_parameters()) | dict(model.named_buffers())
         meta = {id(x): torch.empty_like(x, device="meta") for x in state.values()}
-        weights = {name: x for name, x in layer_weights(model).items() if x.is_parameter}
+        weights = {
+            name: weight
+            for name, weight in layer_weights(model).items()
+            if weight.stored is not None and not isinstance(weight.layer, UNSUPPORTED)
+        }
         given = {id(x): torch.empty_like(x, device="meta") for x in _tensors(inputs)}
         args, kwargs = tree_map_only(Tensor, lambda x: given[id(x)], inputs)
         recorder = _Recorder(weights, list(given.values()))
-        on_meta = {name: meta[id(weight.tensor)] for name, weight in weights.items()}
-        with in_mode(model, training=False), watch_products(on_meta, recorder.see), recorder:
+        on_meta = {name: meta[id(weight.stored)] for name, weight in weights.items()}
+        watching = watch_products(on_meta, recorder.see, meta.values())
+        with in_mode(model, training=False), attributes_restored(model), watching, recorder:
             functional_call(model, {name: meta[id(x)] for name, x in state.items()}, args, kwargs)
     return recorder.kernels
 
@@ -90,7 +96,8 @@ class _Recorder(TorchDispatchMode):
 
     def see(self, product: Product) -> None:
         """Note a product that is part of the running operation."""
-        self.products.append(product)
+        if not product.of_constants:  # such a one is computed once, beforehand
+            self.products.append(product)
 
     def __torch_dispatch__(
         self,
@@ -137,18 +144,24 @@ class _Recorder(TorchDispatchMode):
         different = {(storage_of(x), x.storage_offset(), x.shape): x for x in inputs}.values()
         read = output.numel() if name in LOOKUPS else sum(map(_stored, different))
         macs = sum(product.macs for product in self.products)
-        product = next((product for product in self.products if product.weight), None)
+        of_weights = ((name, product) for product in self.products for name in _names(product))
+        name, product = next(of_weights, ("", None))
         if product is None:
             return TracedKernel(2 * macs, read, output.numel())
-        weight = self.weights[product.weight]
+        weight = self.weights[name]
         used = product.factor.numel()  # attention may use a part of its weight at a time
-        pixels = 1 if weight.transposed else math.prod(weight.tensor.shape[2:])
+        pixels = 1 if weight.transposed else math.prod(weight.shape[2:])
         k = pixels * weight.input_channels
         n = used // k // weight.groups
         m = macs // used
         kernel = TracedLayer(2 * macs, read, output.numel(), weight, m, n, k)
         # A strided 1x1 convolution reads only the pixels that its stride does not skip.
         return replace(kernel, read=(m + n) * k, written=m * n) if kernel.is_product else kernel
+
+
+def _names(product: Product) -> tuple[str, ...]:
+    """Return the weights that a product multiplies by, as they are or computed from them."""
+    return (product.weight,) if product.weight else product.computed_from
 
 
 def _moves_nothing(

@@ -6,12 +6,21 @@ Each one that cannot has its reason. Explained in `02_prune_2_4.ipynb`.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from html import escape
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from helpers.errors import InputError
-from helpers.layers import Example, LayerWeight, layer_table, layer_weights
+from helpers.layers import (
+    Example,
+    LayerWeight,
+    MacCount,
+    count_macs,
+    layer_weights,
+    model_inputs,
+    table_of,
+)
 from helpers.sparsity.masks import kept_magnitude_2to4
 
 if TYPE_CHECKING:
@@ -206,9 +215,12 @@ def _items(selection: Selection, weights: dict[str, LayerWeight]) -> list[str | 
 
 
 def _matches(item: str | type[nn.Module], weight: LayerWeight) -> bool:
+    """Return whether a pattern or a type fits a weight or another one that it is tied to."""
+    layers = [(weight.name, weight.layer_name, weight.layer)]
+    layers += [(name, name.rpartition(".")[0], module) for name, module in weight.tied_to]
     if isinstance(item, type):
-        return isinstance(weight.layer, item)
-    return fnmatchcase(weight.name, item) or fnmatchcase(weight.layer_name, item)
+        return any(isinstance(layer, item) for *_, layer in layers)
+    return any(fnmatchcase(name, item) for *names, _ in layers for name in names)
 
 
 def eligible_weights(
@@ -237,14 +249,19 @@ def eligible_weights(
 class SparsityReport:
     """The verdict on every weight of a model, and the speed-up that it allows at most.
 
-    `layers` is the table of `helpers.layers.layer_table` with the columns `eligible`,
+    `layers` is the table of `helpers.layers.layer_table` with the columns `sparse_macs` (those
+    MACs that could skip the zeros of 2:4), `tied_to` (the other names of the weight), `eligible`,
     `reason` (empty for an eligible weight) and `kept`, the share of its magnitude, in per
-    cent, that the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already);
-    `parameters` counts all parameters of the model, batch norms and biases too.
+    cent, that the 2:4 mask keeps of an eligible weight (100 if it is 2:4 already). Parameters
+    outside of such layers that are multiplied by have rows of the kind "parameter".
+    `parameters` counts all parameters of the model, batch norms and biases too; `macs` those of
+    the whole network, and `macs_without_weight` the part that multiplies no parameter.
     """
 
     layers: "pd.DataFrame"
     parameters: int
+    macs: int
+    macs_without_weight: int
     rules: str = "tensorrt"
 
     @property
@@ -259,12 +276,12 @@ class SparsityReport:
 
     @property
     def macs_share(self) -> float:
-        """MACs with eligible weights in per cent of all MACs; 0 if there are none."""
-        return _per_cent(self.eligible.macs.sum(), self.layers.macs.sum())
+        """MACs that could be sparse in per cent of the whole network's; 0 if there are none."""
+        return _per_cent(self.eligible.sparse_macs.sum(), self.macs)
 
     @property
     def ceiling(self) -> float:
-        """The speed-up if sparse layers took half the time, and time were spent on MACs only."""
+        """The speed-up if sparse MACs took half the time, and time were spent on MACs only."""
         return 1 / (1 - self.macs_share / 100 / 2)
 
     def facts(self) -> dict[str, float | str]:
@@ -287,6 +304,28 @@ class SparsityReport:
             f"MACs, at most {self.ceiling:.2f}x faster"
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What the totals do not show, in one line each."""
+        notes = []
+        if self.macs_without_weight:
+            share = _per_cent(self.macs_without_weight, self.macs)
+            notes.append(
+                f"{share:.2f} % of the MACs multiply two activations, as the scores of attention "
+                "are, and stay dense."
+            )
+        for weight, others in self.eligible[["weight", "tied_to"]].to_numpy():
+            if others:
+                notes.append(
+                    f"{weight} is tied to {others}: pruning prunes both, and `exclude` keeps both "
+                    "dense."
+                )
+        never = self.eligible.weight[self.eligible.macs == 0].tolist()
+        if never:
+            others = f" and {len(never) - 3} others" if len(never) > 3 else ""
+            notes.append(f"This input is not multiplied by {', '.join(never[:3])}{others}.")
+        return notes
+
     def _table(self) -> "pd.DataFrame":
         """Return the rows as they are shown."""
         import pandas as pd
@@ -305,14 +344,14 @@ class SparsityReport:
         )
 
     def __repr__(self) -> str:
-        if self.layers.empty:
-            return self.summary
-        return f"{self.summary}\n\n{self._table().to_string(index=False)}"
+        lines = [self.summary, *self.notes]
+        if not self.layers.empty:
+            lines += ["", self._table().to_string(index=False)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        if self.layers.empty:
-            return f"<p>{self.summary}</p>"
-        return f"<p>{self.summary}</p>" + self._table().to_html(index=False)
+        lines = "".join(f"<p>{escape(line)}</p>" for line in (self.summary, *self.notes))
+        return lines if self.layers.empty else lines + self._table().to_html(index=False)
 
 
 def _per_cent(part: float, whole: float) -> float:
@@ -329,6 +368,9 @@ def sparsity_report(
 ) -> SparsityReport:
     """Return which weights of a model can run sparse, and why the others cannot.
 
+    Shares and the speed-up are those of the whole network: every product of matrices and every
+    convolution counts, whether or not a layer is known that computes it.
+
     Args:
         model: any model; on the device `meta` too, where magnitudes are left out.
         image_shape: channels, height and width of an input image.
@@ -341,18 +383,63 @@ def sparsity_report(
         InputError: there are no such rules, a pattern fits no weight, an eligible weight
             has NaN or infinite values, or neither or both inputs are given.
     """
+    import pandas as pd
+
     candidates = {c.name: c for c in select_weights(model, rules, include, exclude)}
-    table = layer_table(model, image_shape, example, candidates)
+    count = count_macs(model, model_inputs(model, image_shape, example), candidates)
+    table = table_of(candidates, count)
     in_order = [candidates[name] for name in table.weight]
+    table["sparse_macs"] = [count.sparse[weight.name] for weight in in_order]
+    table["tied_to"] = [", ".join(map(_use_in_words, weight.tied_to)) for weight in in_order]
     table["reason"] = [weight.reason for weight in in_order]
     table["eligible"] = [weight.eligible for weight in in_order]
     table["kept"] = [_kept(weight) for weight in in_order]
+    others = _other_parameters(model, count)
+    if others:
+        others_table = pd.DataFrame(others, columns=table.columns)
+        table = others_table if table.empty else pd.concat([table, others_table], ignore_index=True)
     if table.empty:  # pandas takes a column of nothing for one of objects
-        table = table.astype({"parameters": int, "macs": int, "eligible": bool, "kept": float})
-    return SparsityReport(table, sum(p.numel() for p in model.parameters()), rules)
+        numbers = dict.fromkeys(("parameters", "macs", "sparse_macs"), int)
+        table = table.astype({**numbers, "eligible": bool, "kept": float})
+    parameters = sum(p.numel() for p in model.parameters())
+    return SparsityReport(table, parameters, count.total, count.without_weight, rules)
+
+
+def _use_in_words(use: tuple[str, nn.Module]) -> str:
+    name, module = use
+    return f"{name} ({type(module).__name__})"
+
+
+def _other_parameters(model: nn.Module, count: MacCount) -> list[dict[str, object]]:
+    """Return a row for each parameter that is multiplied by and belongs to no supported layer."""
+    rows = []
+    for name, macs in count.parameters.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = module._parameters[attribute]
+        assert parameter is not None  # it was found in a product
+        rows.append(
+            {
+                "weight": name,
+                "kind": "parameter",
+                "shape": "x".join(map(str, parameter.shape)),
+                "groups": 1,
+                "parameters": parameter.numel(),
+                "macs": macs,
+                "sparse_macs": 0,
+                "tied_to": "",
+                "reason": f"a parameter of {type(module).__name__}, which is no supported layer",
+                "eligible": False,
+                "kept": float("nan"),
+            }
+        )
+    return rows
 
 
 def _kept(weight: Candidate) -> float:
-    if not weight.eligible or weight.tensor.is_meta:
+    if not weight.eligible:
         return float("nan")
-    return kept_magnitude_2to4(weight.tensor, weight.name, weight.input_dim)
+    tensor = weight.tensor
+    if tensor.is_meta:
+        return float("nan")
+    return kept_magnitude_2to4(tensor, weight.name, weight.input_dim)

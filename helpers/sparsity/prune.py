@@ -135,6 +135,11 @@ def prune_2to4_(
     masks = _masks(_eligible(candidates))
     if not masks:
         _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
+    for weight in _eligible(candidates):
+        for other, module in weight.tied_to:
+            if not isinstance(module, type(weight.layer)):
+                kind = type(module).__name__
+                _logger.warning("%s (%s) is pruned too: it is %s", other, kind, weight.name)
     apply_masks_(model, masks)
     return masks
 

@@ -60,7 +60,10 @@ def verify_file(
 
 
 def verify_model(model: nn.Module) -> "pd.DataFrame":
-    """Return one row for each weight of a model's linear, convolution and attention layers.
+    """Return one row for each weight of a model's layers, judged as it is multiplied by.
+
+    A weight that a layer computes at each call, by weight norm for instance, is judged as it is
+    after that; its name is that of the parameter that it is computed from.
 
     The columns are `layer`, `type` (its class), `weight` (the parameter's name), `shape`,
     `groups`, `eligible` (by TensorRT's rules), `is_2to4` along the input channels,
@@ -74,9 +77,10 @@ def verify_model(model: nn.Module) -> "pd.DataFrame":
         InputError: the model is on the device `meta`, and has no numbers.
     """
     weights = layer_weights(model)
-    if any(weight.tensor.is_meta for weight in weights.values()):
+    tensors = {name: weight.tensor for name, weight in weights.items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
         raise InputError("The model is on the device `meta`, without numbers. Load weights first.")
-    return _table_of(weights, {name: weight.tensor for name, weight in weights.items()})
+    return _table_of(weights, tensors)
 
 
 def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
@@ -120,7 +124,13 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
             f"{shown(path)} does not hold the weights of this {type(model).__name__}: "
             f"{difference}. Give the model that it was saved from."
         )
-    return _table_of(weights, state)
+    tensors = {}
+    for name, weight in weights.items():
+        names = [name, *(other for other, _ in weight.tied_to)]
+        stored = next((each for each in names if each in state), None)
+        if stored is not None:
+            tensors[name] = weight.computed_from(state) if weight.is_computed else state[stored]
+    return _table_of(weights, tensors)
 
 
 def verify_onnx(path: Path) -> "pd.DataFrame":
@@ -249,14 +259,19 @@ def _difference(
     last = list(weights.values())[-1:]
     # The number of classes may differ: it changes no other layer, and no verdict.
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for name, parameter in model.named_parameters():
-        if name not in state:
+        # A file may hold a tied weight by any of its names.
+        stored = next((state[each] for each in names[id(parameter)] if each in state), None)
+        if stored is None:
             return f"{name} is missing in the file"
-        found, wanted = list(state[name].shape), list(parameter.shape)
+        found, wanted = list(stored.shape), list(parameter.shape)
         if id(parameter) in any_rows and found:
             found[0] = wanted[0]
         if found != wanted:
-            shapes = ["x".join(map(str, shape)) for shape in (state[name].shape, parameter.shape)]
+            shapes = ["x".join(map(str, shape)) for shape in (stored.shape, parameter.shape)]
             return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
     # A weight that the model does not have would not be verified.
     known = model.state_dict().keys()
