@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import typer.main
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from helpers.errors import HelpersError, InputError
@@ -185,6 +188,82 @@ def test_verify_exits_0_on_a_sparse_file_and_1_on_a_dense_one(run, exported, tin
     assert "is_2to4" in table
     assert table.splitlines()[-1] == "0 of 2 eligible weights are 2:4"
     assert errors == ""
+
+
+@pytest.fixture
+def quantised_file(tmp_path):
+    """Return a function that writes a file of a 2:4 layer, and one with an INT8 weight."""
+
+    def write(sparse=True, unknown=False, opset=17):
+        fours = np.tile(np.int8([1, 0, 0, 2] if sparse else [1, 2, 3, 4]), (4, 2))
+        weights = {"w": np.tile(np.float32([0, 1, 1, 0]), (8, 2)), "q": fours,
+                   "s": np.float32(0.5), "z": np.int8(0)}  # fmt: skip
+        nodes = [
+            helper.make_node("Gemm", ["x", "w"], ["a"], "plain", transB=1),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["v"]),
+            helper.make_node("Gemm", ["a", "v"], ["y"], "quantised", transB=1),
+            *[helper.make_node("Magic", ["a", "w"], ["b"], "magic", domain="acme")] * unknown,
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "graph",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+            [numpy_helper.from_array(value, name) for name, value in weights.items()],
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        onnx.save(
+            helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "net.onnx"
+        )
+        return tmp_path / "net.onnx"
+
+    return write
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 19, 21])
+def test_verify_sees_a_dense_weight_behind_quantisation(run, quantised_file, opset):
+    status, table, _ = run("verify", quantised_file(sparse=False, opset=opset))
+    assert (status, table.splitlines()[-1]) == (1, "1 of 2 eligible weights are 2:4")
+    status, table, _ = run("verify", quantised_file(opset=opset))
+    assert (status, table.splitlines()[-1]) == (0, "2 of 2 eligible weights are 2:4")
+
+
+def test_verify_fails_for_what_cannot_be_judged_unless_it_is_allowed(run, quantised_file):
+    path = quantised_file(unknown=True)
+    status, said, _ = run("verify", path)
+    assert status == 1
+    assert "Magic of acme is not known here, and may multiply by it" in said
+    *_, unjudged, verdict = said.splitlines()
+    assert unjudged.startswith(
+        "1 product was not judged, for the reason given: accept with --allow"
+    )
+    assert verdict == "2 of 2 eligible weights are 2:4"
+    assert run("verify", path, "--allow-unjudged")[0] == 0
+    assert run("verify", path, "--exclude", "mag*")[0] == 0
+    path = quantised_file(sparse=False, unknown=True)
+    assert run("verify", path, "--allow-unjudged")[0] == 1
+
+
+def test_verify_leaves_out_what_is_meant_to_stay_dense(run, quantised_file):
+    path = quantised_file(sparse=False)
+    status, said, _ = run("verify", path, "--exclude", "quantised")
+    assert (status, said.splitlines()[-1]) == (0, "1 of 1 eligible weights are 2:4")
+    assert "excluded" in said
+    assert run("verify", path, "--exclude", "q", "--exclude", "w")[0] == 1  # nothing is left
+    status, _, errors = run("verify", path, "--exclude", "quantized")
+    assert status == 1
+    assert "Nothing in the file matches 'quantized'" in errors
+
+
+def test_verify_prints_json_for_programs(run, quantised_file):
+    status, said, _ = run("verify", quantised_file(sparse=False, unknown=True), "--json")
+    found = json.loads(said)
+    assert status == 1
+    assert [found[key] for key in ("passed", "eligible", "eligible_2to4", "not_judged")] == [
+        False, 2, 1, 1,
+    ]  # fmt: skip
+    assert [row["node"] for row in found["rows"]] == ["plain", "quantised", "magic"]
+    assert found["rows"][2]["zeros"] is None
 
 
 def test_verify_reads_checkpoints_compressed_or_not(run, tmp_path):

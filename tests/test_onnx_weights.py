@@ -255,6 +255,207 @@ def test_an_operator_of_that_name_in_another_domain_is_another_operator(tmp_path
     assert table.reason.tolist() == ["Conv of acme is not known here, and may multiply by it"]
 
 
+# ONNX Runtime's operators, and quantised ones.
+
+
+def quantised(values, zero=0):
+    return (3 * values + zero).astype(np.int8)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes", "form"),
+    [
+        ("FusedConv", "xw", {"activation": "Relu"}, "conv"),
+        ("FusedGemm", "xw", {"transB": 1}, "out first"),
+        ("FusedMatMul", "xw", {}, "in first"),
+        ("FusedMatMul", "xw", {"transB": 1}, "out first"),
+        ("FusedMatMul", "wx", {}, "out first"),
+        ("FusedMatMul", "wx", {"transA": 1}, "in first"),
+        ("TransposeMatMul", "xw", {"transB": 1}, "out first"),
+        ("GemmFastGelu", "xw", {}, "in first"),
+        ("Attention", "xw", {"num_heads": 2}, "in first"),
+        ("QLinearConv", "xszwszsz", {}, "conv"),
+        ("QGemm", "xszwsz", {"transB": 1}, "out first"),
+        ("QAttention", "xwbss", {"num_heads": 2}, "in first"),
+        ("DynamicQuantizeMatMul", "xws", {}, "in first"),
+        ("MatMulIntegerToFloat", "xwsszz", {}, "in first"),
+    ],
+)
+def test_an_operator_of_onnx_runtime_is_judged(tmp_path, op, inputs, attributes, form, sparse):
+    values = weight(6, 8, sparse=sparse)
+    stored = {"conv": values[..., None, None], "out first": values, "in first": values.T}[form]
+    integer = op.startswith("Q") or "Integer" in op or "Dynamic" in op
+    constants = {"s": np.float32(0.5), "z": np.int8(0), "b": np.zeros(6, np.float32)}
+    table = verify(
+        tmp_path,
+        [node(op, *inputs, domain="com.microsoft", **attributes)],
+        w=quantised(stored) if integer else np.ascontiguousarray(stored),
+        **{name: value for name, value in constants.items() if name in inputs},
+    )
+    (row,) = table.to_dict("records")
+    assert (row["op"], row["weight"], row["shape"][:2]) == (op, "w", (6, 8))
+    assert (row["eligible"], row["judged"], row["is_2to4"]) == (True, True, sparse)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    ("op", "inputs", "form"),
+    [
+        ("ConvInteger", "xw", "conv"),
+        ("MatMulInteger", "xw", "in first"),
+        ("MatMulInteger", "wx", "out first"),
+        ("QLinearConv", "xszwszsz", "conv"),
+        ("QLinearMatMul", "xszwszsz", "in first"),
+        ("QLinearMatMul", "wszxszsz", "out first"),
+    ],
+)
+def test_a_quantised_operator_is_judged(tmp_path, op, inputs, form, sparse):
+    values = weight(6, 8, sparse=sparse)
+    stored = {"conv": values[..., None, None], "out first": values, "in first": values.T}[form]
+    constants = {"s": np.float32(0.5), "z": np.int8(0)}
+    used = {name: value for name, value in constants.items() if name in inputs}
+    table = verify(tmp_path, [node(op, *inputs)], w=quantised(stored), **used)
+    (row,) = table.to_dict("records")
+    assert (row["eligible"], row["judged"], row["is_2to4"]) == (True, True, sparse)
+    if used:
+        used["z"] = np.int8(3)
+        (row,) = verify(tmp_path, [node(op, *inputs)], w=quantised(stored, 3), **used).to_dict(
+            "records"
+        )
+        assert (row["eligible"], row["judged"], row["is_2to4"]) == (False, False, sparse)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_weight_of_a_few_bits_is_unpacked(tmp_path, bits, sparse):
+    neutral = 1 << (bits - 1)
+    numbers = np.full((6, 32), neutral)  # the last eight of each row are no part of the weight
+    numbers[:, :24] += weight(6, 24, sparse=sparse).astype(int)
+    each = 8 // bits
+    packed = sum(numbers[:, place::each] << (bits * place) for place in range(each))
+    attributes = {"K": 24, "N": 6, "bits": bits, "block_size": 16}
+    nodes = [node("MatMulNBits", *"xws", domain="com.microsoft", **attributes)]
+    stored = packed.astype(np.uint8).reshape(6, 2, -1)
+    table = verify(tmp_path, nodes, w=stored, s=np.ones(12, np.float32))
+    (row,) = table.to_dict("records")
+    assert (row["shape"], row["eligible"], row["judged"]) == ((6, 24), True, True)
+    assert row["is_2to4"] == sparse
+    nodes = [node("MatMulNBits", *"xwsz", domain="com.microsoft", **attributes)]
+    zero = np.zeros((6, -(-2 * bits // 8)), np.uint8)
+    table = verify(tmp_path, nodes, w=stored, s=np.ones(12, np.float32), z=zero)
+    assert table[["eligible", "judged", "is_2to4"]].values.tolist() == [[False, False, False]]
+
+
+@pytest.mark.parametrize("op", ["MoE", "MatMulBnb4", "QOrderedMatMul"])
+def test_what_is_not_known_of_onnx_runtime_is_not_judged(tmp_path, op):
+    table = verify(tmp_path, [node(op, "x", "w", domain="com.microsoft")], w=weight(8, 8))
+    assert table[["weight", "eligible", "judged"]].values.tolist() == [["w", False, False]]
+
+
+@pytest.mark.parametrize("op", ["RotaryEmbedding", "EmbedLayerNormalization", "SkipGroupNorm"])
+def test_a_table_that_nobody_multiplies_by_is_no_weight(tmp_path, op):
+    assert verify(tmp_path, [node(op, "x", "w", domain="com.microsoft")], w=weight(8, 8)).empty
+    assert verify(tmp_path, [node("Gather", "w", "x")], w=weight(8, 8)).empty
+    assert verify(tmp_path, [node("Mul", "w", "x")], w=weight(8, 8)).empty
+
+
+@pytest.mark.parametrize("domain", ["", "trt.plugins"])
+def test_a_matrix_of_a_plugin_is_named_as_not_judged(tmp_path, domain):
+    tensor = numpy_helper.from_array(weight(8, 8), "kernel")
+    nodes = [node("CustomFC", "x", "bias", domain=domain, W=tensor)]
+    table = verify(tmp_path, nodes, bias=np.zeros(8, np.float32))
+    assert table[["node", "weight"]].values.tolist() == [["the CustomFC", "W"]]
+    assert table[["eligible", "judged"]].values.tolist() == [[False, False]]
+
+
+# Constants that are no weights.
+
+
+def test_a_product_of_constants_is_a_constant(tmp_path):
+    """A table of relative positions through a small network, as in Swin V2."""
+    nodes = [
+        helper.make_node("MatMul", ["table", "w"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["c"], name="second"),
+        helper.make_node("Conv", ["image", "kernel"], ["d"], name="third"),
+        node("Add", "x", "c"),
+    ]
+    constants = {"table": np.ones((5, 8)), "w": np.ones((8, 8)), "image": np.ones((1, 4, 2, 2)),
+                 "kernel": np.ones((4, 4, 1, 1))}  # fmt: skip
+    table = verify(tmp_path, nodes, **constants)
+    assert table.node.tolist() == ["first", "second", "third"]
+    assert set(table.reason) == {
+        "both factors are constants: computed once, when the file is loaded"
+    }
+    assert not table.eligible.any()
+    assert table.judged.all()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_product_of_constants_can_be_a_weight(tmp_path, sparse):
+    """A low-rank adapter whose factors were not merged: what takes part is their product."""
+    nodes = [
+        helper.make_node("MatMul", ["up", "down"], ["v"], name="adapter"),
+        node("Gemm", "x", "v", transB=1),
+    ]
+    table = verify(tmp_path, nodes, up=np.ones((6, 1), "f4"), down=weight(1, 8, sparse=sparse))
+    found = table.set_index("node")
+    assert found.eligible.to_dict() == {"adapter": False, "the Gemm": True}
+    assert found.is_2to4["the Gemm"] == sparse
+
+
+@pytest.mark.parametrize("batch", [(1,), (2,), (1, 4)])
+def test_a_left_factor_with_a_batch_is_an_activation(tmp_path, batch):
+    """Learned queries: their first dimension is that of the batch, also if it has size 1."""
+    table = verify(tmp_path, [node("MatMul", "w", "x")], w=np.ones((*batch, 6, 8), "f4"))
+    assert table[["eligible", "judged"]].values.tolist() == [[False, True]]
+    assert table.reason[0].endswith(f"{len(batch) + 2} dimensions: activations that are constant")
+
+
+@pytest.mark.parametrize(("batch", "eligible"), [((1,), True), ((1, 1), True), ((4,), False)])
+def test_a_right_factor_is_a_weight_if_it_is_one_matrix(tmp_path, batch, eligible):
+    table = verify(tmp_path, [node("MatMul", "x", "w")], w=np.ones((*batch, 8, 6), "f4"))
+    assert table[["eligible", "judged"]].values.tolist() == [[eligible, True]]
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_constant_data_of_a_convolution_are_no_weight(tmp_path, op):
+    table = verify(tmp_path, [node(op, "w", "x")], w=np.ones((1, 8, 4, 4), "f4"))
+    assert table[["eligible", "judged"]].values.tolist() == [[False, True]]
+
+
+# Weights that depend on the run.
+
+
+def test_a_weight_that_is_chosen_at_run_time_is_not_judged(tmp_path):
+    branches = {
+        "then_branch": body([helper.make_node("Identity", ["w"], ["inner"])]),
+        "else_branch": body([helper.make_node("Relu", ["w"], ["inner"])]),
+    }
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["v"], **branches),
+        helper.make_node("Where", ["c", "w", "x"], ["u"]),
+        helper.make_node("MatMul", ["x", "v"], ["z"], name="by If"),
+        helper.make_node("MatMul", ["z", "u"], ["y"], name="by Where"),
+    ]
+    table = verify(tmp_path, nodes, w=weight(8, 8))
+    assert table.reason.tolist() == [f"{op} makes it of w at run time" for op in ("If", "Where")]
+    assert table[["eligible", "judged"]].values.tolist() == [[False, False]] * 2
+
+
+def test_a_scale_that_comes_at_run_time_is_not_judged(tmp_path):
+    dequantise = helper.make_node("DequantizeLinear", ["w", "x"], ["v"])
+    table = verify(tmp_path, [dequantise, node("Gemm", "x", "v")], w=quantised(weight(8, 8)))
+    assert table.reason.tolist() == ["DequantizeLinear makes it of w at run time"]
+    nodes = [node("DynamicQuantizeMatMul", "x", "w", "x", domain="com.microsoft")]
+    table = verify(tmp_path, nodes, w=quantised(weight(8, 8)))
+    assert table.reason.tolist() == ["its scale or zero point is computed at run time"]
+    assert table.judged.tolist() == [False]
+
+
 # Every type of number.
 
 

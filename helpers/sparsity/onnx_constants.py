@@ -70,7 +70,7 @@ class Scope:
     outer: "Scope | None" = None  # of a body: the graph that its node is in
     # Of a call: for each input of the function, the scope that calls it and the name there.
     arguments: "dict[str, tuple[Scope, str]]" = field(default_factory=dict)
-    inputs: frozenset[str] = frozenset()  # of a body: they come at run time
+    inputs: frozenset[str] = frozenset()  # of a graph or a body: they come at run time
     calls: tuple[tuple[str, str, str], ...] = ()  # the functions that this scope is in
 
     def __post_init__(self) -> None:
@@ -121,6 +121,18 @@ class Scope:
             return True
         return self.outer is not None and self.outer.is_constant(name)
 
+    def require(self, name: str) -> None:
+        """Raise an error for a tensor that no node computes and that is not stored either."""
+        known = (self.arguments, self.inputs, self.tensors, self.producers)
+        if any(name in names for names in known):
+            return
+        if self.outer is None:
+            raise InputError(
+                f"{shown(self.file.path)} is not a valid ONNX model: it uses the tensor {name!r}, "
+                "which nothing in it computes. Export it again."
+            )
+        self.outer.require(name)
+
     def resolve(self, name: str) -> Constant:
         """Return a tensor for which `is_constant` holds."""
         known: dict[str, Constant] = {}
@@ -151,11 +163,7 @@ class Scope:
         if name in self.returns:
             function, output = self.returns[name]
             return function.resolve(output)
-        if self.outer is None:
-            raise InputError(
-                f"{shown(self.file.path)} uses the tensor {name!r} that nothing in it computes. "
-                "Export the model again."
-            )
+        assert self.outer is not None, name
         return self.outer.resolve(name)
 
     def _evaluate(self, node: NodeProto, name: str, known: dict[str, Constant]) -> Constant:
@@ -295,13 +303,16 @@ def scope_of(file: OnnxFile, shapes: dict[str, tuple[int | None, ...]]) -> Scope
         shapes: of the graph's tensors, where they are known.
     """
     model = file.model
+    tensors = initializers(model.graph)
     return Scope(
         nodes=list(model.graph.node),
-        tensors=initializers(model.graph),
+        tensors=tensors,
         opsets={item.domain: item.version for item in model.opset_import},
         file=file,
         functions={_key(function): function for function in model.functions},
         shapes=shapes,
+        # An input with an initializer has a default value, which the runtimes take for its value.
+        inputs=frozenset(item.name for item in model.graph.input if item.name not in tensors),
     )
 
 
@@ -412,13 +423,22 @@ def _by_onnxruntime(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        enable_fallback=0,  # it would print the error and try the same again
     )
     (value,) = session.run([name], dict(feeds))
     return np.asarray(value)
 
 
 # --- quantisation ---
+
+
+def quantises(node: NodeProto) -> bool:
+    """Return whether a node quantises or dequantises, in any form that is known here."""
+    return _quantisation(node) is not None
+
 
 _Inputs = list[np.ndarray | None]
 _Quantisation = Callable[[_Inputs, dict[str, Any], int], tuple[np.ndarray, ...]]

@@ -3,6 +3,7 @@
 Used in `04_export_onnx.ipynb`.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,18 +15,22 @@ from helpers.files import shown
 from helpers.sparsity.onnx_constants import Scope, attributes_of
 from helpers.sparsity.onnx_file import OnnxFile
 
+_logger = logging.getLogger(__name__)
+
 
 def infer_shapes(
     file: OnnxFile, input_shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes of the tensors of a graph; None is a size that is open.
 
+    Without shapes given, none are known of a graph that ONNX cannot make sense of.
+
     Args:
         file: the file.
         input_shapes: of its inputs, where they shall be others than those that it names.
 
     Raises:
-        InputError: the file has no such input, or ONNX cannot infer shapes from its graph.
+        InputError: the file has no such input.
     """
     model = onnx.ModelProto()
     model.CopyFrom(file.model)
@@ -43,12 +48,16 @@ def infer_shapes(
         inputs[name].ClearField("shape")
         for size in shape:
             inputs[name].shape.dim.add(dim_value=size)
+    known = {item.domain for item in model.opset_import}
+    for domain in sorted({node.domain for node in model.graph.node} - known):
+        model.opset_import.add(
+            domain=domain, version=1
+        )  # plugins, which TensorRT loads as they are
     try:
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as error:  # ONNX raises classes without a common base
-        raise InputError(
-            f"The shapes in {shown(file.path)} do not fit together: {first_line(error)}"
-        ) from error
+        _logger.info("No shapes are known in %s: %s", shown(file.path), first_line(error))
+        return {}
     return {
         item.name: tuple(map(_size, item.type.tensor_type.shape.dim))
         for item in (*graph.value_info, *graph.output, *graph.input)
@@ -94,7 +103,9 @@ def count_macs(
         return None
     if is_matrix:
         rows = data if side else scope.full_shape(node.input[1])
-        return None if rows is None else math.prod(rows) // weight[-1] * math.prod(weight)
+        if rows is None or weight[-1] not in rows:  # shapes that do not fit together
+            return None
+        return math.prod(rows) // weight[-1] * math.prod(weight)
     summed = data[-2 if attributes_of(node).get("transA") else -1]
     return None if output is None else math.prod(output) * summed
 

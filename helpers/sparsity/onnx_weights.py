@@ -25,13 +25,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto
 
-from helpers.errors import InputError
+from helpers.errors import HelpersError, InputError, first_line
 from helpers.files import shown
 from helpers.sparsity.onnx_constants import (
     MICROSOFT,
     Scope,
     attributes_of,
     dequantize,
+    quantises,
     scope_of,
 )
 from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
@@ -86,17 +87,23 @@ def node_weights(
     """
     file = OnnxFile(path)
     try:
-        wanted = with_macs or any(
-            node.op_type in ("Shape", "Size") for node in file.model.graph.node
-        )
+        asks = any(node.op_type in ("Shape", "Size") for node in file.model.graph.node)
+        wanted = asks or with_macs
         scope = scope_of(file, infer_shapes(file, input_shapes or {}) if wanted else {})
         for node, inner in scope.walk():
             for weight in _weights_of(node, inner):
                 yield replace(weight, macs=_macs(weight, node, inner)) if with_macs else weight
+    except HelpersError:
+        raise
     except RecursionError as error:
         raise InputError(
             f"The functions or bodies of {shown(path)} are nested too deeply. Simplify the "
             "model first, for example with onnxruntime's or polygraphy's constant folding."
+        ) from error
+    except Exception as error:  # names that are no text, attributes of the wrong kind and so on
+        raise InputError(
+            f"{shown(path)} is not a valid ONNX model: a node of it cannot be read "
+            f"({type(error).__name__}: {first_line(error)}). Export it again."
         ) from error
 
 
@@ -201,7 +208,7 @@ def _is_known(node: NodeProto) -> bool:
     """Return whether it is known of an operator that it multiplies by no constant matrix."""
     if node.domain in STANDARD_DOMAINS and onnx.defs.has(node.op_type):
         return True
-    return node.op_type in _NO_PRODUCTS or node.op_type.startswith("TRT_")
+    return node.op_type in _NO_PRODUCTS or quantises(node)
 
 
 # --- the weights of one node ---
@@ -215,6 +222,8 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
         return
     factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
     used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
+    for each in used:
+        scope.require(node.input[each.place])
     constant = [each for each in used if scope.is_constant(node.input[each.place])]
     if len(used) > 1 and len(constant) == len(used):
         yield _row(node, used[-1], weight=node.input[used[-1].place], exempt=BOTH_CONSTANT)
@@ -292,7 +301,7 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     return replace(
         stored,
         value=value if product.form == "conv" else _output_channels_first(value, axis),
-        groups=attributes.get("group", 1) if product.form == "conv" else 1,
+        groups=int(attributes.get("group", 1)) if product.form == "conv" else 1,
         in_fours=True,
         input_axis=axis,
         exempt=_why_no_weight(batch, first),
