@@ -3,10 +3,11 @@
 Explained in `02_prune_2_4.ipynb`. These are the terms:
 
 channel
-    One output channel of one layer, or one element of a parameter that is used as a
-    tensor. Channels are numbered throughout the model.
+    One output channel of one layer, or one position along a dimension of a parameter that
+    is used as a tensor. Channels are numbered throughout the model.
 labels
-    A tensor of the shape of an activation, which holds the channel of each element.
+    A tensor of the shape of an activation, which holds the channel of each element. A
+    weight that is computed has two: one along its output channels, one along its inputs.
 coupling
     Two channels that must move together: the operands of a residual addition, a channel
     and its scale in a batch norm.
@@ -36,8 +37,8 @@ from torch import Tensor
 
 Numbers = NDArray[np.int64]
 
-# The channels of a larger tensor are fixed unless it is the weight of a layer.
-_MOST_ELEMENTS = 1_000_000
+# A search moves whole groups of four, so along a shorter dimension nothing can be gained.
+_FEWEST = 8
 
 # What a signature counts: the first number of a key, so that keys of two kinds differ.
 _MEMBERSHIP, _LEFT, _RIGHT = range(3)
@@ -49,13 +50,10 @@ class Placement:
 
     `axes` maps a dimension to its channels: (size,), or (groups, size) for the input
     channels of a grouped convolution, where each group of output channels has its own.
-    A tensor that is added or multiplied elementwise has `elements` instead: a channel
-    for each element.
     """
 
     tensor: Tensor
     axes: dict[int, Tensor] = field(default_factory=dict)
-    elements: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,6 @@ def reorder_(groups: ChannelGroups, index: Numbers) -> None:
     with torch.no_grad():
         for placement in groups.placements.values():
             tensor = placement.tensor
-            if placement.elements is not None:
-                flat = tensor.flatten()
-                _reorder_axis_(flat, 0, placement.elements.flatten().numpy(), index, moved)
-                tensor.copy_(flat.view_as(tensor))
             for dim, channels in placement.axes.items():
                 by_group = np.atleast_2d(channels.numpy())
                 parts = tensor.chunk(len(by_group))
@@ -174,7 +168,7 @@ class Channels:
         self._couplings: list[tuple[int, Numbers, Numbers]] = []
         self._memberships: list[tuple[tuple[int, ...], Numbers]] = []
         self._fixed: list[tuple[Numbers, str]] = []
-        self._is_fixed: set[int] = set()
+        self._why_fixed: dict[int, str] = {}
 
     def next_operator(self) -> None:
         """Count an operator: what follows is a constraint of this one."""
@@ -197,11 +191,17 @@ class Channels:
         """Make channels stay where they are."""
         channels = np.unique(_without_repeats(labels).numpy())
         self._fixed.append((channels, reason))
-        self._is_fixed.update(channels.tolist())
+        for channel in channels.tolist():
+            self._why_fixed.setdefault(channel, reason)
 
     def all_fixed(self, labels: Tensor) -> bool:
         """Return whether every channel is fixed by itself, couplings left aside."""
-        return self._is_fixed.issuperset(np.unique(_without_repeats(labels).numpy()).tolist())
+        channels = np.unique(_without_repeats(labels).numpy()).tolist()
+        return all(channel in self._why_fixed for channel in channels)
+
+    def why_fixed(self, labels: Tensor) -> str:
+        """Return why the first of some channels that are all fixed must stay."""
+        return self._why_fixed[int(labels.flatten()[0])]
 
     def join(self, labels: Tensor, *part: int) -> None:
         """Make channels members of the operator, as this operand and in this group of it."""
@@ -213,20 +213,24 @@ class Channels:
 
         Where broadcasting brings one value together with several channels, the value has
         to be the same for each of them: its channel is fixed, and the result moves as the
-        other operand does.
+        other operand does. If the values also differ along another dimension of these
+        channels, the channels that meet one value have to move together.
         """
         dims = max(left.dim(), right.dim())
         left, right = (side.view((1,) * (dims - side.dim()) + side.shape) for side in (left, right))
-        left_is_spread, right_is_spread = _meets_several(left, right), _meets_several(right, left)
-        if left_is_spread:
-            self.fix(left, "it meets several channels at once")
-        if right_is_spread:
-            self.fix(right, "it meets several channels at once")
+        spread_left, spread_right = _spread_dims(left, right), _spread_dims(right, left)
+        if spread_left or spread_right:
+            result = torch.broadcast_tensors(left, right)[1 if spread_left else 0]
+            if spread_left:
+                self._couple_spread(left, right, spread_left)
+            if spread_right:
+                self._couple_spread(right, left, spread_right)
+            return result
         left, right = torch.broadcast_tensors(left, right)
-        if left_is_spread:
-            return right
-        if right_is_spread:
-            return left
+        for one, other in ((left, right), (right, left)):
+            if one.numel() and self.all_fixed(one):
+                self.fix(other, self.why_fixed(one))
+                return one
         result = left
         for dim in range(dims):
             if left.stride(dim) == right.stride(dim) == 0:
@@ -237,6 +241,17 @@ class Channels:
         if pairs.size:
             self._couplings.append((self._operator, *np.divmod(pairs, self._count)))
         return result
+
+    def _couple_spread(self, one: Tensor, several: Tensor, dims: list[int]) -> None:
+        """Couple values with the channels that each of them meets along some dimensions."""
+        if all(one.shape[dim] == 1 or not varies(several, dim) for dim in range(one.dim())):
+            self.fix(one, "it meets several channels at once")
+            return
+        for dim in dims:
+            first = several.narrow(dim, 0, 1)
+            self.couple(first.expand_as(several), several)
+            several = first
+        self.couple(one, several)
 
     def reduce_to(self, labels: Tensor, *dims: int) -> Tensor:
         """Return the channels along some dimensions, which must be the same along the others.
@@ -260,10 +275,8 @@ class Channels:
         If the parameter was placed before, the channels are coupled to those of that use.
         """
         placement = self.placements.setdefault(id(tensor), Placement(tensor))
-        if placement.elements is not None:
-            for channels in (placement.elements, *axes.values()):
-                self.fix(channels, "a parameter is used in two ways")
-        for dim, channels in axes.items():
+        for dim, along in axes.items():
+            channels = along[0] if along.dim() == 2 and len(along) == 1 else along
             known = placement.axes.setdefault(dim, channels)
             if known.shape == channels.shape:
                 self.couple(known, channels)
@@ -275,26 +288,32 @@ class Channels:
         """Return the output channels of a weight, new ones at its first use."""
         placement = self.placements.get(id(weight))
         if placement is not None and dim in placement.axes:
-            return placement.axes[dim]
+            return placement.axes[dim].flatten()
         return self.new(weight.shape[dim])
 
-    def elements(self, tensor: Tensor) -> Tensor:
-        """Return the labels of a parameter that is used as a tensor like any other."""
+    def of_parameter(self, tensor: Tensor) -> list[Tensor]:
+        """Return the labels of a parameter that is used as a tensor like any other.
+
+        There are labels along each dimension, as if the others had no channels. New channels
+        are members of operator 0, which stands for the parameter and counts before all others.
+        """
         placement = self.placements.setdefault(id(tensor), Placement(tensor))
-        if tensor.dim() == 1 and 0 in placement.axes:
-            return placement.axes[0]
-        if placement.elements is None:
-            if placement.axes or tensor.numel() > _MOST_ELEMENTS:
-                reason = "its weight is used outside of a layer"
-                for channels in placement.axes.values():
-                    self.fix(channels, reason)
-                placement.elements = self.constant(tensor.shape, reason)
+        labels = []
+        for dim, size in enumerate(tensor.shape):
+            if dim not in placement.axes:
+                if size < _FEWEST:
+                    continue
+                placement.axes[dim] = self.new(size)
+                members = placement.axes[dim].numpy()
+                self._memberships.append(((0, len(self.placements), dim), members))
+            channels = placement.axes[dim]
+            if channels.dim() == 2:
+                self.fix(channels, "a weight is used with different groups")
             else:
-                placement.elements = self.new(*tensor.shape)
-                # Members of operator 0, which stands for the tensor and counts before all others.
-                members = placement.elements.flatten().numpy()
-                self._memberships.append(((0, len(self.placements)), members))
-        return placement.elements
+                shape = [1] * tensor.dim()
+                shape[dim] = size
+                labels.append(channels.view(shape).expand(tensor.shape))
+        return labels or [self.constant(tensor.shape, "it has fewer than eight channels")]
 
     # --- from constraints to sets ---
 
@@ -326,10 +345,19 @@ class Channels:
 
 def varies(labels: Tensor, dim: int) -> bool:
     """Return whether labels differ along a dimension."""
-    if labels.shape[dim] == 1 or labels.stride(dim) == 0:
+    if labels.shape[dim] <= 1 or labels.stride(dim) == 0:
         return False
     labels = _without_repeats(labels)
     return bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Return the same labels, stored once along each dimension along which they do not differ."""
+    shape = labels.shape
+    for dim in range(labels.dim()):
+        if not varies(labels, dim):
+            labels = labels.narrow(dim, 0, min(1, labels.shape[dim]))
+    return labels.expand(shape)
 
 
 def _without_repeats(labels: Tensor) -> Tensor:
@@ -340,12 +368,13 @@ def _without_repeats(labels: Tensor) -> Tensor:
     return labels
 
 
-def _meets_several(one: Tensor, other: Tensor) -> bool:
-    """Return whether broadcasting brings a channel of one together with several of the other."""
-    return any(
-        one.shape[dim] == 1 and other.shape[dim] > 1 and varies(other, dim)
+def _spread_dims(one: Tensor, other: Tensor) -> list[int]:
+    """Return the dimensions along which broadcasting brings a channel of one to several others."""
+    return [
+        dim
         for dim in range(one.dim())
-    )
+        if one.shape[dim] == 1 and other.shape[dim] > 1 and varies(other, dim)
+    ]
 
 
 def _components(count: int, edges: list[tuple[Numbers, Numbers]]) -> Numbers:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree
 
 from helpers.errors import InputError
 from helpers.layers import in_mode
@@ -94,17 +95,66 @@ def _label_graph(
     tensors.update(model.named_buffers(remove_duplicate=False))
     names = dict(program.graph_signature.inputs_to_parameters)
     names |= program.graph_signature.inputs_to_buffers
-    parameters = {node: tensors[name] for node, name in names.items()}
-    labels: dict[fx.Node, object] = {}
-    for node in program.graph.nodes:
-        channels.next_operator()
+    labels: dict[fx.Node, list[object]] = {}
+    parameters: dict[fx.Node, Tensor] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in names:
+            parameters[node] = tensors[names[node.name]]
+        else:
+            labels[node] = _constants(channels, node, "it comes from outside")
+    for output in _label_nodes(channels, program.graph_module, labels, parameters):
+        for each in output:
+            channels.fix(each, "it leaves the network")
+
+
+def _label_nodes(
+    channels: Channels,
+    module: fx.GraphModule,
+    labels: dict[fx.Node, list[object]],
+    parameters: dict[fx.Node, Tensor],
+) -> list[list[Tensor]]:
+    """Label the nodes of a graph after its inputs; return all labels of each output."""
+    for node in module.graph.nodes:
         op = Op(node, channels, labels, parameters)
-        if node.op == "placeholder" and node.name not in parameters:
-            labels[node] = op.map_outputs(
-                lambda value: channels.constant(value.shape, "it comes from outside")
-            )
+        if node.op == "get_attr":
+            labels[node] = _constants(channels, node, "it is a constant")
+        elif node.op == "call_function" and op.name in _CALLS:
+            labels[node] = _label_call(channels, module, op)
         elif node.op == "call_function":
             labels[node] = label_outputs(channels, op)
         elif node.op == "output":
-            for operand in op.operands():
-                channels.fix(operand, "it leaves the network")
+            outputs = _pytree.tree_leaves(node.args[0])
+            return [op.all_tensors(each) for each in outputs if isinstance(each, fx.Node)]
+    return []
+
+
+def _constants(channels: Channels, node: fx.Node, reason: str) -> list[object]:
+    value = node.meta.get("val")
+    return [channels.constant(value.shape, reason)] if isinstance(value, Tensor) else []
+
+
+# Operators that run a graph of their own, and which of their arguments that graph is.
+_CALLS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+
+
+def _label_call(channels: Channels, module: fx.GraphModule, op: Op) -> list[object]:
+    """Label the graph that an operator runs, and return all labels of its outputs."""
+    position = _CALLS[op.name]
+    name, inputs = op.node.args[position], op.node.args[position + 1 :]
+    called = getattr(module, str(name.target if isinstance(name, fx.Node) else name))
+    labels: dict[fx.Node, list[object]] = {}
+    parameters: dict[fx.Node, Tensor] = {}
+    for node, given in zip(called.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(given, fx.Node) and given in op.parameters:
+            parameters[node] = op.parameters[given]
+        elif isinstance(given, fx.Node):
+            labels[node] = op.all_labels_of(given)
+    outputs = _label_nodes(channels, called, labels, parameters)
+    reason = "it has no channels along another dimension"
+    return [
+        [
+            of_one[number] if number < len(of_one) else channels.constant(of_one[0].shape, reason)
+            for of_one in outputs
+        ]
+        for number in range(max(len(of_one) for of_one in outputs))
+    ]

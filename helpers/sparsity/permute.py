@@ -4,18 +4,15 @@ Explained in `02_prune_2_4.ipynb`. A model computes the same with its inner chan
 order, but the order decides which four weights form a group, and so which weights survive.
 """
 
-import copy
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from helpers.errors import InputError
@@ -31,12 +28,10 @@ from helpers.sparsity.eligibility import Selection, select_weights
 from helpers.sparsity.graph import find_channel_groups
 from helpers.sparsity.masks import kept_magnitude_2to4
 from helpers.sparsity.search import kept_2to4, search_permutation
+from helpers.sparsity.unchanged import Outputs, outputs_of, zeros_filled
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# In double precision, moving channels changes the outputs by rounding alone.
-_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,12 +42,15 @@ class PermutationReport:
         weights: a row for each eligible weight: `weight`, `before` and `after` (the share of
             its summed magnitude that 2:4 keeps, in per cent), `permuted`, and the `reason`
             where it is not.
-        max_relative_error: the largest difference of the outputs, in double precision,
-            relative to the largest output.
+        max_relative_error: the largest difference of the outputs relative to the largest
+            output; NaN if nothing was moved and so nothing compared.
+        precision: the datatype in which the outputs were compared: `float64`, or a lower one
+            for a model that does not run in double precision; empty if nothing was compared.
     """
 
     weights: "pd.DataFrame"
     max_relative_error: float
+    precision: str
 
     @property
     def permuted(self) -> "pd.DataFrame":
@@ -61,10 +59,14 @@ class PermutationReport:
 
     def __repr__(self) -> str:
         gain = (self.permuted.after - self.permuted.before).mean() if len(self.permuted) else 0.0
+        compared = f"outputs differ by {self.max_relative_error:.1e}"
+        if not self.precision:
+            compared = "no outputs were compared"
+        elif self.precision != "float64":
+            compared += f" in {self.precision}"
         return (
             f"{len(self.permuted)} of {len(self.weights)} weights permuted, which keeps "
-            f"{gain:.2f} points more of their magnitude on average; "
-            f"outputs differ by {self.max_relative_error:.1e}"
+            f"{gain:.2f} points more of their magnitude on average; {compared}"
         )
 
     def __str__(self) -> str:
@@ -85,8 +87,9 @@ def permute_channels_(
     """Order the channels of a dense model so that 2:4 pruning keeps more magnitude, in place.
 
     What the model computes stays the same: its outputs before and after are compared in
-    double precision. Weights that share channels, in a residual stream for instance, are
-    searched together; each group of a grouped convolution is searched by itself.
+    double precision, and may differ by no more than rounding explains. Weights that share
+    channels, in a residual stream for instance, are searched together; each group of a
+    grouped convolution is searched by itself.
 
     Args:
         model: a model that `torch.export` can trace.
@@ -114,18 +117,16 @@ def permute_channels_(
     try:
         groups = find_channel_groups(model, example)
     except InputError as why:
-        return _report(before, before, dict.fromkeys(weights, str(why)), 0.0)
+        return _report(before, before, dict.fromkeys(weights, str(why)))
     readers, reasons = _readers_by_set(groups, weights)
     if not readers:
-        return _report(before, before, reasons, 0.0)
+        return _report(before, before, reasons)
 
-    inputs = _random_like(example)
-    expected = _outputs(model, inputs)  # before the search, so that an error comes early
-    _check_comparable(expected, type(model).__name__)
-    moves, reasons = _search_sets(groups, readers, reasons, escapes)
-    error = _apply_or_restore_(model, groups, gather_index(groups, moves), inputs, expected)
-    after = _kept_magnitudes(weights)
-    return _report(before, after, reasons, error)
+    with zeros_filled(model):
+        outputs = outputs_of(model, example)  # before the search, so that an error comes early
+        moves, reasons = _search_sets(groups, readers, reasons, escapes)
+        error = _apply_or_restore_(model, groups, gather_index(groups, moves), outputs)
+    return _report(before, _kept_magnitudes(weights), reasons, error, outputs.precision)
 
 
 def _kept_magnitudes(weights: Mapping[str, LayerWeight]) -> dict[str, float]:
@@ -136,7 +137,11 @@ def _kept_magnitudes(weights: Mapping[str, LayerWeight]) -> dict[str, float]:
 
 
 def _report(
-    before: dict[str, float], after: dict[str, float], reasons: dict[str, str], error: float
+    before: dict[str, float],
+    after: dict[str, float],
+    reasons: dict[str, str],
+    error: float = math.nan,
+    precision: str = "",
 ) -> PermutationReport:
     import pandas as pd  # here, because it is slow to import
 
@@ -151,7 +156,7 @@ def _report(
         for name in before
     ]
     columns = ["weight", "before", "after", "permuted", "reason"]
-    return PermutationReport(pd.DataFrame(rows, columns=columns), error)
+    return PermutationReport(pd.DataFrame(rows, columns=columns), error, precision)
 
 
 # --- the search ---
@@ -274,110 +279,15 @@ def _columns_of(groups: ChannelGroups, to: Numbers, reader: _Reader) -> np.ndarr
 
 
 def _apply_or_restore_(
-    model: nn.Module,
-    groups: ChannelGroups,
-    index: Numbers,
-    inputs: tuple[Any, ...],
-    expected: list[Tensor],
+    model: nn.Module, groups: ChannelGroups, index: Numbers, before: Outputs
 ) -> float:
-    """Reorder the model if its outputs stay the same; return their maximum relative error."""
+    """Reorder the model if its outputs stay the same; return their largest relative error."""
     placed = [placement.tensor for placement in groups.placements.values()]
     backup = [tensor.detach().clone() for tensor in placed]
     try:
         reorder_(groups, index)
-        error = _max_relative_error(_outputs(model, inputs), expected)
-        if not error <= _TOLERANCE:  # NaN too
-            raise InputError(
-                f"{type(model).__name__} would compute something else with its channels permuted: "
-                f"its outputs differ by {error:.1e} of the largest. The model has been restored. "
-                "Exclude the layers that treat single channels differently from the rest with "
-                "`exclude=`."
-            )
+        return before.check(model)
     except BaseException:  # an interruption too
         with torch.no_grad():
             torch._foreach_copy_(placed, backup)
         raise
-    return error
-
-
-def _random_like(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return random inputs in double precision; all but floating-point tensors as they are."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for value in example
-    )
-
-
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Return the floating-point and complex outputs of a copy of the model in double precision."""
-    try:
-        double = copy.deepcopy(model).double().eval()
-        with torch.no_grad(), _DoublePrecision():
-            outputs = double(*inputs)
-    except Exception as error:  # whatever a model raises
-        line = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise InputError(
-            f"A copy of {type(model).__name__} does not run in double precision "
-            f"({type(error).__name__}: {line[:200]}), so its outputs before and after cannot be "
-            "compared: leave its channels as they are."
-        ) from error
-    leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
-    return [leaf.double() for leaf in leaves if leaf.is_floating_point()]
-
-
-_DOUBLE = {
-    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
-
-
-class _DoublePrecision(TorchDispatchMode):
-    """Runs operators in double precision that a model asks to run in a lower one.
-
-    A norm that casts its input to FP32, for instance, rounds at 1e-7, and the layers behind
-    it may amplify that beyond any tolerance that still shows a mistake.
-    """
-
-    def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _DOUBLE:
-            kwargs["dtype"] = _DOUBLE[kwargs["dtype"]]
-        # What an operator writes to, or returns a view of, has to remain the tensor it is.
-        if isinstance(func, OpOverload) and not func.is_view and not func._schema.is_mutable:
-            args, kwargs = _pytree.tree_map_only(Tensor, self._widen, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(_DOUBLE.get(tensor.dtype, tensor.dtype))
-
-
-def _check_comparable(outputs: list[Tensor], model: str) -> None:
-    """Raise an error if equal outputs would say nothing."""
-    if any(output.isnan().any() for output in outputs):
-        raise InputError(
-            f"{model} returns NaN for random inputs, so nothing would show whether it computes the "
-            "same with its channels permuted: load weights from before the training diverged."
-        )
-    if not any((output[output.isfinite()] != 0).any() for output in outputs):
-        raise InputError(
-            f"All floating-point outputs of {model} are zero for random inputs, or there are none, "
-            "so nothing would show whether it computes the same with its channels permuted: load "
-            "trained weights first, or leave its channels as they are."
-        )
-
-
-def _max_relative_error(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference, relative to the largest of all finite expected values."""
-    finite = [values[values.isfinite()].abs() for values in expected]
-    scale = max(float(values.max()) for values in finite if values.numel())
-    differences = [  # infinity, of a masked logit for instance, may remain infinity
-        (after - before).abs().masked_fill(after == before, 0.0)
-        for after, before in zip(outputs, expected, strict=True)
-    ]
-    return max(float(values.max()) for values in differences if values.numel()) / scale
