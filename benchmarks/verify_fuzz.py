@@ -687,14 +687,17 @@ def verdicts(case: Case, folder: Path) -> tuple[list[tuple], list[tuple]]:
         row = rows.iloc[0]
         numbers: tuple = ()
         measured: tuple = ()
-        may_be_sparse = product.may_be_sparse and product.judged
+        may_be_sparse, judged = product.may_be_sparse and product.judged, product.judged
         if product.node in truth:
             nonzero = truth[product.node]
             share = round(100 * (1 - np.count_nonzero(nonzero) / nonzero.size), 2)
             numbers = (is_2to4(nonzero), share)
             measured = (bool(row.is_2to4), row.zeros)
-            may_be_sparse = may_be_sparse and nonzero.shape[1] % 4 == 0
-        expected.append((product.node, product.op, may_be_sparse, product.judged, *numbers))
+            in_fours = nonzero.shape[1] % 4 == 0
+            # A shape that cannot be sparse is verdict enough.
+            judged = product.judged or not in_fours or product.groups > 1
+            may_be_sparse = may_be_sparse and in_fours
+        expected.append((product.node, product.op, may_be_sparse, judged, *numbers))
         found.append((row.node, row.op, bool(row.eligible), bool(row.judged), *measured))
     assert len(table) == len(case.products), "a row of no product"
     return expected, found

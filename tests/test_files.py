@@ -48,6 +48,12 @@ def test_a_path_elsewhere_is_shown_in_full(tmp_path, monkeypatch):
     assert shown(tmp_path / "here too" / "net.onnx") == str(tmp_path / "here too" / "net.onnx")
 
 
+def test_a_link_is_shown_as_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "net.onnx").symlink_to(tmp_path / "store" / "0123abcd")
+    monkeypatch.chdir(tmp_path)
+    assert shown(Path("net.onnx")) == "net.onnx"
+
+
 def test_sha256_is_that_of_the_content(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")

@@ -212,7 +212,7 @@ def test_a_file_with_wrong_bytes_is_judged_or_refused_in_one_sentence(tmp_path):
         except InputError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > len(content) // 2
+    assert refused > len(content) // 3  # the others are letters of names, sizes and the like
 
 
 def test_a_tensor_whose_bytes_do_not_fit_its_shape_is_named(tmp_path):

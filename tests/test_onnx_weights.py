@@ -360,6 +360,23 @@ def test_a_table_that_nobody_multiplies_by_is_no_weight(tmp_path, op):
     assert verify(tmp_path, [node("Mul", "w", "x")], w=weight(8, 8)).empty
 
 
+def test_the_weights_of_a_linear_model_are_named(tmp_path):
+    regressor = node("LinearRegressor", "x", domain="ai.onnx.ml", coefficients=[1.0] * 8)
+    table = verify(tmp_path, [regressor])
+    assert table[["weight", "eligible", "judged"]].values.tolist() == [
+        ["coefficients", False, True]
+    ]
+
+
+def test_a_weight_has_the_name_of_the_largest_tensor_that_it_is_made_of(tmp_path):
+    nodes = [helper.make_node("Mul", ["half", "w"], ["v"]), node("Gemm", "x", "v", transB=1)]
+    tensors = {"half": np.float32(0.5), "w": weight(6, 8)}
+    assert verify(tmp_path, nodes, **tensors).weight.tolist() == ["w"]
+    tensors = [numpy_helper.from_array(np.asarray(value), key) for key, value in tensors.items()]
+    (found,) = node_weights(write(tmp_path, nodes, tensors))
+    assert found.sources == ("w", "half")
+
+
 @pytest.mark.parametrize("domain", ["", "trt.plugins"])
 def test_a_matrix_of_a_plugin_is_named_as_not_judged(tmp_path, domain):
     tensor = numpy_helper.from_array(weight(8, 8), "kernel")
@@ -444,6 +461,18 @@ def test_a_weight_that_is_chosen_at_run_time_is_not_judged(tmp_path):
     table = verify(tmp_path, nodes, w=weight(8, 8))
     assert table.reason.tolist() == [f"{op} makes it of w at run time" for op in ("If", "Where")]
     assert table[["eligible", "judged"]].values.tolist() == [[False, False]] * 2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_cannot_be_sparse_by_its_shape_needs_no_numbers(tmp_path, groups):
+    unknown = helper.make_node("Unpack", ["w"], ["u"], domain="acme")
+    nodes = [unknown, node("Conv", "x", "u", group=groups)]
+    table = verify(tmp_path, nodes, w=weight(8, 4, 1, 1))
+    assert table[["eligible", "judged"]].values.tolist() == [[False, groups == 2]]
+    dequantise = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"])
+    constants = {"w": quantised(weight(8, 4, 1, 1), 3), "s": np.float32(1), "z": np.int8(3)}
+    table = verify(tmp_path, [dequantise, node("Conv", "x", "v", group=groups)], **constants)
+    assert table[["eligible", "judged"]].values.tolist() == [[False, groups == 2]]
 
 
 def test_a_scale_that_comes_at_run_time_is_not_judged(tmp_path):
@@ -689,10 +718,14 @@ def test_a_weight_transposed_outside_a_loop_is_found_in_it(tmp_path):
     assert table.reason.tolist() == ["", "the weight is computed at run time"]
 
 
-def test_what_comes_into_the_body_of_a_scan_is_computed_at_run_time(tmp_path):
+def test_slices_of_a_constant_in_the_body_of_a_scan_are_not_judged(tmp_path):
     inputs = [("state", TensorProto.FLOAT, None), ("slice", TensorProto.FLOAT, None)]
     graph = body([helper.make_node("MatMul", ["state", "slice"], ["inner"])], inputs=inputs)
     nodes = [helper.make_node("Scan", ["x", "w"], ["y"], body=graph, num_scan_inputs=1)]
+    table = verify(tmp_path, nodes, w=np.ones((3, 8, 8), np.float32))
+    assert table.reason.tolist() == ["Scan makes it of w at run time"]
+    assert table[["eligible", "judged"]].values.tolist() == [[False, False]]
+    nodes = [helper.make_node("Scan", ["w", "x"], ["y"], body=graph, num_scan_inputs=1)]
     table = verify(tmp_path, nodes, w=np.ones((3, 8, 8), np.float32))
     assert table.reason.tolist() == ["the weight is computed at run time"]
 

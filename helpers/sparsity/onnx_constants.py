@@ -40,9 +40,9 @@ _MOVES = (
 class Constant:
     """A tensor that depends only on what is stored in the file.
 
-    `sources` are the stored tensors that it is computed from, the one that it takes its numbers
-    from first. `value` is None if the numbers are not known, and `why_unknown` says why.
-    `is_shifted` says whether it was dequantised with a zero point that is not 0.
+    `sources` are the stored tensors that it is computed from, the largest first. `value` is None
+    if the numbers are not known, and `why_unknown` says why. `is_shifted` says whether it was
+    dequantised with a zero point that is not 0.
     """
 
     sources: tuple[str, ...]
@@ -78,6 +78,7 @@ class Scope:
         self.inner: list[list[Scope]] = []  # of each node: the function it calls, or its bodies
         self.returns: dict[str, tuple[Scope, str]] = {}  # of each output of a call
         self.choices: dict[str, list[tuple[Scope, str]]] = {}  # of each output of an If
+        self.slices: dict[str, tuple[Scope, str]] = {}  # of a Scan's body: what they are cut from
         self.computed: set[str] = set()  # at run time
         # ONNX orders nodes so that each comes after those that it needs.
         for node in self.nodes:
@@ -90,12 +91,19 @@ class Scope:
             self.inner.append(bodies)
             if bodies or not self._is_foldable(node):
                 self.computed.update(node.output)
+            if node.op_type == "Scan":
+                self._feed_slices(node, bodies[0], graphs[0])
             if node.op_type == "If":
                 for place, name in enumerate(node.output):
                     self.choices[name] = [
                         (body, graph.output[place].name)
                         for body, graph in zip(bodies, graphs, strict=True)
                     ]
+
+    def _feed_slices(self, node: NodeProto, body: "Scope", graph: GraphProto) -> None:
+        count = attributes_of(node)["num_scan_inputs"]
+        for item, name in zip(graph.input[-count:], node.input[-count:], strict=True):
+            body.slices[item.name] = self, name
 
     def walk(self) -> "Iterator[tuple[NodeProto, Scope]]":
         """Yield every node with its scope, each before those in its body.
@@ -176,7 +184,8 @@ class Scope:
         for constant in found.values():
             if constant.value is None:
                 return constant
-        sources = tuple(dict.fromkeys(each for one in found.values() for each in one.sources))
+        by_size = sorted(found.values(), key=lambda one: np.asarray(one.value).size, reverse=True)
+        sources = tuple(dict.fromkeys(each for one in by_size for each in one.sources))
         feeds = {source: np.asarray(constant.value) for source, constant in found.items()}
         try:
             value = _fold(node, name, feeds, self.opsets)
@@ -236,6 +245,11 @@ class Scope:
             if name in self.returns:
                 function, output = self.returns[name]
                 return function.stored_behind(output)
+            if name in self.slices:
+                scope, whole = self.slices[name]
+                return (
+                    (scope.resolve(whole).sources[0], "Scan") if scope.is_constant(whole) else None
+                )
             if name in self.choices:
                 for body, output in self.choices[name]:
                     if body.is_constant(output) and body.resolve(output).sources:

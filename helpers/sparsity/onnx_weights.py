@@ -199,6 +199,11 @@ _NO_PRODUCTS = frozenset(
 )
 
 
+# Operators whose weights are attributes: the linear models of classical machine learning.
+_ML = "ai.onnx.ml"
+_LINEAR_MODELS = ("LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor")
+
+
 def _product_of(node: NodeProto) -> _Product | None:
     table = _ONNX if node.domain in STANDARD_DOMAINS else _ONNXRUNTIME
     return table.get(node.op_type) if node.domain in (*STANDARD_DOMAINS, MICROSOFT) else None
@@ -218,7 +223,7 @@ def _weights_of(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
     """Yield the weights of one node; most nodes have none."""
     product = _product_of(node)
     if product is None:
-        yield from _of_unknown(node, scope)
+        yield from _of_other(node, scope)
         return
     factors = product.factors or tuple(map(_Factor, range(len(node.input))))  # of an Einsum
     used = [each for each in factors if each.place < len(node.input) and node.input[each.place]]
@@ -243,8 +248,11 @@ def _row(node: NodeProto, factor: _Factor, **values: Any) -> NodeWeight:
     return NodeWeight(name, node.op_type, **{**row, **values})
 
 
-def _of_unknown(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
-    """Yield the constant matrices of an operator that is not known, as not judged."""
+def _of_other(node: NodeProto, scope: Scope) -> Iterator[NodeWeight]:
+    """Yield the constant matrices of an operator of another kind; mostly there are none."""
+    if node.domain == _ML and node.op_type in _LINEAR_MODELS:
+        why = f"TensorRT runs no {node.op_type}"
+        yield _row(node, _Factor(len(node.input)), weight="coefficients", exempt=why)
     if _is_known(node) or all(map(scope.is_constant, node.input)):
         return  # of constants alone it makes another constant
     domain = node.domain or "ONNX's domain"
@@ -278,8 +286,10 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     """Return the row of a constant factor; the others are computed at run time."""
     constant = scope.resolve(node.input[factor.place])
     row = _row(node, factor, weight=constant.sources[0], sources=constant.sources)
+    attributes = attributes_of(node)
+    groups = int(attributes.get("group", 1)) if product.form == "conv" else 1
     if constant.value is None:
-        return replace(row, why_not_judged=constant.why_unknown)
+        return replace(row, why_not_judged=constant.why_unknown, groups=groups)
     stored = replace(row, value=constant.value)
     first = factor is product.factors[0] if product.factors else False
     if product.exempt:
@@ -290,7 +300,6 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     if constant.value.ndim < least or constant.value.size == 0:
         why = f"a weight cannot have the shape {constant.value.shape}"
         return replace(row, why_not_judged=why)
-    attributes = attributes_of(node)
     if product.form == "nbits":
         return _unpacked(stored, node, scope, attributes)
     axis = _input_axis(product.form, constant.value.ndim, first, attributes)
@@ -301,7 +310,7 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
     return replace(
         stored,
         value=value if product.form == "conv" else _output_channels_first(value, axis),
-        groups=int(attributes.get("group", 1)) if product.form == "conv" else 1,
+        groups=groups,
         in_fours=True,
         input_axis=axis,
         exempt=_why_no_weight(batch, first),

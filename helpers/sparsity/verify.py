@@ -213,15 +213,17 @@ def _unknown(reason: str) -> _Verdict:
 
 
 def _judged_node(weight: "NodeWeight") -> _Verdict:
-    reason = weight.exempt or weight.why_not_judged
+    # Of a weight whose shape is not known nothing says that it cannot run sparse.
+    channels = 4 if weight.value is None or not weight.in_fours else weight.value.shape[1]
+    why_dense = weight.exempt or why_not_tensorrt(channels, weight.groups)
+    reason = why_dense or weight.why_not_judged
     if weight.value is None:
         verdict = _unknown(reason)
-    elif weight.in_fours:
-        reason = reason or why_not_tensorrt(weight.value.shape[1], weight.groups)
-        verdict = _judged(weight.value != 0, weight.groups, reason)
     else:
-        verdict = replace(_judged(weight.value != 0, 1, reason), is_2to4=False)
-    return replace(verdict, judged=not weight.why_not_judged or bool(weight.exempt))
+        verdict = _judged(weight.value != 0, weight.groups, reason)
+    is_2to4 = weight.in_fours and verdict.is_2to4
+    judged = bool(why_dense) or not weight.why_not_judged
+    return replace(verdict, is_2to4=is_2to4, judged=judged)
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> "pd.DataFrame":
