@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.errors import HelpersError
-from helpers.sparsity import channels
 from helpers.sparsity.channels import ChannelGroups, gather_index, reorder_
 from helpers.sparsity.graph import find_channel_groups
 
@@ -336,9 +335,7 @@ def test_a_weight_reused_by_a_functional_call_serves_both():
         lambda m, x: m.conv(F.conv2d(x, m.conv.weight.flip(1))),
     ],
 )
-@pytest.mark.parametrize("most", [10, 1_000_000])
-def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use, most, monkeypatch):
-    monkeypatch.setattr(channels, "_MOST_ELEMENTS", most)
+def test_a_weight_that_is_computed_with_leaves_the_network_unchanged(use):
     unchanged(make(use, conv=nn.Conv2d(WIDE, WIDE, 1)))
 
 
@@ -414,24 +411,34 @@ def test_a_transformer_moves_its_stream_its_heads_and_its_hidden_layer(options):
     assert len(set(out.tolist())) == 3 and -1 not in out  # within each head
 
 
-def test_recurrent_layers_are_left_alone():
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}])
+def test_recurrent_layers_move_their_inputs_and_their_states(kind, options):
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.lstm = nn.Linear(4, WIDE), nn.LSTM(WIDE, WIDE, batch_first=True)
-            self.head = nn.Linear(WIDE, 5)
+            self.stem, self.rnn = nn.Linear(4, WIDE), kind(WIDE, WIDE, batch_first=True, **options)
+            width = 2 * WIDE if self.rnn.bidirectional else WIDE
+            self.head = nn.Linear(2 * width, 5)
 
         def forward(self, x):
-            return self.head(self.lstm(self.stem(x))[0])
+            outputs, state = self.rnn(self.stem(x))
+            last = (state[0] if isinstance(state, tuple) else state)[-1:]
+            repeated = torch.cat([last.transpose(0, 1)] * self.head.in_features, 2)
+            width = self.head.in_features - outputs.shape[2]
+            return self.head(torch.cat([outputs, repeated[..., :width].expand(-1, 6, -1)], 2))
 
-    assert unchanged(Recurrent(), torch.randn(2, 6, 4, dtype=torch.float64)) == 0
+    model = Recurrent()
+    assert unchanged(model, torch.randn(2, 6, 4, dtype=torch.float64)) == model.head.in_features
+    groups = find_channel_groups(model, (torch.randn(2, 6, 4, dtype=torch.float64),))
+    assert free_inputs(groups, model.rnn.weight_ih_l0) == WIDE
 
 
 def test_what_stays_has_a_reason_in_words():
-    model = make(lambda m, x: x.softmax(1))
+    model = make(lambda m, x: x.cumsum(1))
     groups, _, _ = outcome(model)
     assert groups.why_fixed(groups.inputs_of(model.stem.weight)[0, 0]) == "it comes from outside"
-    assert "aten.softmax" in groups.why_fixed(groups.inputs_of(model.head.weight)[0, 0])
+    assert "aten.cumsum" in groups.why_fixed(groups.inputs_of(model.head.weight)[0, 0])
 
 
 def test_a_network_that_cannot_be_traced_says_so_and_keeps_its_mode():

@@ -1,17 +1,39 @@
 """Permuting channels keeps more magnitude and the same outputs, or nothing changes."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from helpers.errors import InputError
-from helpers.sparsity import eligible_weights, kept_magnitude, mask_2to4, permute, prune_2to4_
+from helpers.sparsity import (
+    eligible_weights,
+    kept_magnitude,
+    mask_2to4,
+    permute,
+    prune_2to4_,
+    unchanged,
+)
 from helpers.sparsity.permute import permute_channels_
 from helpers.training.networks import create_model
 
 IMAGE = (torch.zeros(1, 1, 28, 28),)
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, weight: torch.Tensor, dim: int = 1) -> None:
+    """Make the reordering go wrong in one weight: two of its channels change places as well."""
+    reorder_ = permute.reorder_
+
+    def wrong_(*args):
+        reorder_(*args)
+        order = torch.arange(weight.shape[dim])
+        order[0], order[-1] = order[-1].item(), order[0].item()
+        with torch.no_grad():
+            weight.copy_(weight.index_select(dim, order))
+
+    monkeypatch.setattr(permute, "reorder_", wrong_)
 
 
 @pytest.fixture
@@ -133,7 +155,7 @@ def test_tied_weights_stay_tied():
     model[2].weight = model[0].weight
     report = permute_channels_(model, torch.zeros(2, 16))
     assert model[2].weight is model[0].weight
-    assert report.max_relative_error < 1e-9
+    assert not len(report.permuted) and report.weights.reason.str.contains("outside").any()
 
 
 def test_a_concatenation_that_shifts_the_groups_of_four_loses_nothing():
@@ -254,10 +276,9 @@ class Sandwich(nn.Module):
     [
         lambda x: x.float(),
         lambda x: x.to(torch.float32).relu(),
-        lambda x: x * torch.ones(32),
         lambda x: x + torch.tensor([0.5]),
         lambda x: torch.relu(x, out=torch.empty_like(x)) if x.is_meta else x.relu(),
-        lambda x: torch.zeros(4, 32).copy_(x),
+        lambda x: x.clone().copy_(x.relu()),
         lambda x: torch.softmax(x, -1, dtype=torch.float32) * 32,
         lambda x: torch.view_as_complex(x.float().unflatten(-1, (16, 2))).abs().repeat(1, 2),
         lambda x: x.bfloat16().float(),
@@ -266,7 +287,7 @@ class Sandwich(nn.Module):
 def test_what_a_model_computes_in_a_lower_precision_is_compared_in_double(between):
     torch.manual_seed(0)
     report = permute_channels_(Sandwich(between).eval(), torch.zeros(4, 8), escapes=0)
-    assert report.max_relative_error < 1e-6
+    assert report.max_relative_error < 1e-6 and report.precision == "float64"
 
 
 def left_alone(model: nn.Module, match: str, example: torch.Tensor | None = None) -> None:
@@ -278,21 +299,47 @@ def left_alone(model: nn.Module, match: str, example: torch.Tensor | None = None
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_copy_that_does_not_run_in_double_precision_is_an_error_in_one_sentence():
-    def single_only(x):
-        if x.dtype == torch.float64:
-            raise TypeError("no kernel for double\nand a second line")
-        return x
-
-    left_alone(Sandwich(single_only), r"Sandwich does not run in double .*no kernel for double\)")
+def single_only(x):
+    if x.dtype == torch.float64:
+        raise TypeError("no kernel for double\nand a second line")
+    return x * 1.5
 
 
-def test_outputs_that_are_all_zero_prove_nothing():
+def never(x):
+    if type(x) is torch.Tensor and not torch.compiler.is_exporting():
+        raise TypeError("no kernel at all\nand a second line")
+    return x
+
+
+def test_a_model_that_does_not_run_in_double_precision_is_compared_in_single():
+    torch.manual_seed(0)
+    report = permute_channels_(Sandwich(single_only).eval(), torch.zeros(4, 8), escapes=0)
+    assert len(report.permuted) and report.precision == "float32"
+    assert 0 < report.max_relative_error < 1e-5 and repr(report).endswith("in float32")
+
+
+def test_a_model_that_does_not_run_is_an_error_in_one_sentence():
+    left_alone(Sandwich(never), r"Sandwich does not run .*no kernel at all\)")
+
+
+def test_a_last_layer_that_starts_from_zero_hides_no_mistake(monkeypatch):
+    torch.manual_seed(0)
     model = Sandwich()
     with torch.no_grad():
         model.two.weight.zero_()
         model.two.bias.zero_()
-    left_alone(model, "All floating-point outputs of Sandwich are zero")
+    wider = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 32), nn.Linear(32, 8), model)
+    report = permute_channels_(wider, torch.zeros(4, 8), escapes=0)
+    assert len(report.permuted) and report.max_relative_error > 0
+    assert not model.two.weight.any() and not model.two.bias.any()
+    sabotage(monkeypatch, wider[1].weight)
+    left_alone(wider, "would compute something else")
+
+
+def test_nothing_moved_is_not_called_equal():
+    report = permute_channels_(nn.Sequential(nn.Linear(8, 8)), torch.zeros(2, 8))
+    assert math.isnan(report.max_relative_error) and not report.precision
+    assert repr(report).endswith("no outputs were compared")
 
 
 @pytest.mark.parametrize("behind", [lambda x: x.argmax(-1), lambda x: {"classes": x.argmax(-1)}])
@@ -313,13 +360,11 @@ def test_outputs_that_are_infinite_for_masked_entries_are_compared_by_the_others
 
 def test_an_interrupted_comparison_restores_the_model(model, monkeypatch):
     before = copy.deepcopy(model.state_dict())
-    compare = permute._max_relative_error
 
     def interrupted(*args):
-        compare(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(permute, "_max_relative_error", interrupted)
+    monkeypatch.setattr(unchanged.Outputs, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         permute_channels_(model, IMAGE, escapes=0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

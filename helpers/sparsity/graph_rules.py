@@ -329,6 +329,8 @@ def expand(channels: Channels, op: Op) -> Tensor:
 )  # fmt: skip
 def move(channels: Channels, op: Op) -> object:
     """Labels move as the values do."""
+    if op.name == "repeat_interleave" and (op.is_tensor(1) or not op.argument(1)):
+        return None
     return op.run_on_labels()
 
 
@@ -461,7 +463,7 @@ def new_tensor(channels: Channels, op: Op) -> Tensor:
     "true_divide", "floor_divide", "negative", "absolute", "square", "fix", "arctan", "arcsin",
     "arccos", "greater", "greater_equal", "less", "less_equal", "not_equal", "relu6", "relu6_",
     "selu", "selu_", "__and__", "__or__", "__xor__", "__iand__", "__ior__", "copy_", "conj",
-    "_conj", "complex", "polar", "real", "imag", "broadcast_tensors",
+    "_conj", "complex", "polar", "real", "imag",
 )  # fmt: skip
 def pointwise(channels: Channels, op: Op) -> object:
     """Operands are coupled at each position; any operator tagged as pointwise does so.
@@ -647,6 +649,8 @@ def embedding(channels: Channels, op: Op) -> list[object] | None:
     weight = op.parameter(0)
     if weight is None:
         return None
+    for labels in op.all_labels(1):
+        channels.fix(labels, "it is an index")
     columns = channels.output_channels(weight, dim=1)
     channels.place(weight, {1: columns})
     channels.join(columns)
@@ -716,7 +720,7 @@ def weight_norm(channels: Channels, op: Op) -> Tensor:
     """A weight is scaled to a length for each index of one dimension."""
     labels, dim = op.tensor(0), op.integer(2, 0)
     _join_over(channels, labels, [other for other in range(labels.dim()) if other != dim])
-    return channels.couple(labels, op.tensor(1)) if varies(labels, dim) else labels
+    return channels.couple(labels, op.tensor(1))
 
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -806,6 +810,8 @@ def matmul(channels: Channels, op: Op) -> list[Tensor] | None:
         if len(shapes[0]) != 2 or len(shapes[1]) != 3:
             return None
         left, right, output = "XY", "aYZ", "XZ"
+        for labels in op.all_labels(2) if op.is_tensor(2) else []:
+            channels.fix(labels, "it says which rows belong to a group")
     else:
         batch = string.ascii_lowercase[: max(len(shape) for shape in shapes)]
         of_left, of_right = (batch[len(batch) - max(len(shape) - 2, 0) :] for shape in shapes)
@@ -858,7 +864,7 @@ def _contract(
     for labels, along in shared[0]:
         partner = next((each for each in shared[1] if each[1] & along), None)
         if partner is None:
-            channels.fix(labels, "it is multiplied by values that stay")
+            channels.fix(labels, _why_it_stays(channels, right[0]))
             continue
         shared[1].remove(partner)
         ours = channels.reduce_to(labels, *(left[1].index(letter) for letter in both))
@@ -868,8 +874,14 @@ def _contract(
         if not (along | partner[1]) - set(output):
             found.append(_in_output(ours, both, output, shape))
     for labels, _ in shared[1]:
-        channels.fix(labels, "it is multiplied by values that stay")
+        channels.fix(labels, _why_it_stays(channels, left[0]))
     return found
+
+
+def _why_it_stays(channels: Channels, others: list[Tensor]) -> str:
+    """Return why channels stay that meet these operands, which have none along a dimension."""
+    fixed = [labels for labels in others if channels.all_fixed(labels)]
+    return channels.why_fixed(fixed[0]) if fixed else "it is multiplied by values that stay"
 
 
 def _in_output(labels: Tensor, letters: list[str], output: str, shape: Iterable[int]) -> Tensor:
@@ -949,15 +961,17 @@ def _add(
     channels: Channels, found: list[Tensor], others: list[Tensor], shape: Iterable[int]
 ) -> list[Tensor]:
     """Label a sum, of labels in its shape and all labels of what is added."""
-    others = list(others)
+    added = others[0].shape if others else ()
     sums = []
     for labels in found:
         along = _dims_of(labels)
         partner = next((other for other in others if _dims_of(other) & along), None)
         if partner is None:
-            partner = channels.constant(others[0].shape if others else (), "it is added")
+            partner = channels.constant(added, "it is added")
         sums.append(channels.couple(labels, partner).expand(tuple(shape)))
-        others = [other for other in others if other is not partner] or others[:0]
+        others = [other for other in others if other is not partner]
+    for other in others:
+        channels.fix(other, "it is added to values that stay")
     return sums
 
 
