@@ -87,7 +87,7 @@ def compare_holding(model: nn.Module) -> dict:
     masks = masks_2to4(model, "asp")
     weights = [model.get_parameter(name) for name in masks]
     gradients = [torch.zeros_like(weight) for weight in weights]
-    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    idle = torch.optim.SGD(model.parameters())  # without gradients a step changes nothing
     hold_masks(idle, model, masks)
 
     def as_asp_does() -> None:

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from helpers.computed_weights import Shape, find_source, used_weight
 from helpers.errors import InputError
+from helpers.parameters import (
+    checked_weight,
+    gathered,
+    named_layers,
+    plain_name,
+    require_runnable,
+    unwrapped,
+)
 from helpers.products import Product, watch_products
 
 if TYPE_CHECKING:
@@ -57,9 +66,13 @@ class LayerWeight:
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as it is multiplied by."""
+        """The weight as it is multiplied by.
+
+        Raises:
+            InputError: it is no tensor of a known kind, or its shape is not known.
+        """
         if not self.is_computed:
-            return getattr(self.layer, self.attribute)
+            return checked_weight(getattr(self.layer, self.attribute), self.name)
         return self.computed_from({})
 
     def computed_from(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -97,7 +110,8 @@ class LayerWeight:
     @property
     def _like(self) -> Tensor:
         stored = self.stored
-        return getattr(self.layer, self.attribute) if stored is None else stored
+        held = getattr(self.layer, self.attribute) if stored is None else stored
+        return checked_weight(held, self.name)
 
     @property
     def is_parameter(self) -> bool:
@@ -191,7 +205,7 @@ def smallest_inputs(layer: nn.Module, shape: torch.Size) -> list[Shape]:
 def _uses(model: nn.Module) -> Iterator[LayerWeight]:
     """Yield every weight of every layer; a tied one each time, by the name it had first."""
     first: dict[int, str] = {}
-    for prefix, layer in model.named_modules():
+    for prefix, layer in named_layers(model):
         for attribute in _attributes(layer):
             use = _use(layer, attribute)
             if use is None:
@@ -214,6 +228,8 @@ def _use(layer: nn.Module, attribute: str) -> LayerWeight | None:
     if not isinstance(held, Tensor):  # this layer has another weight in its place
         return None
     unsaved = LayerWeight(attribute, layer, attribute)
+    if is_lazy(held) or held.dim() < 2:  # an error only if the weight is asked for
+        return unsaved
     inputs = smallest_inputs(layer, held.shape)
     path, as_it_is, refusal = find_source(layer, attribute, inputs, unsaved.input_dim)
     return LayerWeight(path, layer, attribute, path, not as_it_is, refusal)
@@ -223,7 +239,11 @@ def layer_weights(model: nn.Module) -> dict[str, LayerWeight]:
     """Return the weights of a model's layers by the names of the parameters.
 
     Layers are linear ones, convolutions, attention, recurrent and bilinear ones; a subclass
-    counts as one. A weight that several layers share comes once.
+    counts as one. A weight that several layers share comes once. The names are those of the
+    model without wrappers such as that of `torch.compile`.
+
+    Raises:
+        InputError: the weights of a layer cannot be reached, as in TorchScript.
     """
     weights: dict[str, LayerWeight] = {}
     for use in _uses(model):
@@ -241,7 +261,7 @@ def _tied(
     """Return the other names of the weights that have some, with the modules they belong to."""
     by_parameter = {id(weight.stored): name for name, weight in weights.items()}
     others: dict[str, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in named_layers(model, remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             weight = by_parameter.get(id(parameter)) if parameter is not None else None
             name = f"{prefix}.{attribute}" if prefix else attribute
@@ -376,10 +396,9 @@ def count_macs(
         inputs: what `model_inputs` returned.
         weights: what `layer_weights(model)` returned.
     """
-    parameters = dict(model.named_parameters())
-    known = {id(weight.stored): name for name, weight in weights.items()}
-    watched = {known.get(id(each), name): each for name, each in parameters.items()}
+    model = unwrapped(model)
     count = MacCount(Counter(), Counter(), Counter(), 0)
+    watched: dict[str, Tensor] = {}
     without_weight = 0
 
     def add(product: Product) -> None:
@@ -397,9 +416,13 @@ def count_macs(
             without_weight += product.macs
 
     args, kwargs = inputs
-    watching = watch_products(watched, add, model.buffers())
-    with torch.no_grad(), in_mode(model, training=False), watching:
-        model(*args, **kwargs)
+    with torch.no_grad(), in_mode(model, training=False), gathered(model):
+        known = {id(weight.stored): name for name, weight in weights.items()}
+        for name, parameter in model.named_parameters():
+            watched[known.get(id(parameter), plain_name(name))] = parameter
+        require_runnable(watched, (x for x in tree_leaves(inputs) if isinstance(x, Tensor)))
+        with watch_products(watched, add, model.buffers()):
+            model(*args, **kwargs)
     return replace(count, without_weight=without_weight)
 
 

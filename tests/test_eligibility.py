@@ -8,12 +8,12 @@ from helpers.layers import layer_weights
 from helpers.sparsity import (
     eligibility,
     eligible_weights,
+    hold,
     hold_masks,
     is_2to4,
     masks_2to4,
     masks_of,
     permute_channels_,
-    prune,
     prune_2to4_,
     prune_sparsegpt_,
     save_compressed,
@@ -348,7 +348,7 @@ def walks(monkeypatch):
         models.append(model)
         return layer_weights(model)
 
-    for module in (layers, eligibility, prune, verify):
+    for module in (layers, eligibility, hold, verify):
         monkeypatch.setattr(module, "layer_weights", counted)
     return models
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.computed_weights import attributes_restored
 from helpers.layers import UNSUPPORTED, LayerWeight, ModelInputs, in_mode, layer_weights
+from helpers.parameters import require_unsharded, unwrapped
 from helpers.products import Product, storage_of, watch_products
 
 RELUS = ("relu", "relu6", "hardtanh")
@@ -58,14 +59,17 @@ def trace_kernels(model: nn.Module, inputs: ModelInputs) -> list[TracedKernel]:
     The model runs on the device `meta`, so nothing is computed or changed; only the shapes of
     the inputs count.
     """
+    model = unwrapped(model)
     with torch.inference_mode():
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
-        meta = {id(x): torch.empty_like(x, device="meta") for x in state.values()}
         weights = {
             name: weight
             for name, weight in layer_weights(model).items()
             if weight.stored is not None and not isinstance(weight.layer, UNSUPPORTED)
         }
+        for name, weight in weights.items():
+            require_unsharded(weight.tensor, name)
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        meta = {id(x): torch.empty_like(x, device="meta") for x in state.values()}
         given = {id(x): torch.empty_like(x, device="meta") for x in _tensors(inputs)}
         args, kwargs = tree_map_only(Tensor, lambda x: given[id(x)], inputs)
         recorder = _Recorder(weights, list(given.values()))

@@ -2,7 +2,8 @@
 
     masks        the mask by magnitude, and the test of the pattern
     eligibility  which weights can run sparse, and why the others cannot
-    prune        masks over a model, holding them while it trains, and back to dense
+    prune        masks over a model, pruning with them, and back to dense
+    hold         keep the pruned weights at zero while a model trains
     sparsegpt    one-shot pruning that corrects the weights it keeps
     permute      an order of the channels in which pruning removes less
     compressed   values and 2-bit metadata, the form the GPU stores; a whole model in one file
@@ -24,6 +25,7 @@ from helpers.sparsity.compressed import (
     save_compressed,
 )
 from helpers.sparsity.eligibility import SparsityReport, eligible_weights, sparsity_report
+from helpers.sparsity.hold import HeldMasks, hold_masks
 from helpers.sparsity.masks import (
     is_2to4,
     kept_magnitude,
@@ -32,9 +34,7 @@ from helpers.sparsity.masks import (
     mask_nm,
 )
 from helpers.sparsity.prune import (
-    HeldMasks,
     apply_masks_,
-    hold_masks,
     masks_2to4,
     masks_of,
     pack_masks,

@@ -35,6 +35,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.parameters import no_grad_for
+
 Numbers = NDArray[np.int64]
 
 # A search moves whole groups of four, so along a shorter dimension nothing can be gained.
@@ -119,7 +121,7 @@ def reorder_(groups: ChannelGroups, index: Numbers) -> None:
         index: (channels,), from `gather_index`.
     """
     moved = index != np.arange(len(index))
-    with torch.no_grad():
+    with no_grad_for([placement.tensor for placement in groups.placements.values()]):
         for placement in groups.placements.values():
             tensor = placement.tensor
             for dim, channels in placement.axes.items():

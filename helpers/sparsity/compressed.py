@@ -18,9 +18,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from helpers.errors import InputError
 from helpers.files import atomic_write, shown
+from helpers.parameters import (
+    is_dtensor,
+    is_freed,
+    plain_name,
+    require_local,
+    require_no_placeholder,
+    require_numbers,
+    unwrapped,
+    wraps_numbers,
+)
 from helpers.sparsity.masks import groups_of_four
 
 
@@ -81,6 +92,8 @@ def _compressed(weight: Tensor, name: str) -> Compressed | None:
     """
     from helpers.sparsity.compiled import keep_two_
 
+    require_local(weight, name)
+    require_numbers(weight, name)
     groups = groups_of_four(_bits(weight), name).contiguous()
     out, fours, _, kernel = groups.shape
     values = groups.new_empty(out, fours, 2, kernel)
@@ -149,7 +162,8 @@ def save_compressed(
     weights give the same bytes.
 
     Args:
-        model: a model or its `state_dict`, on any device.
+        model: a model or its `state_dict`, on any device; the names are those of the model
+            without wrappers such as that of `torch.compile`.
         path: file to write, in one piece or not at all.
         network: the network's name, such as `resnet18`; kept in the header.
 
@@ -157,10 +171,11 @@ def save_compressed(
         The names of the compressed weights.
 
     Raises:
-        InputError: an entry is not a tensor that safetensors can hold, or two entries
-            would have the same name; nothing is written.
+        InputError: an entry is not a tensor that safetensors can hold, two entries would have
+            the same name, or a model has no tensors or only a part of its weights; nothing is
+            written.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = model if isinstance(model, Mapping) else _state_of(model)
     stored: dict[str, Tensor] = {}
     sparse: list[str] = []
     tied: dict[str, str] = {}
@@ -276,15 +291,40 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{name}.values": compressed.values, f"{name}.metadata": compressed.metadata}
 
 
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the `state_dict` of a model without wrappers, if it holds all of its weights."""
+    model = unwrapped(model)
+    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    if not state:
+        raise InputError(
+            f"{type(model).__name__} has no tensors to write. If it was frozen or converted, "
+            "give the model from before."
+        )
+    for name, _ in model.named_parameters():
+        # Asked of the state, because that of FSDP1 is whole where the model is not.
+        tensor = state.get(plain_name(name))
+        if isinstance(tensor, Tensor) and not is_lazy(tensor):
+            require_no_placeholder(tensor, plain_name(name))
+    return state
+
+
 def _why_not_storable(value: Any) -> str:
     """Return what an entry is that safetensors cannot hold; empty if it can."""
     if not isinstance(value, Tensor):
         return f"an object of type {type(value).__name__}"
+    if is_lazy(value):
+        return "a parameter of a lazy layer, without a shape"
     if value.is_quantized:
         return "a quantized tensor"
     if value.layout != torch.strided:
         return f"a {value.layout} tensor"
-    return "a tensor on the device `meta`, without numbers" if value.is_meta else ""
+    if is_dtensor(value):
+        return "a DTensor, of which this rank holds a part (its .full_tensor() is plain)"
+    if wraps_numbers(value):
+        return f"a tensor of type {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor on the device `meta`, without numbers"
+    return "a tensor whose memory has been freed" if is_freed(value) else ""
 
 
 def _memory(tensor: Tensor) -> tuple:

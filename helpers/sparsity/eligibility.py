@@ -21,6 +21,7 @@ from helpers.layers import (
     model_inputs,
     table_of,
 )
+from helpers.parameters import unwrapped, whole
 from helpers.sparsity.masks import kept_magnitude_2to4
 
 if TYPE_CHECKING:
@@ -385,6 +386,7 @@ def sparsity_report(
     """
     import pandas as pd
 
+    model = unwrapped(model)
     candidates = {c.name: c for c in select_weights(model, rules, include, exclude)}
     count = count_macs(model, model_inputs(model, image_shape, example), candidates)
     table = table_of(candidates, count)
@@ -414,10 +416,8 @@ def _other_parameters(model: nn.Module, count: MacCount) -> list[dict[str, objec
     """Return a row for each parameter that is multiplied by and belongs to no supported layer."""
     rows = []
     for name, macs in count.parameters.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        parameter = module._parameters[attribute]
-        assert parameter is not None  # it was found in a product
+        module = model.get_submodule(name.rpartition(".")[0])
+        parameter = model.get_parameter(name)
         rows.append(
             {
                 "weight": name,
@@ -442,4 +442,4 @@ def _kept(weight: Candidate) -> float:
     tensor = weight.tensor
     if tensor.is_meta:
         return float("nan")
-    return kept_magnitude_2to4(tensor, weight.name, weight.input_dim)
+    return kept_magnitude_2to4(whole(tensor), weight.name, weight.input_dim)

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from helpers.errors import InputError
 from helpers.layers import in_mode
+from helpers.parameters import no_grad_for
 from helpers.sparsity.channels import ChannelGroups, Channels
 from helpers.sparsity.graph_rules import Op, label_outputs
 
@@ -51,7 +52,7 @@ def _trace(
 ) -> torch.export.ExportedProgram:
     """Return the graph of a model in one of its two modes; the model keeps its own."""
     try:
-        with _quiet_torch(), torch.no_grad(), in_mode(model, training):
+        with _quiet_torch(), no_grad_for(model.parameters()), in_mode(model, training):
             return torch.export.export(model, example)
     except Exception as error:  # torch.export raises classes without a common base
         mode = "training" if training else "evaluation"

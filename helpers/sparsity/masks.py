@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.errors import InputError
+from helpers.parameters import require_local, require_numbers
 
 # Integers of the same width, the magnitude's bits, and the smallest that is not finite.
 _BITS = {
@@ -62,19 +63,9 @@ def _input_dim(weight: Tensor, m: int, name: str, dim: int) -> int:
     return dim % len(shape)
 
 
-def require_numbers(weight: Tensor, name: str) -> None:
-    """Raise an error for a tensor on the device `meta` and for a sparse one."""
-    if weight.is_meta:
-        raise InputError(f"{name} is on the device `meta`, without numbers. Load weights first.")
-    if weight.layout != torch.strided:
-        raise InputError(
-            f"{name} is a {weight.layout} tensor, and the pattern is one of dense tensors. "
-            "Convert it with .to_dense()."
-        )
-
-
 def _rankable(weight: Tensor, name: str) -> Tensor:
     """Return a weight, without its gradient, in a floating-point type."""
+    require_local(weight, name)
     require_numbers(weight, name)
     weight = weight.detach()
     if weight.dtype == torch.int8:
@@ -139,7 +130,7 @@ def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
     from helpers.sparsity.compiled import mask_adjacent_, mask_strided_
 
     integer, magnitude, infinite = _BITS[groups.dtype]
-    bits = groups.contiguous().view(integer).numpy()
+    bits = as_array(groups.contiguous().view(integer))
     keep = mask.view(torch.uint8).numpy()
     magnitude = bits.dtype.type(magnitude)
     before, n, _, after = bits.shape
@@ -149,6 +140,14 @@ def _fill_on_cpu_(mask: Tensor, groups: Tensor) -> bool:
         shape = (before * n, 4, after)
         largest = mask_strided_(bits.reshape(shape), keep.reshape(shape), magnitude)
     return bool(largest < infinite)
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return the memory of a tensor on the CPU as an array.
+
+    `tensor.numpy()` would for ever keep FSDP from freeing the memory, once it has gathered it.
+    """
+    return np.from_dlpack(tensor)
 
 
 def _fill_(mask: Tensor, groups: Tensor) -> bool:
@@ -277,6 +276,7 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
         InputError: the weight has fewer than two dimensions or no numbers (on the device
             `meta`), there is no dimension `dim`, or `in` is not a multiple of four.
     """
+    require_local(weight, "the weight")
     require_numbers(weight, "the weight")
     dim = _input_dim(weight, 4, "the weight", dim)
     return holds_2to4((weight.detach() != 0).swapaxes(dim, 1))
@@ -333,7 +333,7 @@ def kept_magnitude_2to4(weight: Tensor, name: str = "the weight", dim: int = 1) 
     groups = groups_of_four(_rankable(weight, name), name, dim).flatten(0, 1)
     if groups.dtype in (torch.float16, torch.bfloat16):
         groups = groups.float()
-    kept, removed, total = kept_and_removed(groups.contiguous().numpy())
+    kept, removed, total = kept_and_removed(as_array(groups.contiguous()))
     if not np.isfinite(total):
         raise diverged(name)
     return 100 * kept / (kept + removed) if removed else 100.0

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from helpers.errors import InputError
 from helpers.layers import LayerWeight
+from helpers.parameters import no_grad_for, require_unsharded, unwrapped
 from helpers.sparsity.channels import (
     ChannelGroups,
     Numbers,
@@ -111,8 +112,11 @@ def permute_channels_(
     additions of this project.
     """
     example = example if isinstance(example, tuple) else (example,)
+    model = unwrapped(model)
     candidates = select_weights(model, rules, include, exclude)
     weights = {weight.name: weight for weight in candidates if weight.eligible}
+    for name, weight in weights.items():
+        require_unsharded(weight.tensor, name)
     before = _kept_magnitudes(weights)
     try:
         groups = find_channel_groups(model, example)
@@ -288,6 +292,6 @@ def _apply_or_restore_(
         reorder_(groups, index)
         return before.check(model)
     except BaseException:  # an interruption too
-        with torch.no_grad():
+        with no_grad_for(placed):
             torch._foreach_copy_(placed, backup)
         raise

@@ -1,23 +1,34 @@
-"""Masks over a whole model, and keeping them while it trains.
+"""Masks over a whole model: making them, pruning with them, and back to dense.
 
-A model's masks are a dictionary from the names of its weights, as in `state_dict`, to
-boolean tensors that are true where the weight is kept. Explained in `02_prune_2_4.ipynb`
-and `03_retrain.ipynb`.
+A model's masks are a dictionary from the names of its weights, as in the `state_dict` of the
+model without wrappers, to boolean tensors that are true where the weight is kept. The mask of
+a DTensor, which FSDP2 and tensor parallelism shard a weight into, is one that is sharded alike.
+Explained in `02_prune_2_4.ipynb`.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from helpers.errors import InputError
 from helpers.layers import LayerWeight, layer_weights
+from helpers.parameters import (
+    checked_weight,
+    from_shard,
+    fully_sharded,
+    local_part,
+    no_grad_for,
+    require_numbers,
+    require_whole_groups,
+    reshard_,
+    shard_like,
+    unwrapped,
+    whole,
+)
 from helpers.sparsity.eligibility import (
     Candidate,
     Selection,
@@ -54,57 +65,116 @@ def _eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _masks(weights: Sequence[LayerWeight]) -> Masks:
-    if any(weight.tensor.device.type != "cpu" for weight in weights):
-        return {weight.name: _mask(weight) for weight in weights}
+    parts = [_local_part(weight) for weight in weights]
+    if any(part.device.type != "cpu" for part in parts):
+        masks = [_mask(weight, part) for weight, part in zip(weights, parts, strict=True)]
+        return _placed(weights, masks)
     # One piece of memory for all masks: for a large one NumPy asks for huge pages, and
     # fetching small pages takes longer than the masks do: the first call on ResNeXt-101 takes
     # 30 ms, and 70 ms with a piece for each mask.
-    sizes = [weight.tensor.numel() for weight in weights]
+    sizes = [part.numel() for part in parts]
     memory = torch.from_numpy(np.empty(sum(sizes), dtype=np.bool_)).split(sizes)
     # The kernels release Python's lock: on a CPU, as many weights at a time as cores.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        masks = list(pool.map(_mask, weights, memory))
-    return {weight.name: mask for weight, mask in zip(weights, masks, strict=True)}
+        masks = list(pool.map(_mask, weights, parts, memory))
+    return _placed(weights, masks)
 
 
-def _mask(weight: LayerWeight, memory: Tensor | None = None) -> Tensor:
-    out = None if memory is None else memory.view(weight.tensor.shape)
-    return mask_2to4(weight.tensor, weight.name, weight.input_dim, out)
+def _local_part(weight: LayerWeight) -> Tensor:
+    """Return the part of a weight on this rank, which must hold whole groups of four."""
+    require_numbers(weight.tensor, weight.name)
+    require_whole_groups(weight.tensor, weight.name, weight.input_dim)
+    return local_part(weight.tensor)
+
+
+def _mask(weight: LayerWeight, part: Tensor, memory: Tensor | None = None) -> Tensor:
+    out = None if memory is None else memory.view(part.shape)
+    return mask_2to4(part, weight.name, weight.input_dim, out)
+
+
+def _placed(weights: Sequence[LayerWeight], masks: Sequence[Tensor]) -> Masks:
+    """Return masks by name, each sharded as its weight is."""
+    return {
+        weight.name: from_shard(mask, weight.tensor)
+        for weight, mask in zip(weights, masks, strict=True)
+    }
 
 
 def apply_masks_(model: nn.Module, masks: Masks) -> None:
     """Set the weights that the masks do not keep to zero, in place.
 
     Raises:
-        InputError: the model has no weight of that name and shape, or a mask is not
-            boolean; nothing has been changed then.
+        InputError: the model has no weight of that name and shape or no numbers for it, or a
+            mask is not boolean; nothing has been changed then.
     """
-    weights = _parameters(model, masks)
-    with torch.no_grad():
-        for weight, mask in zip(weights, masks.values(), strict=True):
-            weight.mul_(mask.to(weight.device))
+    parts = _local_parts(model, masks)
+    with no_grad_for(weight for weight, _ in parts.values()):
+        for weight, mask in parts.values():
+            weight.mul_(mask)
 
 
-def _parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
-    """Return the parameters that masks belong to, in their order."""
+def _local_parts(model: nn.Module, masks: Masks) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the memory of each weight with a mask, and the mask of it.
+
+    Of a sharded weight they are the part on this rank.
+    """
+    weights = writable_parameters(model, masks)
+    parts = {}
+    for (name, mask), weight in zip(masks.items(), weights, strict=True):
+        local = local_part(weight).detach()
+        parts[name] = (local, shard_like(mask, weight).to(local.device))
+    return parts
+
+
+def writable_parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
+    """Return the parameters that masks belong to, in their order, if they have numbers.
+
+    Raises:
+        InputError: as `masked_parameters` does, or a weight is on the device `meta` or has no
+            other memory of its own.
+    """
+    reshard_(fully_sharded(unwrapped(model)))
+    parameters = masked_parameters(model, masks)
+    for name, parameter in zip(masks, parameters, strict=True):
+        require_numbers(parameter, name)
+    return parameters
+
+
+def masked_parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
+    """Return the parameters that masks belong to, in their order.
+
+    Raises:
+        InputError: the model has no such parameter, or it has another shape, or a mask is not
+            boolean.
+    """
+    model = unwrapped(model)
+    if not isinstance(masks, Mapping):
+        raise InputError(
+            f"The masks are a {type(masks).__name__}. Give the dictionary that prune_2to4_ "
+            "returned."
+        )
     weights = []
     for name, mask in masks.items():
         try:
             weight = model.get_parameter(name)
-        except AttributeError as error:
+        except (AttributeError, RuntimeError) as error:  # the latter from TorchScript
+            layer_weights(model)  # may know why
             raise InputError(
                 f"The model has no parameter {name}. Give masks that were made from this model, "
-                "and the model itself rather than a wrapper such as DistributedDataParallel."
+                "and the model itself rather than a wrapper."
             ) from error
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(
+                f"The mask of {name} is of type {kind}, and masks are boolean tensors. "
+                "Convert it with .bool()."
+            )
+        if type(weight) is not nn.Parameter or weight.shape != mask.shape:
+            checked_weight(weight, name)  # which may know why
         if weight.shape != mask.shape:
             raise InputError(
                 f"{name} has shape {tuple(weight.shape)}, and its mask {tuple(mask.shape)}. "
                 "Give masks that were made from this model."
-            )
-        if mask.dtype != torch.bool:
-            raise InputError(
-                f"The mask of {name} is of type {mask.dtype}, and masks are boolean. "
-                "Convert it with .bool()."
             )
         weights.append(weight)
     return weights
@@ -162,120 +232,28 @@ def masks_of(
     """
     weights = _eligible(select_weights(model, rules, include, exclude))
     for weight in weights:
-        if not is_2to4(weight.tensor, weight.input_dim):
-            raise _not_2to4(weight.name, "Prune the model first, or exclude this weight.")
+        if not is_2to4(_local_part(weight), weight.input_dim):
+            raise not_2to4(weight.name, "Prune the model first, or exclude this weight.")
     return _masks(weights)
 
 
-def _not_2to4(name: str, remedy: str) -> InputError:
+def not_2to4(name: str, remedy: str) -> InputError:
+    """Return the error of a weight that should be 2:4, and what to do about it."""
     return InputError(f"{name} is not 2:4: a group of four holds more than two non-zeros. {remedy}")
-
-
-@dataclass(frozen=True)
-class HeldMasks:
-    """Handle returned by `hold_masks`; `remove()`, or the end of a `with` block, releases them."""
-
-    handles: tuple[RemovableHandle, ...]
-
-    def remove(self) -> None:
-        """Let the optimizer change every weight again."""
-        for handle in self.handles:
-            handle.remove()
-
-    def __enter__(self) -> "HeldMasks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def hold_masks(
-    optimizer: Optimizer, model: nn.Module, masks: Masks, check_every: int = 0
-) -> HeldMasks:
-    """Set the pruned weights to zero again after every step of the optimizer.
-
-    Gradients, momentum and weight decay may move a pruned weight; PyTorch calls this
-    hook at the end of `optimizer.step()`, which sets it to zero again before anything
-    reads it. NaN and infinite weights are left unchanged, for the training loop to notice.
-
-    Args:
-        optimizer: any PyTorch optimizer over the model's parameters; with several, hold the
-            masks in each.
-        model: the model itself, not a wrapper such as DistributedDataParallel. Its weights
-            are looked up by name at every step, so it may change device or data type.
-        masks: as `prune_2to4_` or `masks_of` returned them. Without any, nothing is done.
-        check_every: before the first step and then before every so many, require that the
-            weights are 2:4. The check finds what else has written to them since: another
-            optimizer, a dense checkpoint. 0: never.
-
-    Returns:
-        A handle; `handle.remove()` stops the holding.
-
-    Raises:
-        InputError: the model has no weight of a mask's name and shape, `optimizer` has no
-            step hooks, or `check_every` is negative; later, in a checked step, a weight is
-            not 2:4.
-    """
-    _parameters(model, masks)  # a mistake shows here, and not in the first step
-    if check_every < 0:
-        raise InputError(f"check_every is {check_every}; give a number of steps, or 0 for never.")
-    input_dims: dict[str, int] = {}
-    if check_every:
-        input_dims = {name: weight.input_dim for name, weight in layer_weights(model).items()}
-    factors: dict[str, Tensor] = {}
-    steps = 0
-
-    def put_zeros_back(*_: object) -> None:
-        weights: list[Tensor] = [*_parameters(model, masks)]
-        for (name, mask), weight in zip(masks.items(), weights, strict=True):
-            if name not in factors or not _alike(factors[name], weight):
-                # Of the weight's own type and strides: only then is it one multiplication.
-                factors[name] = torch.empty_like(weight, requires_grad=False).copy_(mask)
-        if weights:
-            with torch.no_grad():
-                torch._foreach_mul_(weights, [factors[name] for name in masks])
-
-    def check(*_: object) -> None:
-        nonlocal steps
-        if steps % check_every == 0:
-            for name, weight in zip(masks, _parameters(model, masks), strict=True):
-                if not is_2to4(weight, input_dims.get(name, 1)):
-                    remedy = "Something besides this optimizer wrote to it, or training diverged."
-                    raise _not_2to4(name, remedy)
-        steps += 1
-
-    try:
-        handles = [optimizer.register_step_post_hook(put_zeros_back)]
-        if check_every:
-            handles.append(optimizer.register_step_pre_hook(check))
-    except AttributeError as error:
-        raise InputError(
-            f"{type(optimizer).__name__} has no hooks around its steps, so masks cannot be held in "
-            "it. Give the PyTorch optimizer itself; if this object wraps one, as Accelerate's "
-            "does, that is usually `optimizer.optimizer`."
-        ) from error
-    return HeldMasks(tuple(handles))
-
-
-def _alike(factor: Tensor, weight: Tensor) -> bool:
-    return (
-        factor.dtype == weight.dtype
-        and factor.device == weight.device
-        and factor.stride() == weight.stride()
-    )
 
 
 def removed_weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """Return the values that masks would set to zero; call it before pruning.
 
-    They are half of each weight, as one flat tensor: what `restore_weights_` needs.
+    They are half of each weight, or of the part of it on this rank, as one flat tensor: what
+    `restore_weights_` needs.
 
     Raises:
         InputError: the model has no weight of a mask's name and shape, or a mask is not
             boolean.
     """
-    weights = zip(masks.items(), _parameters(model, masks), strict=True)
-    return {name: weight.detach()[~mask.to(weight.device)] for (name, mask), weight in weights}
+    parts = _local_parts(model, masks)
+    return {name: weight[~mask] for name, (weight, mask) in parts.items()}
 
 
 def restore_weights_(model: nn.Module, masks: Masks, removed: dict[str, Tensor]) -> None:
@@ -290,17 +268,17 @@ def restore_weights_(model: nn.Module, masks: Masks, removed: dict[str, Tensor])
         InputError: masks, values and the model's weights do not belong together; nothing
             has been changed then.
     """
-    weights = _parameters(model, masks)
-    for name, mask in masks.items():
+    parts = _local_parts(model, masks)
+    for name, (_, mask) in parts.items():
         zeros = int((~mask).sum())
         if name not in removed or removed[name].numel() != zeros:
             raise InputError(
                 f"The mask of {name} removes {zeros} values, and `removed` does not hold as many "
                 "for it. Give what removed_weights returned for the same masks."
             )
-    with torch.no_grad():
-        for (name, mask), weight in zip(masks.items(), weights, strict=True):
-            weight[~mask.to(weight.device)] = removed[name].to(weight)
+    with no_grad_for(weight for weight, _ in parts.values()):
+        for name, (weight, mask) in parts.items():
+            weight[~mask] = removed[name].to(weight)
 
 
 _SHAPE = ".shape"
@@ -315,7 +293,7 @@ def pack_masks(masks: Masks) -> dict[str, Tensor]:
     """
     packed = {}
     for name, mask in masks.items():
-        packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        packed[name] = torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))
         packed[name + _SHAPE] = torch.tensor(mask.shape, device="cpu")
     return packed
 

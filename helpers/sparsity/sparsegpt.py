@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
+from helpers.parameters import no_grad_for, require_numbers, require_unsharded, unwrapped
 from helpers.products import Product, aten, storage_of, watch_products
 from helpers.sparsity.eligibility import (
     Candidate,
@@ -27,7 +28,7 @@ from helpers.sparsity.eligibility import (
     select_weights,
     why_none_eligible,
 )
-from helpers.sparsity.masks import diverged, mask_2to4, require_numbers
+from helpers.sparsity.masks import diverged, mask_2to4
 from helpers.sparsity.prune import Masks
 
 _logger = logging.getLogger(__name__)
@@ -89,17 +90,20 @@ def prune_sparsegpt_(
             "`calibration_data` is an iterator, which is exhausted after one pass, but is read "
             "once for every layer. Pass a list or a DataLoader."
         )
+    model = unwrapped(model)
     candidates = select_weights(model, rules, include, exclude)
     weights = {weight.name: weight for weight in candidates if weight.eligible}
     if not weights:
         _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
         return {}
     for name, weight in weights.items():
+        require_unsharded(weight.parameter, name)
         require_numbers(weight.parameter, name)
-        if not weight.parameter.isfinite().all():
+        if not weight.parameter.detach().isfinite().all():
             raise diverged(name)
     masks = {}
-    with torch.no_grad(), in_mode(model, training=False), _all_or_nothing(weights):
+    parameters = [weight.parameter for weight in weights.values()]
+    with no_grad_for(parameters), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, calibration_data)
         for name in tqdm(uses, desc="SparseGPT", leave=False):
             hessians = _hessians(model, weights[name], uses[name], calibration_data)

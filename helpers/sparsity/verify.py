@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from helpers.errors import InputError
 from helpers.files import shown
 from helpers.layers import LayerWeight, layer_weights
+from helpers.parameters import plain_name, require_numbers, unwrapped, whole
 from helpers.sparsity.compressed import read_checkpoint
 from helpers.sparsity.eligibility import why_not_sparse, why_not_tensorrt
 from helpers.sparsity.masks import holds_2to4
@@ -74,13 +76,14 @@ def verify_model(model: nn.Module) -> "pd.DataFrame":
         model: any model, on any device but `meta`.
 
     Raises:
-        InputError: the model is on the device `meta`, and has no numbers.
+        InputError: a weight has no numbers of its own, for example on the device `meta`, or the
+            weights of a layer cannot be reached.
     """
     weights = layer_weights(model)
     tensors = {name: weight.tensor for name, weight in weights.items()}
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise InputError("The model is on the device `meta`, without numbers. Load weights first.")
-    return _table_of(weights, tensors)
+    for name, tensor in tensors.items():
+        require_numbers(tensor, name)
+    return _table_of(weights, {name: whole(tensor) for name, tensor in tensors.items()})
 
 
 def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
@@ -118,6 +121,8 @@ def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFra
             if tensor.dim() >= 2
         ]
         return _table(["weight"], rows)
+    model = unwrapped(model)
+    state = {plain_name(name): tensor for name, tensor in state.items()}
     weights = layer_weights(model)
     if difference := _difference(state, model, weights):
         raise InputError(
@@ -263,20 +268,22 @@ def _difference(
     any_rows = {id(parameter) for weight in last for parameter in weight.layer.parameters()}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(plain_name(name))
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            return f"{plain_name(name)} has no shape in the model yet, because its layer is lazy"
         # A file may hold a tied weight by any of its names.
         stored = next((state[each] for each in names[id(parameter)] if each in state), None)
         if stored is None:
-            return f"{name} is missing in the file"
+            return f"{plain_name(name)} is missing in the file"
         found, wanted = list(stored.shape), list(parameter.shape)
         if id(parameter) in any_rows and found:
             found[0] = wanted[0]
         if found != wanted:
             shapes = ["x".join(map(str, shape)) for shape in (stored.shape, parameter.shape)]
-            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
+            return f"{plain_name(name)} is {shapes[0]} in the file and {shapes[1]} in the model"
     # A weight that the model does not have would not be verified.
-    known = model.state_dict().keys()
+    known = set(map(plain_name, model.state_dict()))
     for name, tensor in state.items():
         if tensor.dim() > 1 and name not in known:
             return f"{name} is not in the model"

@@ -23,7 +23,8 @@ from helpers.layers import in_mode
 from helpers.machine import device
 from helpers.metrics import Accuracy, Comparison, predictions
 from helpers.sparsity.compressed import state_checksum
-from helpers.sparsity.prune import Masks, hold_masks
+from helpers.sparsity.hold import hold_masks
+from helpers.sparsity.prune import Masks
 from helpers.training.data import Splits
 from helpers.training.recipe import Recipe, schedule
 
