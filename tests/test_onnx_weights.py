@@ -436,6 +436,43 @@ def test_a_right_factor_is_a_weight_if_it_is_one_matrix(tmp_path, batch, eligibl
     assert table[["eligible", "judged"]].values.tolist() == [[eligible, True]]
 
 
+def attention(*more, scores="both", queries="q"):
+    """Return self-attention without projections, with more in its scores."""
+    return [
+        helper.make_node("Relu", ["x"], ["q"]),
+        helper.make_node("Relu", ["x"], ["k"]),
+        helper.make_node("Reshape", [queries, "shape"], ["moved"]),
+        helper.make_node("Mul", ["moved", "half"], ["scaled"]),
+        helper.make_node("MatMul", ["scaled", "table"], ["by table"], name="positions"),
+        helper.make_node("MatMul", ["q", "k"], ["content"], name="content"),
+        *more,
+        helper.make_node("Add", ["content", "by table"], ["both"]),
+        helper.make_node("Softmax", [scores], ["y"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "eligible"),
+    [
+        ({}, False),
+        ({"queries": "k"}, True),  # it is not multiplied by what content is multiplied by
+        ({"scores": "content"}, True),  # and here it takes no part in the attention
+    ],
+)
+def test_a_table_that_queries_are_multiplied_by_is_no_weight(tmp_path, changes, eligible):
+    """As in HaloNet and BoTNet, whose relative positions have one table for all heads."""
+    constants = {"table": np.ones((8, 6), "f4"), "half": np.float32(0.5),
+                 "shape": np.int64([2, 4, 8])}  # fmt: skip
+    table = verify(tmp_path, attention(**changes), **constants).set_index("node")
+    assert table.eligible.to_dict() == {"positions": eligible, "content": False}
+    assert table.judged.all()
+
+
+def test_a_layer_before_a_softmax_is_a_weight(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), node("Softmax", "a")]
+    assert verify(tmp_path, nodes, w=np.ones((8, 6), "f4")).eligible.tolist() == [True]
+
+
 @pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
 def test_constant_data_of_a_convolution_are_no_weight(tmp_path, op):
     table = verify(tmp_path, [node(op, "w", "x")], w=np.ones((1, 8, 4, 4), "f4"))

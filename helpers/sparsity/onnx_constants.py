@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -34,6 +35,8 @@ _MOVES = (
     "Cast", "CastLike", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
+# Operators that scale or cut their only input that is no constant, or add to it.
+_SCALES = ("Add", "Div", "Expand", "Gather", "Mul", "Split", "Sub")
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,26 @@ class Scope:
             return None
         fixed = tuple(size for size in shape if size is not None)
         return fixed if len(fixed) == len(shape) else None
+
+    def origins(self, name: str) -> set[str]:
+        """Return a tensor and those in this scope that it is moved from or scaled from."""
+        found = {name}
+        while (node := self.producers.get(name)) is not None:
+            data = [each for each in node.input if each and not self.is_constant(each)]
+            if node.op_type not in (*_MOVES, *_SCALES) or len(data) != 1:
+                break
+            name = data[0]
+            found.add(name)
+        return found
+
+    @cached_property
+    def products_at_run_time(self) -> list[tuple[NodeProto, set[str]]]:
+        """The matrix products of two activations in this scope, with the left one's origins."""
+        return [
+            (node, self.origins(node.input[0]))
+            for node in self.nodes
+            if node.op_type == "MatMul" and not any(map(self.is_constant, node.input))
+        ]
 
     def stored_behind(self, name: str) -> tuple[str, str] | None:
         """Return the stored matrix that a tensor is moved or chosen from at run time.

@@ -12,6 +12,8 @@ convolution, or a matrix on either side of a product. Not every constant is one:
   is not the one matrix for which TensorRT's documentation promises sparse kernels.
 - A left factor with a dimension for the batch, even one of size 1, has the form of activations:
   learned queries, for instance.
+- A right factor that attention multiplies its queries by, beside the keys that it computes, is a
+  table of keys: relative positions, as in HaloNet and BoTNet.
 - The data of a convolution whose kernel is computed at run time.
 """
 
@@ -313,7 +315,7 @@ def _weight_at(node: NodeProto, scope: Scope, product: _Product, factor: _Factor
         groups=groups,
         in_fours=True,
         input_axis=axis,
-        exempt=_why_no_weight(batch, first),
+        exempt=_why_no_weight(batch, first) or _why_keys(node, scope, product, first),
         why_not_judged=why,
     )
 
@@ -325,6 +327,35 @@ def _why_no_weight(batch: tuple[int, ...], left: bool) -> str:
     if math.prod(batch) > 1:
         return f"a batch of {math.prod(batch)} matrices: TensorRT names no sparse kernel for it"
     return ""
+
+
+def _why_keys(node: NodeProto, scope: Scope, product: _Product, left: bool) -> str:
+    """Return why a right factor takes the place of keys in attention; empty if it does not.
+
+    Attention is the softmax of scores, which are products of queries and keys. Constant keys are
+    multiplied by the same queries, and their product is part of the argument of the same softmax.
+    """
+    if left or product.form != "matmul":
+        return ""
+    queries = scope.origins(node.input[0])
+    for score, origins in scope.products_at_run_time:
+        if origins & queries and _softmaxes(node, scope) & _softmaxes(score, scope):
+            return "a table that attention multiplies its queries by: keys that are constant"
+    return ""
+
+
+def _softmaxes(node: NodeProto, scope: Scope) -> set[str]:
+    """Return the outputs of all Softmax nodes that a node reaches without another product."""
+    found: set[str] = set()
+    reached = set(node.output)
+    for other in scope.nodes:  # each comes after those that it needs
+        if reached.isdisjoint(other.input) or _product_of(other) is not None:
+            continue
+        if other.op_type == "Softmax":
+            found.add(other.output[0])
+        else:
+            reached.update(other.output)
+    return found
 
 
 def _input_axis(form: str, dimensions: int, left: bool, attributes: dict[str, Any]) -> int:
