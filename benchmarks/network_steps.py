@@ -315,7 +315,9 @@ def _all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _could_be_2to4(product: UsedWeight) -> bool:
-    return bool(product.weight.parameters) and product.plain and product.channels % 4 == 0
+    weight = product.weight
+    stored = bool(weight.parameters) and not weight.product  # else it is a constant activation
+    return stored and product.plain and product.channels % 4 == 0
 
 
 def _require_2to4(trial: Trial, products: Sequence[UsedWeight], verdict: str = WRONG) -> None:

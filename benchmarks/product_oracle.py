@@ -37,6 +37,7 @@ class Origin:
     parameters: frozenset[int] = frozenset()  # their ids
     inputs: bool = False
     stored: bool = False  # the numbers of parameters themselves, at most moved and copied
+    product: bool = False  # through a product
 
     @property
     def is_weight(self) -> bool:
@@ -132,6 +133,9 @@ class Watch(TorchDispatchMode):
             frozenset().union(*(each.parameters for each in origins)),
             any(each.inputs for each in origins),
             operator in _MOVES and any(each.stored for each in origins),
+            operator in _PRODUCTS
+            or operator is aten.convolution
+            or any(each.product for each in origins),
         )
         if origin.parameters or origin.inputs:
             for tensor in written:
