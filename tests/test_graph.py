@@ -298,6 +298,190 @@ def test_what_mixes_channels_in_other_ways_leaves_the_network_unchanged(middle):
     unchanged(make(middle))
 
 
+@pytest.mark.parametrize(
+    "middle",
+    [
+        F.hardswish,
+        F.mish,
+        F.logsigmoid,
+        lambda x: x.type_as(x.relu()),
+        lambda x: x.multiply(x),
+        lambda x: x.flatten(2).reshape_as(x),
+        lambda x: x.flatten(2).view_as(x),
+        lambda x: F.glu(torch.cat([x, x], 1), 1),
+        lambda x: F.normalize(x.flatten(2), dim=2).view_as(x),
+        lambda x: F.normalize(x, dim=1),
+        lambda x: x * x.norm(dim=(2, 3), keepdim=True),
+        lambda x: x * x.std(1, keepdim=True),
+        lambda x: x - x.amax(1, keepdim=True),
+        lambda x: x.softmax(1),
+        lambda x: x.flatten(2).softmax(2).view_as(x),
+        lambda x: x.cumsum(2),
+        lambda x: x * x.max(2, keepdim=True)[0],
+        lambda x: x + x.mean(),
+        lambda x: x.flatten(2).topk(64)[0].view_as(x),
+        lambda x: x[:, :, torch.tensor([0, 3, 5])],
+        lambda x: x.gather(2, torch.zeros_like(x, dtype=torch.long)),
+        lambda x: x.tile(1, 1, 2, 1),
+        lambda x: F.fold(F.unfold(x, 2, stride=2), 8, 2, stride=2),
+        lambda x: x.unfold(2, 2, 2).sum(4),
+        lambda x: F.interpolate(x, size=5, mode="bicubic", antialias=True),
+        lambda x: F.grid_sample(x, torch.zeros(2, 3, 3, 2, dtype=x.dtype), align_corners=False),
+        lambda x: x.unflatten(3, (4, 2)).permute(0, 1, 2, 3, 4),
+        lambda x: x.logsumexp(1, True) + x,
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(3, (4, 2)))).flatten(3),
+        lambda x: F.rms_norm(x.movedim(1, -1), (WIDE,)).movedim(-1, 1),
+    ],
+)
+def test_operators_that_treat_channels_alike_let_them_move(middle):
+    def four_dims(m, x):
+        y = middle(x)
+        return y if y.dim() == 4 else y.flatten(3)
+
+    assert unchanged(make(four_dims)) == WIDE
+
+
+class Heads(nn.Module):
+    """Attention as language models and image models write it, over tokens of WIDE channels."""
+
+    def __init__(self, attend, heads: int = 3, of_keys: int = 3, **layers: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, WIDE), nn.Linear(WIDE, 5)
+        self.q = nn.Linear(WIDE, WIDE)
+        self.k, self.v = (nn.Linear(WIDE, WIDE * of_keys // heads) for _ in range(2))
+        self.attend, self.heads, self.of_keys = attend, heads, of_keys
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = (
+            layer(x).unflatten(2, (self.of_keys, -1)).transpose(1, 2) for layer in (self.k, self.v)
+        )
+        return self.head(self.attend(self, q, k, v).transpose(1, 2).flatten(2))
+
+
+def rotate(x):
+    angles = torch.arange(x.shape[2])[:, None] * 0.1 / torch.arange(1, x.shape[3] // 2 + 1)
+    cos, sin = (torch.cat([each, each], 1).to(x) for each in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def talk(m, q, k, v):
+    scores = m.before((q @ k.transpose(2, 3)).movedim(1, 3)).softmax(2)
+    return m.after(scores).movedim(3, 1) @ v
+
+
+SDPA = F.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda m, q, k, v: SDPA(rotate(q), rotate(k), v),
+        lambda m, q, k, v: q.softmax(3) @ (k.softmax(2).transpose(2, 3) @ v),
+        lambda m, q, k, v: ((v.transpose(2, 3) @ k.relu()) @ q.relu().transpose(2, 3)).transpose(
+            2, 3
+        ),
+        lambda m, q, k, v: torch.einsum("bhqk,bhkd->bhqd", (q @ k.transpose(2, 3)).softmax(3), v),
+        lambda m, q, k, v: SDPA(
+            *(F.normalize(x, dim=3).transpose(2, 3) for x in (q, k, v))
+        ).transpose(2, 3),
+        lambda m, q, k, v: torch.baddbmm(
+            torch.zeros(1, 1, 1, dtype=v.dtype),
+            (q @ k.transpose(2, 3)).flatten(0, 1),
+            v.flatten(0, 1),
+        ).view_as(q),
+    ],
+)
+def test_attention_in_any_form_moves_the_values(attend):
+    assert unchanged(Heads(attend), torch.randn(2, 7, 6, dtype=torch.float64)) == WIDE
+
+
+def test_heads_that_talk_to_each_other_move_the_values():
+    model = Heads(talk, before=nn.Linear(3, 3), after=nn.Linear(3, 3))
+    assert unchanged(model, torch.randn(2, 7, 6, dtype=torch.float64)) == WIDE
+
+
+def test_heads_that_share_their_keys_move_the_values_together():
+    model = Heads(lambda m, q, k, v: SDPA(q, k, v, enable_gqa=True), of_keys=1)
+    assert unchanged(model, torch.randn(2, 7, 6, dtype=torch.float64)) == WIDE
+
+
+def test_a_rotation_in_a_head_keeps_its_queries_and_keys_in_place():
+    """The cosines are the same for every head, but differ along it."""
+    model = Heads(lambda m, q, k, v: SDPA(rotate(q), rotate(k), v))
+    tokens = torch.randn(2, 7, 6, dtype=torch.float64)
+    groups, _, error = outcome(model, tokens)
+    assert error < 1e-9
+    alone = np.bincount(groups.interchangeable_set[np.unique(groups.coupled_group, True)[1]] + 1)
+    queries = groups.placements[id(model.q.weight)].axes[0]
+    for number in groups.interchangeable_set[queries]:
+        assert number == -1 or alone[number + 1] == 1
+
+
+def standardised(m, x):
+    weight = m.conv.weight
+    mean, variance = weight.mean((1, 2, 3), keepdim=True), weight.var((1, 2, 3), keepdim=True)
+    return F.conv2d(x, (weight - mean) / (variance + 1e-5).sqrt() * m.gain, m.conv.bias)
+
+
+def standardised_by_batch_norm(m, x):
+    weight = m.conv.weight.reshape(1, WIDE, -1)
+    weight = F.batch_norm(weight, None, None, m.gain.view(-1) * 0.3, training=True)
+    return F.conv2d(x, weight.reshape_as(m.conv.weight), m.conv.bias)
+
+
+@pytest.mark.parametrize("use", [standardised, standardised_by_batch_norm])
+def test_a_weight_that_is_standardised_moves(use):
+    model = make(use, conv=nn.Conv2d(WIDE, WIDE, 3))
+    model.gain = nn.Parameter(torch.ones(WIDE, 1, 1, 1))
+    assert unchanged(model) == WIDE
+    groups = find_channel_groups(model, (torch.randn(2, 3, 8, 8, dtype=torch.float64),))
+    assert free_inputs(groups, model.conv.weight) == WIDE
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)])
+def test_a_part_that_runs_in_a_context_is_followed(context):
+    def middle(m, x):
+        with context():
+            return x * m.conv(x)
+
+    assert unchanged(make(middle, conv=nn.Conv2d(WIDE, WIDE, 1))) == WIDE
+
+
+def test_tokens_and_channels_that_are_both_mixed_move_each_by_themselves():
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(6, WIDE), nn.Linear(WIDE, 5)
+            self.up, self.down = nn.Linear(7, 16), nn.Linear(16, 7)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2))
+
+    model, x = Mixer(), torch.randn(2, 7, 6, dtype=torch.float64)
+    assert unchanged(model, x) == WIDE
+    assert free_inputs(find_channel_groups(model, (x,)), model.down.weight) == 16
+
+
+def test_positions_that_are_looked_up_in_a_buffer_do_not_move():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.place = nn.Embedding(20, WIDE), nn.Embedding(16, WIDE)
+            self.head = nn.Linear(WIDE, 5)
+            self.register_buffer("positions", torch.arange(16).unsqueeze(0))
+
+        def forward(self, tokens):
+            return self.head(self.embed(tokens) + self.place(self.positions[:, : tokens.shape[1]]))
+
+    assert unchanged(Positions(), torch.arange(24).view(2, 12) % 20) == WIDE
+
+
 def test_a_mean_over_the_channels_lets_them_move():
     assert unchanged(make(lambda m, x: x * torch.sigmoid(x.mean(1, keepdim=True)))) == WIDE
 

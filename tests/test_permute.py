@@ -390,3 +390,127 @@ def test_an_input_that_is_not_a_tensor_is_left_unchanged():
     report = permute_channels_(model, (x, None), escapes=0)
     assert list(report.permuted.weight) == ["second.weight"]
     torch.testing.assert_close(model(x), before)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised before it is used."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return torch.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class SharedValues(nn.Module):
+    """Attention of four heads, which share the keys and values of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(2, (4, 16)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(2, (4, 16)).transpose(1, 2).chunk(2, 1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + 1e-6 * self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Gated(nn.Module):
+    """A gated layer between norms in FP32, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RmsNorm(32)
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class ToSequence(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(32, 32, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0][:, -1]
+
+
+KINDS = {
+    "deep, with norms in FP32": lambda: (
+        nn.Sequential(nn.Embedding(50, 32), *[Gated() for _ in range(12)], nn.Linear(32, 8)),
+        torch.arange(20).view(2, 10),
+        "6.down.weight",
+    ),
+    "shared values, barely scaled": lambda: (
+        nn.Sequential(nn.Linear(8, 32), SharedValues(), nn.Linear(32, 8)),
+        torch.zeros(2, 5, 8),
+        "1.out.weight",
+    ),
+    "standardised convolutions": lambda: (
+        nn.Sequential(nn.Conv2d(3, 32, 3), Standardised(32, 32, 3), nn.Conv2d(32, 5, 1)),
+        torch.zeros(2, 3, 8, 8),
+        "1.weight",
+    ),
+    "recurrent": lambda: (
+        nn.Sequential(nn.Conv2d(3, 32, 3), ToSequence(), LastState(), nn.Linear(32, 5)),
+        torch.zeros(2, 3, 6, 6),
+        "3.weight",
+    ),
+    "runs in single precision only": lambda: (
+        nn.Sequential(nn.Linear(8, 32), Sandwich(single_only), nn.Linear(8, 8))[1],
+        torch.zeros(4, 8),
+        "two.weight",
+    ),
+    "bfloat16": lambda: (
+        Sandwich(torch.relu).bfloat16(),
+        torch.zeros(4, 8, dtype=torch.bfloat16),
+        "two.weight",
+    ),
+    "zeros": lambda: (
+        nn.Sequential(
+            nn.Conv2d(3, 32, 1),
+            nn.Hardswish(),
+            nn.Conv2d(32, 32, 1),
+            nn.GroupNorm(2, 32),
+            Zero(32, 32, 1),
+        ),
+        torch.zeros(2, 3, 4, 4),
+        "2.weight",
+    ),
+}
+
+
+class Zero(nn.Conv2d):
+    """A convolution that starts from zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_channels_in_a_wrong_place_are_found_in_every_kind_of_network(kind, monkeypatch):
+    torch.manual_seed(0)
+    model, example, name = KINDS[kind]()
+    model.eval()
+    report = permute_channels_(model, example, escapes=0)
+    assert len(report.permuted) and report.max_relative_error < 1e-5
+    weight = model.get_parameter(name)
+    if weight.dim() == 1:
+        nn.init.normal_(weight)
+    sabotage(monkeypatch, weight, dim=min(weight.dim() - 1, 1))
+    left_alone(model, "would compute something else", example)
+
+
+def test_heads_that_share_their_values_are_permuted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), SharedValues(), nn.Linear(32, 8)).eval()
+    rows = permute_channels_(model, torch.zeros(2, 5, 8)).weights.set_index("weight")
+    assert rows.permuted["1.out.weight"]
+    assert rows.after["1.out.weight"] > rows.before["1.out.weight"]

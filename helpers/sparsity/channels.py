@@ -246,8 +246,15 @@ class Channels:
 
     def _couple_spread(self, one: Tensor, several: Tensor, dims: list[int]) -> None:
         """Couple values with the channels that each of them meets along some dimensions."""
-        if all(one.shape[dim] == 1 or not varies(several, dim) for dim in range(one.dim())):
+        differ = [d for d in range(one.dim()) if one.shape[d] > 1 and varies(several, d)]
+        if not differ:
             self.fix(one, "it meets several channels at once")
+            return
+        if self.all_fixed(one):  # constants, of each head for instance: channels of one may move
+            rows = self.reduce_to(several, *differ, *dims)
+            count = math.prod(one.shape[dim] for dim in differ)
+            for number, row in enumerate(rows.reshape(count, -1)):
+                self.join(row, -1, number)
             return
         for dim in dims:
             first = several.narrow(dim, 0, 1)

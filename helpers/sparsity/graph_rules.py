@@ -192,7 +192,15 @@ class Op:
 
     def all_tensors(self, node: fx.Node) -> list[Tensor]:
         """Return the tensors in all labels of a node."""
-        return _tensors_in(self.all_labels_of(node))
+        return [_expanded(labels, node) for labels in _tensors_in(self.all_labels_of(node))]
+
+    def broadcast_operands(self) -> list[Tensor]:
+        """Return `operands`, but repeated values once, as broadcasting repeats them."""
+        return [
+            labels
+            for node in self.node.all_input_nodes
+            for labels in _tensors_in(self.chosen.get(node, self.all_labels_of(node)[:1]))
+        ]
 
     def _constants_like(self, labels: object) -> object:
         reason = "it meets channels along another dimension"
@@ -214,11 +222,17 @@ class Op:
     def _labels_of(self, node: fx.Node) -> list[Tensor]:
         """Return the labels of a node, which may stand for several tensors."""
         found = self.chosen[node] if node in self.chosen else self.all_labels_of(node)[:1]
-        return _tensors_in(found)
+        return [_expanded(labels, node) for labels in _tensors_in(found)]
 
 
 def _tensors_in(structure: object) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def _expanded(labels: Tensor, node: fx.Node) -> Tensor:
+    """Return labels in the shape of what they belong to, where that is one tensor."""
+    value = node.meta.get("val")
+    return labels.expand(value.shape) if isinstance(value, Tensor) else labels
 
 
 def _dims_of(labels: object) -> set[int]:
@@ -267,7 +281,7 @@ def label_outputs(channels: Channels, op: Op) -> list[object]:
     if op.name in _PRODUCTS:
         labels = _PRODUCTS[op.name](channels, op)
         if labels is None:
-            return [_fixed(channels, op)]
+            return [_fixed(channels, op, op.all_operands())]
         reason = "it is a product of two activations"
         found: list[object] = [*labels] or [channels.constant(op.shape, reason)]
     else:
@@ -276,7 +290,9 @@ def label_outputs(channels: Channels, op: Op) -> list[object]:
         for choice in op.choices():
             channels.next_operator()
             outputs = apply(channels, choice) if apply else None
-            found.append(_fixed(channels, choice) if outputs is None else outputs)
+            if outputs is None:
+                outputs = _fixed(channels, choice, [choice.operands()])
+            found.append(outputs)
     movable = [
         labels
         for labels in found
@@ -285,9 +301,9 @@ def label_outputs(channels: Channels, op: Op) -> list[object]:
     return movable or found[:1]
 
 
-def _fixed(channels: Channels, op: Op) -> object:
+def _fixed(channels: Channels, op: Op, operands: list[list[Tensor]]) -> object:
     """Fix what goes in, and return labels that say so for what comes out."""
-    for operand in op.all_operands():
+    for operand in operands:
         for labels in operand:
             channels.fix(labels, f"it goes through {op.node.target}")
     reason = f"it comes from {op.node.target}"
@@ -318,8 +334,9 @@ def reshape(channels: Channels, op: Op) -> Tensor:
 
 @rule("expand", "expand_as")
 def expand(channels: Channels, op: Op) -> Tensor:
-    """Values are repeated."""
-    return op.tensor(0).expand(op.shape)
+    """Values are repeated: the labels stay as they are, so that this can be seen later."""
+    labels = op.tensor(0)
+    return labels.view((1,) * (len(op.shape) - labels.dim()) + labels.shape)
 
 
 @rule(
@@ -470,7 +487,7 @@ def pointwise(channels: Channels, op: Op) -> object:
 
     These are the ones that PyTorch does not tag.
     """
-    operands = op.operands()
+    operands = op.broadcast_operands()
     if not operands:
         return None
     result = operands[0]
@@ -801,12 +818,16 @@ def attention(channels: Channels, op: Op) -> list[Tensor] | None:
     )
 
 
-@product("matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "_grouped_mm")
+# PyTorch's product of experts, and that of Hugging Face where PyTorch's does not run.
+_GROUPED = ("_grouped_mm", "grouped_mm_fallback")
+
+
+@product("matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", *_GROUPED)
 def matmul(channels: Channels, op: Op) -> list[Tensor] | None:
     """A matrix product, of batches or to which something is added."""
     first = 1 if op.name in ("addmm", "baddbmm") else 0
     shapes = op.tensor_shape(first), op.tensor_shape(first + 1)
-    if op.name == "_grouped_mm":  # rows of one matrix, each times the matrix of its group
+    if op.name in _GROUPED:  # rows of one matrix, each times the matrix of its group
         if len(shapes[0]) != 2 or len(shapes[1]) != 3:
             return None
         left, right, output = "XY", "aYZ", "XZ"

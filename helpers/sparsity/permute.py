@@ -192,9 +192,30 @@ def _readers_by_set(
         reasons[name] = groups.why_fixed(int(channels.flat[0])) or "no other order keeps more"
         rows = _as_rows(weight).reshape(len(channels), -1, channels.shape[1])
         for of_group, along in zip(rows, channels, strict=True):
-            for number in set(groups.interchangeable_set[along].tolist()) - {-1}:
-                readers[number].append(_Reader(name, of_group, along))
+            for part_rows, part in _parts(groups, of_group, along):
+                for number in set(groups.interchangeable_set[part].tolist()) - {-1}:
+                    readers[number].append(_Reader(name, part_rows, part))
     return readers, reasons
+
+
+def _parts(
+    groups: ChannelGroups, rows: np.ndarray, channels: Numbers
+) -> list[tuple[np.ndarray, Numbers]]:
+    """Split the inputs of a weight where a coupled group is read again.
+
+    Heads that share their values read them once each, and each time in the same fours.
+    """
+    cuts: list[int] = []
+    seen: set[int] = set()
+    for position, number in enumerate(groups.coupled_group[channels].tolist()):
+        if number in seen:
+            cuts.append(position)
+            seen.clear()
+        seen.add(number)
+    if any(cut % 4 for cut in cuts):
+        return [(rows, channels)]
+    parts = np.split(np.arange(len(channels)), cuts)
+    return [(rows[:, part], channels[part]) for part in parts]
 
 
 def _as_rows(weight: LayerWeight) -> np.ndarray:
