@@ -1,6 +1,8 @@
 import copy
 import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,19 +11,20 @@ from torch import Tensor, nn
 
 from helpers import machine
 from helpers.errors import InputError, UnavailableError
-from helpers.inference.autotune import Autotuner
+from helpers.inference import autotune
+from helpers.inference.autotune import Autotuner, host_times
 from helpers.inference.errors import RunnerError
 from helpers.inference.kernels import DenseGemm, DenseLayer, Kernel
 
 
 class FakeTimer:
-    """A timer that returns given times, and counts its calls."""
+    """A timer that returns given times, and counts how often it measured two times."""
 
     def __init__(self, *milliseconds: float) -> None:
-        self.milliseconds, self.used = list(milliseconds), 0
+        self.milliseconds, self.used = list(milliseconds), 0.0
 
     def __call__(self, calls: Sequence) -> list[float]:
-        self.used += 1
+        self.used += 0.5
         assert len(calls) == len(self.milliseconds)
         return self.milliseconds
 
@@ -89,6 +92,103 @@ def test_two_runners_that_share_a_cache_keep_each_others_choices(layer, tmp_path
     two.choose("fc", kernels_of(layer), random(2, 16))
     one.choose("fc", kernels_of(layer), random(3, 16))
     assert len(json.loads(cache.read_text())) == 3
+
+
+class FakeMachine:
+    """A processor with a clock of its own, on which kernels take given times.
+
+    Each of its `disturbances` makes some kernels slower for one measurement, as other programs
+    do that want the cores.
+    """
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.milliseconds, self.now = milliseconds, 0.0
+        self.disturbances: list[dict[str, float]] = []
+        self.disturbed: dict[str, float] = {}
+
+    def run(self, name: str) -> None:
+        factor = self.disturbed.get(name, 1)
+        self.now += self.milliseconds[name] * factor / 1000
+
+    def clock(self) -> float:
+        return self.now
+
+    def timer(self, calls: Sequence) -> list[float]:
+        self.disturbed = self.disturbances.pop(0) if self.disturbances else {}
+        return host_times(calls)
+
+
+@pytest.fixture
+def fake_machine(monkeypatch) -> FakeMachine:
+    """One on which the GEMM takes half the time of the layer."""
+    fake = FakeMachine(layer=2.0, gemm=1.0)
+    monkeypatch.setattr(autotune.time, "thread_time", fake.clock)
+    monkeypatch.setattr(autotune.time, "perf_counter", fake.clock)
+    for kind, name in ((DenseLayer, "layer"), (DenseGemm, "gemm")):
+        call = kind.__call__
+
+        def timed(self, *arguments, name=name, call=call, **options):
+            fake.run(name)
+            return call(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__call__", timed)
+    return fake
+
+
+def choose_in_new_process(monkeypatch, fake: FakeMachine, cache: Path, layer: nn.Linear) -> str:
+    monkeypatch.setattr(autotune, "_unreliable", {})
+    return Autotuner(fake.timer, cache).choose("fc", kernels_of(layer), random(8, 16)).kernel
+
+
+@pytest.mark.parametrize("disturbed", [0, 1], ids=["first", "second"])
+def test_a_choice_on_which_measurements_disagree_is_not_kept(
+    layer, fake_machine, monkeypatch, tmp_path, disturbed
+):
+    """A kernel that other programs slowed down once is still the fastest the next time."""
+    cache = tmp_path / "kernels.json"
+    fake_machine.disturbances = [{}, {}]
+    fake_machine.disturbances[disturbed] = {"gemm": 10.0}
+    # Of two measurements the shorter times count.
+    assert choose_in_new_process(monkeypatch, fake_machine, cache, layer) == "dense GEMM"
+    assert not cache.exists()
+    assert choose_in_new_process(monkeypatch, fake_machine, cache, layer) == "dense GEMM"
+    assert cache.exists()
+    fake_machine.milliseconds = {}  # nothing is measured again
+    assert choose_in_new_process(monkeypatch, fake_machine, cache, layer) == "dense GEMM"
+
+
+def test_a_choice_that_is_not_kept_holds_for_the_process(layer, fake_machine, tmp_path, caplog):
+    """The sparse model and its dense twin choose alike, from the same file."""
+    caches = tmp_path / "kernels.json", tmp_path / "others.json"
+    fake_machine.disturbances = [{"gemm": 10.0}]
+    with caplog.at_level(logging.INFO):
+        one = Autotuner(fake_machine.timer, caches[0])
+        choice = one.choose("fc", kernels_of(layer), random(8, 16))
+    assert (choice.kernel, choice.reliable) == ("dense GEMM", False)
+    fake_machine.milliseconds["gemm"] = 8.0  # what another measurement would find
+    assert "Two measurements disagree on the fastest kernel" in caplog.text
+    for cache, kernel in zip(caches, ("dense GEMM", "dense layer"), strict=True):
+        other = Autotuner(fake_machine.timer, cache)
+        assert other.choose("fc", kernels_of(layer), random(8, 16)).kernel == kernel
+
+
+def test_kernels_that_are_as_fast_as_each_other_are_kept(layer, tmp_path):
+    """Whichever of them is measured as the faster one."""
+    measurements = iter([[1.0, 0.97], [0.97, 1.0]])
+    autotuner = Autotuner(lambda _: next(measurements), tmp_path / "kernels.json")
+    choice = autotuner.choose("fc", kernels_of(layer), random(8, 16))
+    assert (choice.kernel, choice.reliable) == ("dense layer", True)
+    assert choice.milliseconds == {"dense layer": 0.97, "dense GEMM": 0.97}
+    assert autotuner.cache.path.exists()
+
+
+def test_an_unreliable_choice_is_not_kept_with_a_later_one(layer, tmp_path):
+    measurements = iter([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 1.0]])
+    autotuner = Autotuner(lambda _: next(measurements), tmp_path / "kernels.json")
+    for rows in (8, 9):
+        autotuner.choose("fc", kernels_of(layer), random(rows, 16))
+    (key,) = json.loads(autotuner.cache.path.read_text())
+    assert "float32 9x16" in key
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"key": 1}', '{"key": {"kernel": "dense"}}'])

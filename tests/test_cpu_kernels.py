@@ -22,6 +22,13 @@ from helpers.sparsity import mask_2to4
 
 NAN = float("nan")
 cases = settings(max_examples=40, deadline=None)
+ACTIVATIONS = {
+    "": lambda x: x,
+    "ReLU": torch.relu,
+    "ReLU6": lambda x: x.clamp(0, 6),
+    "hard-swish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+}
+activations = st.sampled_from(list(ACTIVATIONS))
 sizes = st.integers(7, 38)
 
 
@@ -43,21 +50,21 @@ def poison() -> None:
 def assert_exact(
     layer: nn.Conv2d | nn.Linear,
     input: Tensor,
-    relu: bool = False,
+    activation: str = "",
     residual: bool = False,
     sparse: bool = True,
     threads: int = 1,
 ) -> Tensor:
     """Compare one layer with FP64; the output and the scratch are NaN before."""
     make = CpuLayer.from_conv if isinstance(layer, nn.Conv2d) else CpuLayer.from_linear
-    ours = make(layer, relu=relu, sparse=sparse)
+    ours = make(layer, activation, sparse)
     expected = layer.double()(input.double())
     layer.float()
-    added = torch.randn(expected.shape) if residual else None
+    # With a hard-swish nothing is added.
+    added = torch.randn(expected.shape) if residual and activation != "hard-swish" else None
     if added is not None:
         expected = expected + added.double()
-    if relu:
-        expected = expected.relu()
+    expected = ACTIVATIONS[activation](expected)
     out = torch.full(expected.shape, NAN)
     poison()
     result = ours(input, residual=added, out=out, threads=threads)
@@ -70,41 +77,53 @@ def assert_exact(
 @cases
 @given(
     st.integers(1, 8), st.integers(1, 37), st.integers(1, 3), st.integers(1, 13),
-    st.integers(1, 13), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1, 2]),
+    st.integers(1, 13), activations, st.booleans(), st.booleans(), st.sampled_from([1, 2]),
 )  # fmt: skip
 def test_pointwise_convolutions_are_exact(
-    fours, rows, images, height, width, relu, residual, sparse, stride
+    fours, rows, images, height, width, activation, residual, sparse, stride
 ):
     layer = sparse_(nn.Conv2d(4 * fours, rows, 1, stride))
     input = torch.randn(images, 4 * fours, height, width)
-    assert_exact(layer, input, relu, residual, sparse)
+    assert_exact(layer, input, activation, residual, sparse)
 
 
 @cases
 @given(
     st.integers(1, 5), st.integers(1, 9), st.sampled_from([1, 2, 3]), st.integers(1, 2),
     pair(1, 3), pair(1, 3), pair(0, 3), pair(1, 3), st.tuples(st.integers(7, 18), sizes),
-    st.booleans(), st.booleans(), st.booleans(),
+    activations, st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_other_convolutions_are_exact(
-    fours, rows, groups, images, kernel, stride, padding, dilation, size, relu, residual, sparse
+    fours,
+    rows,
+    groups,
+    images,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    size,
+    activation,
+    residual,
+    sparse,
 ):
     layer = nn.Conv2d(4 * fours * groups, rows * groups, kernel, stride, padding, dilation, groups)
     input = torch.randn(images, 4 * fours * groups, *size)
-    assert_exact(sparse_(layer), input, relu, residual, sparse)
+    assert_exact(sparse_(layer), input, activation, residual, sparse)
 
 
 @cases
 @given(
     st.integers(1, 40), st.integers(1, 70), st.integers(1, 150),
-    st.booleans(), st.booleans(), st.booleans(),
+    activations, st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_linear_layers_are_exact(fours, rows, tokens, relu, residual, sparse):
+def test_linear_layers_are_exact(fours, rows, tokens, activation, residual, sparse):
     layer = sparse_(nn.Linear(4 * fours, rows, bias=tokens % 2 == 0))
-    assert_exact(layer, torch.randn(tokens, 4 * fours), relu, residual, sparse)
+    assert_exact(layer, torch.randn(tokens, 4 * fours), activation, residual, sparse)
 
 
 @pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -121,8 +140,9 @@ def test_linear_layers_are_exact(fours, rows, tokens, relu, residual, sparse):
         (nn.Linear(300, 100), (300,)),
     ],
 )
-def test_layers_of_real_sizes_are_exact(layer, shape, sparse):
-    assert_exact(sparse_(layer), torch.randn(shape), relu=True, residual=True, sparse=sparse)
+def test_layers_of_real_sizes_are_exact(layer, shape, activation, sparse):
+    images = 5 * torch.randn(shape)  # so that outputs are beyond the bounds of the activations
+    assert_exact(sparse_(layer), images, activation, residual=True, sparse=sparse)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_nan_of_the_input_stays_where_it_is_multiplied():
     layer.weight.copy_(torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0]).expand(4, 8))
     input = torch.ones(3, 8)
     input[1, 0] = NAN
-    output = CpuLayer.from_linear(layer, relu=True)(input)
+    output = CpuLayer.from_linear(layer, "ReLU")(input)
     assert output[1].isnan().all() and output[[0, 2]].isfinite().all()
 
 
@@ -247,13 +267,17 @@ def run(program: str, environment: Mapping[str, str] | None = None) -> str:
 
 def check_every_kind() -> None:
     """Compare a few layers of every kind with FP64; run by the test below."""
-    for sparse, relu in product([True, False], repeat=2):
-        assert_exact(sparse_(nn.Conv2d(72, 21, 1)), torch.randn(3, 72, 5, 5), relu, True, sparse)
-        assert_exact(sparse_(nn.Conv2d(256, 24, 1)), torch.randn(1, 256, 8, 8), relu, False, sparse)
+    for sparse, activation in product([True, False], ACTIVATIONS):
+        assert_exact(
+            sparse_(nn.Conv2d(72, 21, 1)), torch.randn(3, 72, 5, 5), activation, True, sparse
+        )
+        assert_exact(
+            sparse_(nn.Conv2d(256, 24, 1)), torch.randn(1, 256, 8, 8), activation, False, sparse
+        )
         for stride in (1, 2, 3):
             layer = sparse_(nn.Conv2d(24, 10, 3, stride, padding=1, groups=2))
-            assert_exact(layer, torch.randn(2, 24, 11, 37), relu, True, sparse)
-        assert_exact(sparse_(nn.Linear(100, 30)), torch.randn(35, 100), relu, True, sparse, 2)
+            assert_exact(layer, torch.randn(2, 24, 11, 37), activation, True, sparse)
+        assert_exact(sparse_(nn.Linear(100, 30)), torch.randn(35, 100), activation, True, sparse, 2)
 
 
 @pytest.mark.parametrize(

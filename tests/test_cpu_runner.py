@@ -35,7 +35,7 @@ def last(calls: Sequence) -> list[float]:
 
 
 class Alternating:
-    """Finds each kernel the fastest in turn."""
+    """Finds each kernel the fastest in turn; two measurements of a layer agree."""
 
     def __init__(self, start: int) -> None:
         self.number = start
@@ -43,7 +43,7 @@ class Alternating:
     def __call__(self, calls: Sequence) -> list[float]:
         self.number += 1
         times = [1.0] * len(calls)
-        times[self.number % len(calls)] = 0.5
+        times[self.number // 2 % len(calls)] = 0.5
         return times
 
 
@@ -87,6 +87,7 @@ def assert_exact(runner: CpuRunner, model: nn.Module, images: Tensor) -> None:
         ("densenet121", 64, {}),
         ("googlenet", 64, {"aux_logits": False, "init_weights": False}),
         ("mobilenet_v2", 64, {}),
+        ("mobilenet_v3_small", 64, {}),
         ("squeezenet1_1", 64, {}),
         ("convnext_tiny", 64, {}),
     ],
@@ -100,13 +101,13 @@ def test_networks_are_exact_in_the_sparse_kernels(name, size, options):
 
 
 @pytest.mark.parametrize("kernels", ["sparse", "twin", "dense"])
-@pytest.mark.parametrize("timer", [first, last, Alternating(0), Alternating(1)])
+@pytest.mark.parametrize("timer", [first, last, Alternating(1), Alternating(3)])
 def test_every_mixture_of_kernels_is_exact(kernels, timer):
     model = sparse(create_model("resnext14_8x4d", 10), 28, 1)
     assert_exact(CpuRunner(model, kernels, timer=timer), model, random(3, 1, 28, 28))
 
 
-@pytest.mark.parametrize("timer", [first, last, Alternating(0)])
+@pytest.mark.parametrize("timer", [first, last, Alternating(1)])
 def test_attention_is_exact_with_what_is_added_to_it(timer):
     model = prepared(transformer(), random(2, 3, 32, 32))
     runner = CpuRunner(model, timer=timer)
@@ -183,7 +184,7 @@ JOINS = {
 
 
 @pytest.mark.parametrize("name", JOINS)
-@pytest.mark.parametrize("timer", [first, last, Alternating(0), Alternating(1)])
+@pytest.mark.parametrize("timer", [first, last, Alternating(1), Alternating(3)])
 def test_sums_are_exact_however_they_are_written(name, timer):
     join, absorbed = JOINS[name]
     model = Block(join)

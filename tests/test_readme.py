@@ -3,16 +3,19 @@
 import json
 import re
 import tomllib
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 
 import helpers
+from helpers.inference import dense_cpu, sparse_cpu
+from helpers.inference.sparse_cpu import SparseCpuRunner
 from helpers.measurement.advice import advise
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS
-from helpers.metrics import Accuracy, Comparison
+from helpers.metrics import Accuracy, Comparison, max_relative_error
 from helpers.training.networks import create_model
 from helpers.tutorial.artifacts import NOTEBOOKS
 from helpers.tutorial.settings import PRESETS, project_root
@@ -138,12 +141,29 @@ def test_the_versions_in_troubleshooting_are_the_locked_ones():
         assert re.search(rf"^{re.escape(package)}\b", lock, re.M), package
 
 
-def test_the_example_runs(capsys):
-    examples = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile("".join(examples), "README.md", "exec"), {})  # the second goes on from the first
+def test_the_examples_run(capsys, monkeypatch, tmp_path):
+    """On smaller images, and with given times: choosing among kernels takes a minute else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dense_cpu, "has_compiler", lambda: False)
+
+    def the_last_is_fastest(calls):
+        return [1.0] * (len(calls) - 1) + [0.5]
+
+    quick = partial(SparseCpuRunner, timer=the_last_is_fastest, network_timer=the_last_is_fastest)
+    monkeypatch.setattr(sparse_cpu, "SparseCpuRunner", quick)
+    examples = "".join(re.findall(r"```python\n(.*?)```", README, re.S))  # one goes on from another
+    assert "(8, 3, 224, 224)" in examples
+    code = examples.replace("(8, 3, 224, 224)", "(2, 3, 32, 32)")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert "2 of 2 layers can be sparse" in said
     assert "at batch 32 in FP16" in said
+    assert re.search(r"2x3x32x32 .* 1\.0 .* 0\.5 +2:4 kernels", said)
+    with torch.inference_mode():
+        images = names["runner"].images
+        assert max_relative_error(names["logits"], names["network"](images)) < 1e-5
+    assert (tmp_path / "kernels.json").exists()
 
 
 @pytest.mark.parametrize(

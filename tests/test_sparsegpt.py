@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -664,6 +665,7 @@ CALIBRATION_BATCHES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The model gets 1 of the 2 items")
 @pytest.mark.parametrize(
     ("forward", "batch"), CALIBRATION_BATCHES.values(), ids=CALIBRATION_BATCHES
 )
@@ -672,6 +674,20 @@ def test_a_model_gets_the_inputs_that_it_requires(forward, batch):
     assert list(prune_sparsegpt_(model, [batch(inputs)])) == ["inner.weight"]
     prune_sparsegpt_(linear.inner, [inputs])
     assert torch.equal(model.inner.weight, linear.inner.weight)
+
+
+def test_items_that_could_be_inputs_but_are_not_required_are_warned_of():
+    inputs = correlated(64, 16)
+    model = model_with(lambda self, x, mask=None: self.inner(x))
+    with pytest.warns(match=r"gets 1 of the 2 items .*\(x, mask=None\).* dictionaries of named"):
+        prune_sparsegpt_(model, [(inputs, inputs)])
+    for forward, batch in (
+        (lambda self, x: self.inner(x), (inputs, "label")),
+        (lambda self, x, mask=None: self.inner(x), inputs),
+        (lambda self, x, *, mask=None: self.inner(x), [inputs, "label"]),
+    ):
+        with warnings.catch_warnings(action="error"):
+            prune_sparsegpt_(model_with(forward), [batch])
 
 
 @pytest.mark.parametrize(
@@ -752,7 +768,7 @@ class Transposing(nn.Module):
         ),
         (
             lambda x, weight: F.conv_transpose1d(x[:, :, None], weight[:, :, None]),
-            "as the filters of the other kind of convolution",
+            "as the filters of another kind of convolution",
         ),
     ],
 )
@@ -801,13 +817,28 @@ def test_filters_that_are_used_as_a_matrix_are_pruned_as_the_convolution(memory_
 
 def test_a_matrix_that_is_used_as_filters_is_pruned_as_the_linear_layer():
     """As patches are embedded: groups of four lie along the columns of the matrix."""
-    inputs = correlated(64, 2 * 4 * 4)
-    model = nn.Linear(32, 16, bias=False)
-    linear = copy.deepcopy(model)
-    model.forward = lambda x: F.conv2d(x, model.weight.view(16, 2, 4, 4))
-    prune_sparsegpt_(model, [inputs.view(64, 2, 4, 4)])
+
+    def embed(x, weight):
+        return F.conv2d(x.view(-1, 1, 4, 4), weight.view(16, 1, 4, 4))
+
+    model, inputs = Transposing(embed), correlated(64, 16)
+    linear = copy.deepcopy(model.inner)
+    prune_sparsegpt_(model, [inputs])
     prune_sparsegpt_(linear, [inputs])
-    torch.testing.assert_close(model.weight, linear.weight)
+    torch.testing.assert_close(model.inner.weight, linear.weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
+def test_a_batch_without_inputs_changes_nothing(kind):
+    """As for an expert that no token of a batch is sent to."""
+    size = () if kind is nn.Linear else (3,)
+    layer, other = (seeded(kind, 16, 8, *size) for _ in range(2))
+    inputs = correlated(64, 16).view(64, 16, *[1] * len(size)).expand(-1, -1, *[5] * len(size))
+    prune_sparsegpt_(layer, [inputs[:0], inputs], rules="any")
+    prune_sparsegpt_(other, [inputs], rules="any")
+    assert torch.equal(layer.weight, other.weight)
+    prune_sparsegpt_(other, [inputs[:0]], rules="any")
+    assert is_2to4(other.weight, weight_of(other).input_dim)
 
 
 def test_rows_that_are_not_used_are_pruned_by_magnitude():

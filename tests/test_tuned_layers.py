@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from helpers.inference.autotune import Autotuner
 from helpers.inference.fold import fold_batch_norm
 from helpers.inference.kernels import DenseGemm, Kernel, ProductLayer
+from helpers.inference.onednn import OneDnn
 from helpers.inference.sparse_torch import use_gemms_
 from helpers.inference.tuned_layers import TunedLayer, tune_layers_
 from helpers.metrics import max_relative_error
@@ -118,7 +119,7 @@ def test_a_layer_with_a_hook_stays_as_it_is(register):
     folded = fold_batch_norm(network)
     (tuned,) = use_gemms_(folded, "dense")
     assert tuned.name == "2"
-    assert not tuned.kernels["dense GEMM"].epilogue.relu
+    assert not tuned.epilogue.activation
     with torch.inference_mode():
         assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
 
@@ -165,12 +166,48 @@ def test_a_relu_is_taken_in_only_if_nothing_else_sees_what_it_cuts_off():
     network = Branches()
     folded = fold_batch_norm(network)
     layers = use_gemms_(folded, "dense")
-    assert {layer.name: layer.kernels["dense GEMM"].epilogue.relu for layer in layers} == {
-        "alone": True,
-        "forked": False,
-        "twice": False,
-        "both": False,
+    assert {layer.name: layer.epilogue.activation for layer in layers} == {
+        "alone": "ReLU",
+        "forked": "",
+        "twice": "",
+        "both": "",
     }
+    with torch.inference_mode():
+        assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
+
+
+class Activations(nn.Module):
+    """Activations of every kind, as modules and as functions, and a layer with two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(9))
+        self.relu6, self.hard_swish = nn.ReLU6(inplace=True), nn.Hardswish()
+        self.clamp = nn.Hardtanh(0, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu6(self.layers[0](5 * x))
+        x = F.relu6(self.layers[1](5 * x))
+        x = self.hard_swish(self.layers[2](x))
+        x = F.hardswish(self.layers[3](5 * x), inplace=True)
+        x = torch.relu(self.layers[4](x))
+        x = self.clamp(self.layers[5](x))
+        x = F.silu(self.layers[6](x))
+        x = F.relu(self.layers[7](x)) + F.relu6(self.layers[7](2 * x))
+        return F.hardswish(self.layers[8](x) + x)
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+def test_each_activation_is_taken_into_its_layer(residuals):
+    torch.manual_seed(0)
+    network = Activations()
+    folded = fold_batch_norm(network)
+    kernel = OneDnn if residuals else DenseGemm
+    layers = tune_layers_(folded, (kernel,), residuals=residuals)
+    assert [layer.epilogue.activation for layer in layers] == [
+        "ReLU6", "ReLU6", "hard-swish", "hard-swish", "ReLU", "", "", "", ""
+    ]  # fmt: skip
+    assert [layer.epilogue.add for layer in layers] == [False] * 8 + [residuals]
     with torch.inference_mode():
         assert max_relative_error(folded(random(5, 16)), network(random(5, 16))) < GAP
 

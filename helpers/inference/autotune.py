@@ -1,11 +1,18 @@
-"""Choose the fastest kernel of a layer by timing. Explained in `06_infer_and_benchmark.ipynb`."""
+"""Choose the fastest kernel of a layer by timing, in spite of other programs.
+
+Other programs that use the processor meanwhile can make any kernel look slow. So everything is
+timed twice, and a choice is kept for later processes only if both measurements support it.
+Explained in `06_infer_and_benchmark.ipynb`.
+"""
 
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +29,15 @@ from helpers.inference.kernels import Kernel
 Timer = Callable[[Sequence[Callable[[], Tensor]]], list[float]]
 
 NOISE = 0.02  # a kernel that is faster by less than this share of the time is not faster
+# A measurement supports a kernel that takes at most this share longer than the fastest.
+SPREAD = 0.05
+# A call that an earlier process timed has to take the same time now, within this share.
+DRIFT = 0.1
 TOLERANCE = 10  # roundings of the largest output by which two kernels may differ
 CPU_TOLERANCE = 1e-4  # of the largest output, for FP32 on a CPU: the order of the sums differs
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,43 @@ class Choice:
     algorithm: dict[str, int]
     milliseconds: dict[str, float]  # by kernel
     refused: dict[str, str] = field(default_factory=dict)  # why a kernel does not run, by kernel
+    reliable: bool = True  # whether both measurements support it; if not, it is not kept on disk
 
 
-def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> list[float]:
+@dataclass(frozen=True)
+class Measured:
+    """The milliseconds of several calls, by name, in measurements one after another."""
+
+    measurements: tuple[dict[str, float], ...]
+
+    @property
+    def shortest(self) -> dict[str, float]:
+        """The shortest time of each call: other programs only add to it."""
+        first = self.measurements[0]
+        return {name: min(times[name] for times in self.measurements) for name in first}
+
+    def support(self, name: str) -> bool:
+        """Return whether a call was among the fastest in every measurement."""
+        return all(times[name] <= (1 + SPREAD) * min(times.values()) for times in self.measurements)
+
+
+def measure_twice(timer: Timer, calls: Mapping[str, Callable[[], Any]]) -> Measured:
+    """Return what a timer tells about several calls, by name, two times."""
+    return Measured(
+        tuple(dict(zip(calls, timer(list(calls.values())), strict=True)) for _ in range(2))
+    )
+
+
+def takes_still(timer: Timer, call: Callable[[], Any], milliseconds: float) -> bool:
+    """Return whether a call takes as long as an earlier process measured.
+
+    If not, one of the processes was disturbed by other programs, or the machine has changed.
+    """
+    (now,) = timer([call])
+    return abs(now - milliseconds) <= DRIFT * milliseconds
+
+
+def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.03) -> list[float]:
     """Return how many milliseconds each call takes on the CPU, measured in turns.
 
     With one thread it is the lower quartile of the processor's time, of which other programs
@@ -45,14 +93,14 @@ def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> 
 
     Args:
         calls: what to time.
-        seconds: for how long to time each, in at least five runs.
+        seconds: for how long to time each, in at least three runs.
     """
     taken: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     for turn in order:
         _time_once(calls[turn])  # sets itself up
         taken[turn].append(_time_once(calls[turn]))
-    rounds = max(2, min(25, math.ceil(seconds / max(1e-6, sum(map(sum, taken)) / len(calls)) / 2)))
+    rounds = max(1, min(25, math.ceil(seconds / max(1e-6, sum(map(sum, taken)) / len(calls)) / 2)))
     for _ in range(rounds):
         order.append(order.pop(0))
         for turn in order + order[::-1]:
@@ -68,32 +116,69 @@ def _time_once(call: Callable[[], object]) -> float:
     return clock() - start
 
 
+# Choices that are not kept on disk. In one process they still hold for all caches with the same
+# file, so that a sparse model and its dense twin choose alike.
+_unreliable: dict[tuple[Path, str], Choice] = {}
+
+
 class ChoiceCache:
     """Choices by a key that says in words what they depend on, kept in a JSON file.
 
+    A choice that is not reliable lasts until the process ends, and the next one measures again.
+
     Args:
-        path: the file; without one they last as long as this object.
+        path: the file; without one all choices last as long as this object.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.choices: dict[str, Choice] = {}
 
-    def get(self, key: str, measure: Callable[[], Choice]) -> Choice:
+    def get(
+        self,
+        key: str,
+        measure: Callable[[], Choice],
+        still_holds: Callable[[Choice], bool] = lambda choice: True,
+    ) -> Choice:
         """Return the choice that is kept under a key, or else measure it and keep it.
+
+        Args:
+            key: in words, what the choice depends on.
+            measure: makes the choice.
+            still_holds: asked once about a choice that comes from the file; if it does not hold,
+                it is measured again.
 
         Raises:
             InputError: the file cannot be read.
             WriteError: the file cannot be written.
         """
         if key not in self.choices:
-            self.choices |= self._read()  # another runner may have measured it meanwhile
-        if key not in self.choices:
-            choice = measure()
-            self.choices |= self._read() | {key: choice}  # others may have written while it did
-            if self.path is not None:
-                write_json(self.path, self.choices)
+            self.choices[key] = self._kept(key, still_holds) or self._new(key, measure)
         return self.choices[key]
+
+    def _kept(self, key: str, still_holds: Callable[[Choice], bool]) -> Choice | None:
+        if self.path is None:
+            return None
+        if (self.path, key) in _unreliable:
+            return _unreliable[self.path, key]
+        choice = self._read().get(key)  # another runner may have measured it meanwhile
+        return choice if choice is not None and still_holds(choice) else None
+
+    def _new(self, key: str, measure: Callable[[], Choice]) -> Choice:
+        choice = measure()
+        if self.path is None:
+            return choice
+        if choice.reliable:
+            write_json(self.path, self._read() | {key: choice})  # others may have written meanwhile
+        else:
+            _unreliable[self.path, key] = choice
+            _logger.info(
+                "Two measurements disagree on the fastest kernel, perhaps because other programs "
+                "ran meanwhile. The choice is not kept in %s: %s",
+                shown(self.path),
+                key,
+            )
+        return choice
 
     def _read(self) -> dict[str, Choice]:
         if self.path is None or not self.path.exists():
@@ -179,11 +264,12 @@ class Autotuner:
                 )
             algorithms[kernel.name] = algorithm
             calls.append(call)
-        times = dict(zip(algorithms, self.timer(calls), strict=True))
+        measured = measure_twice(self.timer, dict(zip(algorithms, calls, strict=True)))
+        times = measured.shortest
         best = min(times, key=times.__getitem__)
         if times[best] >= (1 - NOISE) * times[first.name]:
             best = first.name
-        return Choice(best, algorithms[best], times, refused)
+        return Choice(best, algorithms[best], times, refused, measured.support(best))
 
 
 def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:

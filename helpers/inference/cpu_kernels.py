@@ -7,7 +7,7 @@ its group of four choose which of four vectors is read. The zeros cost nothing: 
 multiplication, not a load.
 
 Around it, `_compute` takes one unit of a layer: it brings a block of the input into cache,
-runs the loop over it, and writes the output with bias, residual and ReLU already in it. The
+runs the loop over it, and writes the output with bias, residual and activation in it. The
 *dense twin* is the same program over all four of every four weights: what it takes longer
 is what sparsity saves.
 
@@ -95,7 +95,11 @@ PLAN = np.dtype(
         *[(name, np.intp) for name in "kernel_width stride_y stride_x".split()],
         *[(name, np.intp) for name in "pad_y pad_x dilation_y dilation_x".split()],
         ("in_place", np.intp),  # whether whole tiles of the input can be read where they are
-        ("floor", np.float32),  # the smallest output: 0 for a ReLU, else -infinity
+        # What follows: whether a hard-swish, and the smallest and largest output, infinite without
+        # a ReLU or ReLU6.
+        ("hard_swish", np.intp),
+        ("floor", np.float32),
+        ("ceiling", np.float32),
         # Of one output: weights in groups of four, and words of positions.
         *[(name, np.intp) for name in "depth words".split()],
         # How it is cut: the depth into blocks; the output into tiles of pixels by parts of rows.
@@ -117,6 +121,10 @@ _QUARTER = ir.VectorType(_FLOAT, 4)
 _VECTOR_REGISTER = ("v" if LANES == 16 else "x") if IS_X86 else ("w" if IS_ARM else None)
 # Masked reads and writes take the alignment as an argument before LLVM 22.
 _ALIGNMENT = [_INT32(4)] if llvm.llvm_version_info < (22,) else []
+
+
+# The smallest and the largest number, as vectors.
+_Bounds = tuple[ir.Value, ir.Value]
 
 
 class _Assembler(ir.IRBuilder):
@@ -200,14 +208,25 @@ class _Assembler(ir.IRBuilder):
         value: ir.Value,
         output: ir.Value,
         residual: ir.Value | None,
-        floor: ir.Value,
+        bounds: _Bounds,
         mask: ir.Value | None = None,
     ) -> None:
-        """Write a vector of sums to the output, with residual and ReLU. A NaN stays one."""
+        """Write a vector of sums to the output, with residual, and within bounds."""
         if residual is not None:
             value = self.fadd(value, self.read(residual, mask=mask))
-        below = self.fcmp_ordered("<", value, floor)
-        self.write(self.select(below, floor, value), output, mask)
+        self.write(self.within(value, bounds), output, mask)
+
+    def within(self, value: ir.Value, bounds: _Bounds) -> ir.Value:
+        """Return a vector with its numbers moved to the nearer bound; a NaN stays one."""
+        floor, ceiling = bounds
+        value = self.select(self.fcmp_ordered("<", value, floor), floor, value)
+        return self.select(self.fcmp_ordered(">", value, ceiling), ceiling, value)
+
+    def hard_swish(self, value: ir.Value) -> ir.Value:
+        """Return x times the part of (x + 3) / 6 that lies within 0 and 1."""
+        sixth, half, zero, one = (self.splat(_FLOAT(number)) for number in (1 / 6, 0.5, 0, 1))
+        share = self.multiply_add(value, sixth, half)
+        return self.fmul(value, self.within(share, (zero, one)))
 
     def _declared(
         self, name: str, suffix: str, result: ir.Type, arguments: list[ir.Value]
@@ -240,7 +259,7 @@ class _Weights:
 class _RowsFunction:
     """Writes the function that computes blocks of rows over one tile of pixels.
 
-    Its arguments are all integers but the last one, with addresses and pitches in bytes:
+    Its arguments are all integers but the last two, with addresses and pitches in bytes:
         x, pitch: the tile's input and the distance between its rows.
         depth: how many groups of four input rows are summed up.
         blocks: how many blocks of `ROWS` output rows are computed.
@@ -248,19 +267,21 @@ class _RowsFunction:
         sums: the tile's output so far.
         begins: whether the sums start from the bias rather than from `sums`.
         ends: whether the output goes to `out`, finished, rather than to `sums`.
+        hard_swish: whether that follows; then there is no residual.
         out, out_pitch, residual: the first output row, the distance to the next, and what is
             added to the output, laid out alike; 0 for nothing.
         lanes: how many lanes of the last vector are pixels.
-        floor: FP32, the smallest output.
+        floor, ceiling: FP32, the smallest and the largest output.
     """
 
     ARGUMENTS = (
-        "x pitch depth blocks values positions bias sums begins ends out out_pitch residual lanes"
+        "x pitch depth blocks values positions bias sums begins ends hard_swish out out_pitch "
+        "residual lanes"
     ).split()
 
     def __init__(self, module: ir.Module, name: str, kept: int, vectors: int) -> None:
         self.kept, self.vectors = kept, vectors
-        kind = ir.FunctionType(ir.VoidType(), [_INT64] * len(self.ARGUMENTS) + [_FLOAT])
+        kind = ir.FunctionType(ir.VoidType(), [_INT64] * len(self.ARGUMENTS) + [_FLOAT] * 2)
         self.function = ir.Function(module, kind, name)
         self.function.linkage = "internal"
         # In a function of its own the loop has all the registers to itself.
@@ -285,6 +306,9 @@ class _RowsFunction:
         self._add_products(block)
         with b.if_else(b.is_true(arg["ends"])) as (ends, not_yet):
             with ends:
+                with b.if_then(b.is_true(arg["hard_swish"])):
+                    for cell in (cell for cells in self.cells for cell in cells):
+                        b.store(b.hard_swish(b.load(cell)), cell)
                 self._finish(b.times(block, b.times(arg["out_pitch"], ROWS)))
             with not_yet:
                 self._for_each_cell(sums, lambda cell, at: b.write(b.load(cell), at))
@@ -365,16 +389,17 @@ class _RowsFunction:
     def _finish(self, offset: ir.Value) -> None:
         """Write the rows out; the last vector of each may be cut short."""
         b, arg = self.b, self.arg
-        floor = b.splat(self.function.args[-1])
+        floor, ceiling = self.function.args[-2:]
+        bounds = b.splat(floor), b.splat(ceiling)
         cut = b.icmp_signed("<", arg["lanes"], _INT64(LANES))
         mask = b.lanes_within(_INT64(0), arg["lanes"])
         with b.if_else(b.is_true(arg["residual"])) as (adds, plain):
             for branch, adding in ((adds, True), (plain, False)):
                 with branch:
-                    self._finish_rows(offset, adding, floor, cut, mask)
+                    self._finish_rows(offset, adding, bounds, cut, mask)
 
     def _finish_rows(
-        self, offset: ir.Value, adding: bool, floor: ir.Value, cut: ir.Value, mask: ir.Value
+        self, offset: ir.Value, adding: bool, bounds: _Bounds, cut: ir.Value, mask: ir.Value
     ) -> None:
         b, arg = self.b, self.arg
         for row, cells in enumerate(self.cells):
@@ -382,7 +407,7 @@ class _RowsFunction:
             for j, cell in enumerate(cells):
                 place = b.at(down, j * VECTOR_BYTES)
                 residual = b.at(arg["residual"], place) if adding else None
-                what = b.load(cell), b.at(arg["out"], place), residual, floor
+                what = b.load(cell), b.at(arg["out"], place), residual, bounds
                 if j < self.vectors - 1:
                     b.finish(*what)
                     continue
@@ -410,7 +435,7 @@ def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
 @_intrinsic
 def _add_rows(typing: Any, kept: Any, vectors: Any, arguments: Any) -> Any:
     """Call the function of `_RowsFunction` for a number of vectors with a tuple of arguments."""
-    wanted = [types.intp] * len(_RowsFunction.ARGUMENTS) + [types.float32]
+    wanted = [types.intp] * len(_RowsFunction.ARGUMENTS) + [types.float32] * 2
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, given: Any) -> ir.Value:
         unpacked = [
@@ -514,24 +539,23 @@ def _masks_of_pairs(b: _Assembler, mask: ir.Value) -> list[ir.Value]:
 
 @_intrinsic
 def _finish_run(
-    typing: Any, target: Any, source: Any, residual: Any, length: Any, floor: Any
+    typing: Any, target: Any, source: Any, residual: Any, length: Any, floor: Any, ceiling: Any
 ) -> Any:
-    """Write a run of sums to the output, with residual (an address, or 0) and ReLU."""
+    """Write a run of sums to the output, with residual (an address, or 0), and within bounds."""
 
     def write(
         b: _Assembler, target: ir.Value, source: ir.Value, residual: ir.Value,
-        length: ir.Value, floor: ir.Value,
+        length: ir.Value, floor: ir.Value, ceiling: ir.Value,
     ) -> None:  # fmt: skip
-        floor = b.splat(floor)
+        bounds = b.splat(floor), b.splat(ceiling)
         whole = b.udiv(length, _INT64(LANES))
         rest = b.sub(length, b.times(whole, LANES))
         mask = b.lanes_within(_INT64(0), rest)
 
         def finish(offset: ir.Value, adding: bool, mask: ir.Value | None = None) -> None:
             value = b.read(b.at(source, offset), mask=mask)
-            b.finish(
-                value, b.at(target, offset), b.at(residual, offset) if adding else None, floor, mask
-            )
+            added = b.at(residual, offset) if adding else None
+            b.finish(value, b.at(target, offset), added, bounds, mask)
 
         with b.if_else(b.is_true(residual)) as branches:
             for branch, adding in zip(branches, (True, False), strict=True):
@@ -541,23 +565,36 @@ def _finish_run(
                     with b.if_then(b.is_true(rest)):
                         finish(b.times(whole, VECTOR_BYTES), adding, mask)
 
-    return types.void(*[types.intp] * 4, types.float32), _generator(write)
+    return types.void(*[types.intp] * 4, *[types.float32] * 2), _generator(write)
+
+
+@_intrinsic
+def _apply_hard_swish(typing: Any, sums: Any, vectors: Any) -> Any:
+    """Replace vectors of sums, one behind the other, by their hard-swish."""
+
+    def write(b: _Assembler, sums: ir.Value, vectors: ir.Value) -> None:
+        with cgutils.for_range(b, vectors, intp=_INT64) as vector:
+            place = b.at(sums, b.times(vector.index, VECTOR_BYTES))
+            b.write(b.hard_swish(b.read(place)), place)
+
+    return types.void(types.intp, types.intp), _generator(write)
 
 
 @_intrinsic
 def _transpose_square(
     typing: Any, finishes: Any, target: Any, target_pitch: Any, source: Any, source_pitch: Any,
-    residual: Any, floor: Any,
+    residual: Any, floor: Any, ceiling: Any,
 ) -> Any:  # fmt: skip
     """Transpose LANES by LANES numbers in registers.
 
-    Where the literal `finishes` is true they are an output: residual (an address, or 0) and
-    ReLU are applied.
+    Where the literal `finishes` is true they are an output: a residual (an address, or 0) is
+    added, and they are moved within bounds.
     """
 
     def write(
         b: _Assembler, _: ir.Value, target: ir.Value, target_pitch: ir.Value,
         source: ir.Value, source_pitch: ir.Value, residual: ir.Value, floor: ir.Value,
+        ceiling: ir.Value,
     ) -> None:  # fmt: skip
         rows = [b.read(b.at(source, b.times(source_pitch, i))) for i in range(LANES)]
         rows = _transposed(b, rows)
@@ -566,15 +603,15 @@ def _transpose_square(
             for row, place in zip(rows, places, strict=True):
                 b.write(row, b.at(target, place))
         else:
-            floor = b.splat(floor)
+            bounds = b.splat(floor), b.splat(ceiling)
             with b.if_else(b.is_true(residual)) as branches:
                 for branch, adding in zip(branches, (True, False), strict=True):
                     with branch:
                         for row, place in zip(rows, places, strict=True):
                             added = b.at(residual, place) if adding else None
-                            b.finish(row, b.at(target, place), added, floor)
+                            b.finish(row, b.at(target, place), added, bounds)
 
-    return types.void(finishes, *[types.intp] * 5, types.float32), _generator(write)
+    return types.void(finishes, *[types.intp] * 5, *[types.float32] * 2), _generator(write)
 
 
 def _transposed(b: _Assembler, rows: list[ir.Value]) -> list[ir.Value]:
@@ -753,7 +790,8 @@ def _pack_tokens(
             to = target + feature * target_pitch + 4 * token
             since = source + token * source_pitch + 4 * feature
             if token + LANES <= tokens and feature + LANES <= features:
-                _transpose_square(0, to, target_pitch, since, source_pitch, 0, np.float32(0))
+                nothing = np.float32(0)
+                _transpose_square(0, to, target_pitch, since, source_pitch, 0, nothing, nothing)
                 continue
             for i in range(min(LANES, tokens - token)):
                 for j in range(min(LANES, features - feature)):
@@ -763,7 +801,7 @@ def _pack_tokens(
 @_helper
 def _finish_tokens(
     target: int, target_pitch: int, source: int, source_pitch: int, residual: int,
-    rows: int, tokens: int, floor: float,
+    rows: int, tokens: int, floor: float, ceiling: float,
 ) -> None:  # fmt: skip
     """Write sums of rows by tokens to an output of tokens by rows."""
     for row in range(0, rows, LANES):
@@ -773,7 +811,7 @@ def _finish_tokens(
             if row + LANES <= rows and token + LANES <= tokens:
                 added = residual + offset if residual else 0
                 _transpose_square(
-                    1, target + offset, target_pitch, since, source_pitch, added, floor
+                    1, target + offset, target_pitch, since, source_pitch, added, floor, ceiling
                 )
                 continue
             for i in range(min(LANES, rows - row)):
@@ -782,7 +820,8 @@ def _finish_tokens(
                     value = _read(since + i * source_pitch + 4 * j)
                     if residual:
                         value += _read(residual + place)
-                    _write(target + place, floor if value < floor else value)
+                    value = floor if value < floor else value
+                    _write(target + place, ceiling if value > ceiling else value)
 
 
 @_helper
@@ -800,7 +839,8 @@ def _finish_pixels(
         for i in range(rows):
             place = offset + 4 * i * size
             added = plan.residual + place if plan.residual else 0
-            _finish_run(plan.output + place, sums + i * pitch + 4 * done, added, length, plan.floor)
+            since = sums + i * pitch + 4 * done
+            _finish_run(plan.output + place, since, added, length, plan.floor, plan.ceiling)
         done += length
 
 
@@ -813,8 +853,9 @@ def _finish(plan: Any, sums: int, pitch: int, pixel: int, pixels: int, row: int,
     offset = 4 * (pixel * plan.rows + row)
     added = plan.residual + offset if plan.residual else 0
     _finish_tokens(
-        plan.output + offset, 4 * plan.rows, sums, pitch, added, rows, pixels, plan.floor
-    )
+        plan.output + offset, 4 * plan.rows, sums, pitch, added, rows, pixels, plan.floor,
+        plan.ceiling,
+    )  # fmt: skip
 
 
 class _Unit(NamedTuple):
@@ -917,9 +958,9 @@ def _add_depths(
                 plan.positions + (positions + block * _words(depth)) * 8,
                 plan.bias + (unit.group * blocks + block) * 4 * ROWS,
                 sums + (block - unit.block) * ROWS * unit.vectors * VECTOR_BYTES,
-                first == 0, ends,
+                first == 0, ends, plan.hard_swish,
                 plan.output + out, 4 * size, plan.residual + out if plan.residual else 0,
-                unit.pixels - (unit.vectors - 1) * LANES, plan.floor,
+                unit.pixels - (unit.vectors - 1) * LANES, plan.floor, plan.ceiling,
             ),
         )  # fmt: skip
 
@@ -947,6 +988,8 @@ def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
         pitch = unit.vectors * VECTOR_BYTES
         sums += (unit.direct_end - unit.block) * ROWS * pitch
         row = unit.group * plan.rows + unit.direct_end * ROWS
+        if plan.hard_swish:
+            _apply_hard_swish(sums, left * unit.vectors)
         _finish(plan, sums, pitch, unit.pixel, unit.pixels, row, left)
 
 

@@ -41,6 +41,16 @@ _IDLE = 0.04
 _FEWEST_ROWS = 64
 
 
+HARD_SWISH = "hard-swish"
+# The smallest and the largest output with each activation.
+_BOUNDS = {
+    "": (-math.inf, math.inf),
+    "ReLU": (0.0, math.inf),
+    "ReLU6": (0.0, 6.0),
+    HARD_SWISH: (-math.inf, math.inf),
+}
+
+
 @cache
 def _cache_bytes() -> int:
     """Return how much of the first cache the input of a unit may take; weights pass through it."""
@@ -97,7 +107,7 @@ class CpuLayer:
     """One convolution or linear layer with 2:4 weights, or its dense twin, on the CPU.
 
     Made by `from_conv` or `from_linear`; called with an input, it returns the output. Bias,
-    the addition of a residual, and a ReLU after it cost no pass of their own. The output
+    the addition of a residual, and an activation after it cost no pass of their own. The output
     has the same bits for any number of threads.
 
     Pixels, or tokens, are what fills the vectors: with fewer than the processor's vectors
@@ -108,14 +118,14 @@ class CpuLayer:
         self,
         weight: Tensor,
         bias: Tensor | None,
-        relu: bool,
+        activation: str,
         sparse: bool,
         geometry: _Geometry | None,
         groups: int = 1,
     ) -> None:
         _require_weight(weight, bias, sparse)
         self.rows, self.columns = weight.shape[:2]
-        self.relu, self.sparse, self.groups = relu, sparse, groups
+        self.activation, self.sparse, self.groups = activation, sparse, groups
         self.geometry = geometry
         # Depths in the order of the packing: position in the kernel, then channel.
         taps = weight.detach().flatten(2) if weight.dim() > 2 else weight.detach()[:, :, None]
@@ -132,12 +142,12 @@ class CpuLayer:
         return self._prepare(shape, min(threads, MOST_THREADS))[1]
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, relu: bool = False, sparse: bool = True) -> "CpuLayer":
+    def from_conv(cls, conv: nn.Conv2d, activation: str = "", sparse: bool = True) -> "CpuLayer":
         """Return a layer that computes what a convolution does.
 
         Args:
             conv: in FP32, with input channels of each group in a multiple of four, zero padding.
-            relu: whether a ReLU follows.
+            activation: what follows: `ReLU`, `ReLU6`, `hard-swish` or nothing.
             sparse: skip the zeros of the 2:4 weight; if false, the dense twin multiplies by them.
 
         Raises:
@@ -154,12 +164,14 @@ class CpuLayer:
             (int(pair[0]), int(pair[1])) for pair in (conv.kernel_size, conv.stride, conv.dilation)
         )
         geometry = _Geometry(kernel, stride, before, after, dilation)
-        return cls(conv.weight, conv.bias, relu, sparse, geometry, conv.groups)
+        return cls(conv.weight, conv.bias, activation, sparse, geometry, conv.groups)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, relu: bool = False, sparse: bool = True) -> "CpuLayer":
+    def from_linear(
+        cls, linear: nn.Linear, activation: str = "", sparse: bool = True
+    ) -> "CpuLayer":
         """Return a layer that computes what a linear layer does. Arguments as in `from_conv`."""
-        return cls(linear.weight, linear.bias, relu, sparse, None)
+        return cls(linear.weight, linear.bias, activation, sparse, None)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the output for that of an input.
@@ -200,7 +212,8 @@ class CpuLayer:
         Args:
             input: (images, channels, height, width) of a convolution, or (..., features) of a
                 linear layer; FP32, contiguous, on the CPU.
-            residual: what is added before the ReLU, shaped as the output; it may be `out`.
+            residual: what is added before the activation, shaped as the output; it may be `out`.
+                With a hard-swish there is none.
             out: where to write the output; without it memory is allocated.
             threads: how many to compute with; by default as many as PyTorch uses.
 
@@ -217,6 +230,8 @@ class CpuLayer:
         _require_plain(out, "The output", shape)
         if residual is not None:
             _require_plain(residual, "The residual", shape)
+            if self.activation == HARD_SWISH:
+                raise ValueError("No residual can be added before a hard-swish. Add it before.")
         if out.data_ptr() == input.data_ptr() and out.numel():
             raise ValueError("The output would overwrite the input. Give it another buffer.")
         if plan is not None:
@@ -263,7 +278,9 @@ class CpuLayer:
             depth=packed.edges[-1],
             words=-(-packed.edges[-1] // GROUPS_PER_WORD),
             depth_blocks=len(packed.edges) - 1,
-            floor=0.0 if self.relu else -math.inf,
+            hard_swish=self.activation == HARD_SWISH,
+            floor=_BOUNDS[self.activation][0],
+            ceiling=_BOUNDS[self.activation][1],
             **self._cut(images * out_height * out_width, threads),
         )
 

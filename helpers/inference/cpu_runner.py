@@ -1,6 +1,6 @@
 """Run a model on a CPU with the fastest kernel for each layer, dense or 2:4.
 
-Batch norm is folded; bias, residual and ReLU are computed in the layer before them; and what
+Batch norm is folded; bias, residual and activation are computed in the layer before them; and what
 the layers write goes into few buffers. Explained in `06_infer_and_benchmark.ipynb`.
 """
 
@@ -56,8 +56,8 @@ class DenseCpu(CpuKernel):
     def own(self) -> CpuLayer:
         """The weight in the kernel's order; made when it is first needed."""
         if isinstance(self.layer, nn.Conv2d):
-            return CpuLayer.from_conv(self.layer, self.epilogue.relu, self.sparse)
-        return CpuLayer.from_linear(self.layer, self.epilogue.relu, self.sparse)
+            return CpuLayer.from_conv(self.layer, self.epilogue.activation, self.sparse)
+        return CpuLayer.from_linear(self.layer, self.epilogue.activation, self.sparse)
 
     def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
         output_shape = self.own.output_shape(shape)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from helpers.errors import HelpersError
-from helpers.inference.autotune import Choice, ChoiceCache, cpu_and_threads, host_times
+from helpers.inference.autotune import (
+    Choice,
+    ChoiceCache,
+    cpu_and_threads,
+    host_times,
+    measure_twice,
+    takes_still,
+)
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.errors import RunnerError
 from helpers.inference.export import export_onnx
@@ -27,8 +35,8 @@ from helpers.inference.runners import OnnxRunner, Runner, TorchRunner
 if TYPE_CHECKING:
     import pandas as pd
 
-# Seconds for which each whole model is timed, in at least five runs.
-SECONDS = 1.0
+# Seconds for which each whole model is timed in each of two measurements.
+SECONDS = 0.5
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +59,9 @@ class DenseCpuRunner(Runner):
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
-        cache: JSON file for the choices, so that they are measured once.
+        cache: JSON file for the choices, so that they are measured once. A choice on which two
+            measurements disagree is not kept, and one is measured again if its runner takes
+            another time in a later process.
         timer: times the runs of whole models.
         compile: consider PyTorch compiled, which takes up to minutes for a large model.
 
@@ -77,6 +87,7 @@ class DenseCpuRunner(Runner):
             self.makers["PyTorch compiled"] = self._compiled_runner
         self.runners: dict[str, Runner] = {}
         self.choices: dict[tuple[torch.Size, int], Choice] = {}
+        self.ran: dict[int, str] = {}  # the name of the runner, by batch size
         self.name = "the fastest dense runner, CPU, FP32"
 
     def _onnx_runner(self, shape: tuple[int, ...]) -> Runner:
@@ -92,9 +103,12 @@ class DenseCpuRunner(Runner):
         key = images.shape, torch.get_num_threads()
         if key not in self.choices:
             own = network_key(self.fingerprint, images, self.makers)
-            self.choices[key] = self.cache.get(own, lambda: self._measure(images))
+            self.choices[key] = self.cache.get(
+                own, partial(self._measure, images), partial(self._still_holds, images)
+            )
         self.current = self._runner(self.choices[key].kernel, images.shape)
-        self.name = f"{self.current.name} (the fastest dense runner here)"
+        self.ran[len(images)] = self.current.name
+        self.name = f"{_by_batch_size(self.ran)} (the fastest dense runner here)"
         self.current.load(images)
 
     def _runner(self, name: str, shape: tuple[int, ...]) -> Runner:
@@ -121,9 +135,19 @@ class DenseCpuRunner(Runner):
                 f"No dense runner takes the model on images of shape {tuple(images.shape)}: "
                 + "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             )
-        times = self.timer([runner.run for runner in runners.values()])
-        milliseconds = dict(zip(runners, times, strict=True))
-        return Choice(min(milliseconds, key=milliseconds.__getitem__), {}, milliseconds, refused)
+        measured = measure_twice(self.timer, {name: runner.run for name, runner in runners.items()})
+        times = measured.shortest
+        fastest = min(times, key=times.__getitem__)
+        return Choice(fastest, {}, times, refused, measured.support(fastest))
+
+    @property
+    def running(self) -> str:
+        return self.current.name
+
+    def _still_holds(self, images: Tensor, choice: Choice) -> bool:
+        runner = self._runner(choice.kernel, images.shape)
+        runner.load(images)
+        return takes_still(self.timer, runner.run, choice.milliseconds[choice.kernel])
 
     def run(self) -> None:
         self.current.run()
@@ -137,6 +161,22 @@ class DenseCpuRunner(Runner):
     def network_times(self) -> "pd.DataFrame":
         """Return one row for each input shape so far: how fast each runner is, and which runs."""
         return network_table(self.choices)
+
+
+def _by_batch_size(names: Mapping[int, str]) -> str:
+    """Return the names of runners in words, with their batch sizes if there are several names."""
+    sizes = batch_sizes_by_name(names)
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return "; ".join(f"at batch size {own} {name}" for name, own in sizes.items())
+
+
+def batch_sizes_by_name(names: Mapping[int, str]) -> dict[str, str]:
+    """Return the batch sizes of each name, in words."""
+    return {
+        name: ", ".join(str(size) for size in sorted(names) if names[size] == name)
+        for name in dict.fromkeys(names[size] for size in sorted(names))
+    }
 
 
 def network_table(choices: Mapping[tuple[torch.Size, int], Choice]) -> "pd.DataFrame":

@@ -19,12 +19,20 @@ from helpers.layers import is_plain
 ProductLayer = nn.Linear | nn.Conv2d
 
 
+# What may follow a layer and be fused into it, by its name here; in place.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReLU": torch.relu_,
+    "ReLU6": partial(F.relu6, inplace=True),
+    "hard-swish": partial(F.hardswish, inplace=True),
+}
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What a kernel does to a layer's output before it returns it."""
 
-    relu: bool = False
-    add: bool = False  # a residual, before the ReLU
+    activation: str = ""  # one of `ACTIVATIONS`, or none
+    add: bool = False  # a residual, before the activation
 
     def apply_(self, output: Tensor, residual: Tensor | None = None) -> Tensor:
         """Do it to a tensor, in place, for a kernel that cannot do it while it writes."""
@@ -32,11 +40,15 @@ class Epilogue:
             # A residual of another shape or type makes the sum one of that shape or type.
             same = residual.shape == output.shape and residual.dtype == output.dtype
             output = output.add_(residual) if same else output + residual
-        return output.relu_() if self.relu else output
+        return self.activate_(output)
+
+    def activate_(self, output: Tensor) -> Tensor:
+        """Do only what follows the addition."""
+        return ACTIVATIONS[self.activation](output) if self.activation else output
 
     def __str__(self) -> str:
-        parts = {"residual": self.add, "ReLU": self.relu}
-        return ", ".join(name for name, present in parts.items() if present)
+        parts = ["residual"] if self.add else []
+        return ", ".join([*parts, self.activation] if self.activation else parts)
 
 
 NO_EPILOGUE = Epilogue()
@@ -171,6 +183,6 @@ class DenseGemm(Gemm):
     name = "dense GEMM"
 
     def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
-        if self.epilogue.relu and self.bias is not None:
+        if self.epilogue.activation == "ReLU" and self.bias is not None:
             return torch._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=False)
         return self.epilogue.apply_(F.linear(rows, self.weight, self.bias))

@@ -18,6 +18,14 @@ from helpers.inference.kernels import Call, CpuKernel, ProductLayer
 from helpers.inference.traced import called_module
 from helpers.layers import is_plain
 
+# Our activations by oneDNN's names, with their parameters.
+_ONEDNN: dict[str, tuple[str, list[float]]] = {
+    "": ("none", []),
+    "ReLU": ("relu", []),
+    "ReLU6": ("hardtanh", [0.0, 6.0]),
+    "hard-swish": ("hardswish", []),
+}
+
 
 class OneDnn(CpuKernel):
     """The layer in oneDNN with its weight in oneDNN's order; convolutions are channels-last."""
@@ -43,14 +51,17 @@ class OneDnn(CpuKernel):
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
         weight = reorder(conv.weight.detach().to_mkldnn(), *geometry, list(shape))
         bias, operator = conv.bias, torch.ops.mkldnn._convolution_pointwise
-        then = "relu" if self.epilogue.relu else "none"
+        epilogue, then = self.epilogue, _ONEDNN[self.epilogue.activation]
+        # After an addition PyTorch lets oneDNN compute a ReLU, and nothing else.
+        relu = "relu" if epilogue.activation == "ReLU" else None
 
         def call(input: Tensor, residual: Tensor | None = None) -> Tensor:
             if residual is None:
-                return operator.default(input, weight, bias, *geometry, then, [], "")
-            return operator.binary(
-                input, residual, weight, bias, *geometry, "add", 1.0, then, [], ""
+                return operator.default(input, weight, bias, *geometry, *then, "")
+            output = operator.binary(
+                input, residual, weight, bias, *geometry, "add", 1.0, relu, [], ""
             )
+            return output if relu else epilogue.activate_(output)
 
         return call
 
@@ -60,13 +71,12 @@ class OneDnn(CpuKernel):
         tokens = shape[:-1].numel()
         weight = torch.ops.mkldnn._reorder_linear_weight(self.layer.weight.detach(), tokens)
         operator = torch.ops.mkldnn._linear_pointwise
-        then = "relu" if epilogue.relu else "none"
+        then = _ONEDNN[epilogue.activation]
 
         def call(input: Tensor, residual: Tensor | None = None) -> Tensor:
             if residual is None:
-                return operator.default(input, weight, bias, then, [], "")
-            output = operator.binary(input, residual, weight, bias, "add")
-            return output.relu_() if epilogue.relu else output
+                return operator.default(input, weight, bias, *then, "")
+            return epilogue.activate_(operator.binary(input, residual, weight, bias, "add"))
 
         return call
 

@@ -54,6 +54,11 @@ class Runner(ABC):
     def invalidate_output(self) -> None:
         """Overwrite the logits of the last run with NaN, to detect a run that writes none."""
 
+    @property
+    def running(self) -> str:
+        """The name of the runner that infers the loaded images, where one chooses among others."""
+        return self.name
+
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU computed in the last run, by CUDA events; None on a CPU."""
         return None

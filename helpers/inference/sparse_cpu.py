@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import InputError
-from helpers.inference.autotune import NOISE, Choice, ChoiceCache, Timer, host_times
+from helpers.inference.autotune import (
+    NOISE,
+    Choice,
+    ChoiceCache,
+    Timer,
+    host_times,
+    measure_twice,
+    takes_still,
+)
 from helpers.inference.cpu_runner import CpuRunner
 from helpers.inference.dense_cpu import (
     DenseCpuRunner,
     NetworkTimer,
+    batch_sizes_by_name,
     fingerprint,
     network_key,
     network_table,
@@ -38,7 +47,13 @@ class SparseCpuRunner(CpuRunner):
 
     Each shape of images is prepared when it is first loaded, on these images: each layer
     chooses the fastest of its kernels, as in `CpuRunner`; then the model of these layers takes
-    turns with a dense runner of the same model, and the faster one is kept.
+    turns with a dense runner of the same model. It is used if it is faster in both of two
+    measurements; otherwise the dense one is. If both measurements agree, the outcome is kept in
+    the cache, and a later process believes it if the model that runs takes as long as it took
+    then. Otherwise other programs have disturbed one of the processes, and the models are compared
+    again.
+
+    `name` says at which batch sizes the dense runner runs.
 
     Args:
         model: a model pruned 2:4, in FP32; it is not changed.
@@ -67,14 +82,21 @@ class SparseCpuRunner(CpuRunner):
         super().__init__(model, kernels, cache, timer)
         self.dense = dense or DenseCpuRunner(model, cache, network_timer)
         self.network_timer, self.network_cache = network_timer, ChoiceCache(cache)
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint, self.own_name = fingerprint(self.model), self.name
         self.network_choices: dict[tuple[torch.Size, int], Choice] = {}
+        self.ran: dict[int, str] = {}  # the name of the runner, by batch size
 
     def load(self, images: Tensor) -> None:
         super().load(images)
         self.dense_runs = self._choice().kernel == DENSE
         if self.dense_runs:
             self.dense.load(self.images)
+        self.ran[len(images)] = self.running
+        self.name = self.own_name + "".join(
+            f"; at batch size {sizes} {name}, which is faster there"
+            for name, sizes in batch_sizes_by_name(self.ran).items()
+            if name != self.own_name
+        )
 
     def _choice(self) -> Choice:
         """Return what runs the loaded images."""
@@ -83,7 +105,9 @@ class SparseCpuRunner(CpuRunner):
         key = self.images.shape, torch.get_num_threads()
         if key not in self.network_choices:
             own = network_key(self.fingerprint, self.images, {SPARSE: self, DENSE: self.dense})
-            self.network_choices[key] = self.network_cache.get(own, self._measure)
+            self.network_choices[key] = self.network_cache.get(
+                own, self._measure, self._still_holds
+            )
         return self.network_choices[key]
 
     def _measure(self) -> Choice:
@@ -97,10 +121,20 @@ class SparseCpuRunner(CpuRunner):
                 f"{self.dense.name} and {self.name} return outputs that differ by {error:.1e} of "
                 "the largest. Pass as `dense` a runner of the same model, with the same weights."
             )
-        times = self.network_timer([self.dense.run, self.run])
-        milliseconds = dict(zip((DENSE, SPARSE), times, strict=True))
-        faster = milliseconds[SPARSE] < (1 - NOISE) * milliseconds[DENSE]
-        return Choice(SPARSE if faster else DENSE, {}, milliseconds)
+        measured = measure_twice(self.network_timer, {DENSE: self.dense.run, SPARSE: self.run})
+        faster = [times[SPARSE] < (1 - NOISE) * times[DENSE] for times in measured.measurements]
+        chosen = SPARSE if all(faster) else DENSE
+        return Choice(chosen, {}, measured.shortest, reliable=len(set(faster)) == 1)
+
+    def _still_holds(self, choice: Choice) -> bool:
+        self.dense_runs = choice.kernel == DENSE
+        if self.dense_runs:
+            self.dense.load(self.images)
+        return takes_still(self.network_timer, self.run, choice.milliseconds[choice.kernel])
+
+    @property
+    def running(self) -> str:
+        return self.dense.running if self.dense_runs else self.own_name
 
     def run(self) -> None:
         if self.dense_runs:

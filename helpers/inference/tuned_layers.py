@@ -74,8 +74,8 @@ def tune_layers_(
 ) -> list[TunedLayer]:
     """Replace the layers that some kernel takes by layers that choose among kernels, in place.
 
-    A ReLU that follows a layer is taken into it. The model then computes the same outputs, and
-    can no longer be trained.
+    A ReLU, ReLU6 or hard-swish that follows a layer is taken into it. The model then computes
+    the same outputs, and can no longer be trained.
 
     Args:
         model: as `fold_batch_norm` returns it, already on its device and in its type.
@@ -97,7 +97,7 @@ def tune_layers_(
         fitting = [kernel for kernel in kernels if kernel.takes(layer)]
         if fitting and may_replace(LayerWeight(f"{name}.weight", layer, "weight")):
             add = residuals and absorb_additions_(model, calls)
-            epilogue = Epilogue(relu=_absorb_relus_(model, calls), add=add)
+            epilogue = Epilogue(_absorb_activations_(model, calls, add), add)
             own = [DenseLayer(layer, epilogue), *(kernel(layer, epilogue) for kernel in fitting)]
             tuned.append(TunedLayer(name, own, autotuner))
     for tuned_layer in tuned:
@@ -148,23 +148,39 @@ def _product_layers(
             yield name, layer, calls
 
 
-def _absorb_relus_(model: fx.GraphModule, calls: list[fx.Node]) -> bool:
-    """Take the ReLUs out of the graph if every result of a layer goes into one and only there."""
+_ACTIVATION_MODULES = {nn.ReLU: "ReLU", nn.ReLU6: "ReLU6", nn.Hardswish: "hard-swish"}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    F.relu: "ReLU",
+    torch.relu: "ReLU",
+    F.relu6: "ReLU6",
+    F.hardswish: "hard-swish",
+}
+
+
+def _absorb_activations_(model: fx.GraphModule, calls: list[fx.Node], add: bool) -> str:
+    """Take the activations after a layer out of the graph, and return which they were.
+
+    That is done if every result of the layer goes into one, of the same kind, and only there.
+    """
     if not calls or not all(len(call.users) == 1 for call in calls):
-        return False
+        return ""
     users = [user for call in calls for user in call.users]
-    if not all(_is_relu(model, user) for user in users):
-        return False
-    for call, relu in zip(calls, users, strict=True):
-        relu.replace_all_uses_with(call)
-        model.graph.erase_node(relu)
-    return True
+    (activation, *others) = {_activation(model, user) for user in users}
+    if others or (add and activation == "hard-swish"):  # no kernel for sums of residuals has that
+        return ""
+    if activation:
+        for call, user in zip(calls, users, strict=True):
+            user.replace_all_uses_with(call)
+            model.graph.erase_node(user)
+    return activation
 
 
-def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
+def _activation(model: fx.GraphModule, node: fx.Node) -> str:
+    """Return which activation a node is; empty if it is none of those that can be fused."""
     if first_input(node) is None:  # called with a keyword; too rare to follow
-        return False
+        return ""
     module = called_module(model, node)
     if module is not None:
-        return is_plain(module, nn.ReLU)
-    return node.op == "call_function" and node.target in (F.relu, torch.relu)
+        is_it = is_plain(module, *_ACTIVATION_MODULES)
+        return _ACTIVATION_MODULES[type(module)] if is_it else ""
+    return _ACTIVATION_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""

@@ -6,6 +6,7 @@ Explained in `02_prune_2_4.ipynb`.
 import inspect
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,9 +62,10 @@ def prune_sparsegpt_(
         model: any model; it runs in evaluation mode and gets its mode back.
         calibration_data: batches of inputs, each a tensor; a dictionary of named inputs; or a
             tuple or list, of which `forward` gets as many items as it requires, and at least
-            one. What follows them, such as labels, is ignored; inputs that `forward` does not
-            require have to be named. The batches are read once for every layer and moved to the
-            model's device: pass a list, or a loader that yields the same batches every time.
+            one. What follows them, such as labels, is ignored, with a warning if it could be an
+            input: inputs that `forward` does not require have to be named. The batches are read
+            once for every layer and moved to the model's device: pass a list, or a loader that
+            yields the same batches every time.
         rules: which weights are eligible, as in `prune_2to4_`.
         include: as in `prune_2to4_`.
         exclude: as in `prune_2to4_`.
@@ -271,8 +273,9 @@ def _outputs(product: Product, weight: Candidate) -> range:
     """
     whole, factor = weight.parameter, product.factor
     if product.operator is aten.convolution:
-        if bool(product.arguments[6]) != weight.transposed:
-            raise _OtherUseError("as the filters of the other kind of convolution")
+        is_transposed, groups = bool(product.arguments[6]), product.arguments[8]
+        if is_transposed != weight.transposed or (is_transposed and groups != weight.groups):
+            raise _OtherUseError("as the filters of another kind of convolution")
     elif factor.dim() > 2 or weight.transposed:
         raise _OtherUseError("in a product of another form than the layer's")
     elif factor.dim() == 1:
@@ -283,12 +286,12 @@ def _outputs(product: Product, weight: Candidate) -> range:
     starts = []
     if storage_of(factor) == storage_of(whole):
         starts = [int(factor.storage_offset() - whole.storage_offset()) // whole.stride(0)]
-    elif rows.shape[1] == part.shape[1]:  # a copy, such as autocast makes
+    elif len(part) and rows.shape[1] == part.shape[1]:  # a copy, such as autocast makes
         starts = (rows == part[0]).all(1).nonzero().flatten().tolist()
     # In the same memory there may still be a transpose, or only some of the columns.
     found = [start for start in starts if torch.equal(rows[start : start + len(part)], part)]
     inputs_first = weight.input_dim == 0
-    if len(found) != 1 or (inputs_first and len(part) < len(rows)):
+    if len(found) != 1 or len(part) < (len(rows) if inputs_first else 1):
         raise _OtherUseError("transposed, or in other parts than whole rows")
     if inputs_first:
         return range(weight.groups * whole.shape[1])
@@ -390,6 +393,10 @@ def _inputs(product: Product, weight: Candidate) -> Iterator[Tensor]:
         vectors = product.input.mT if columns_first else product.input
         windows = vectors.reshape(-1, vectors.shape[-1], 1)
     channels = weight.input_channels
+    if not windows.numel():  # as for an expert that no token of a batch is sent to
+        outputs = len(_by_rows(weight, weight.parameter).flatten(0, 1))
+        yield windows.new_zeros(groups, 0, weight.parameter.numel() // outputs).double()
+        return
     for image in windows.split(max(1, _CHUNK // windows[0].numel())):
         for part in image.split(max(1, _CHUNK // image[:, :, 0].numel()), dim=2):
             columns = part.reshape(
@@ -474,13 +481,18 @@ def _arguments(batch: Any, signature: inspect.Signature) -> ModelInputs:
         return (), dict(batch)
     if not isinstance(batch, tuple | list):
         return (batch,), {}
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    required = [
-        parameter
-        for parameter in signature.parameters.values()
-        if parameter.kind in positional and parameter.default is parameter.empty
-    ]
-    return tuple(batch[: max(1, len(required))]), {}
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    positional = [each for each in signature.parameters.values() if each.kind in kinds]
+    required = [each for each in positional if each.default is each.empty]
+    taken = max(1, len(required))
+    if min(len(batch), len(positional)) > taken:
+        warnings.warn(
+            f"The model gets {taken} of the {len(batch)} items of a calibration batch, because its "
+            f"forward requires no more: {signature}. If others are inputs too, and not labels, "
+            "pass dictionaries of named inputs.",
+            stacklevel=2,
+        )
+    return tuple(batch[:taken]), {}
 
 
 @contextmanager

@@ -267,7 +267,7 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     for axis in (left, right):
         axis.set_xticks(places, batch_sizes)
         axis.set_xlabel("batch size")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -296,7 +296,8 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
     axis.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, -0.16), frameon=False, fontsize=8)
     machine = record["machine"]
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
-    axis.set_title(f"{record['runner']}\n{where}, {record['date']}", fontsize=10)
+    runner = textwrap.fill(record["runner"], 90)
+    axis.set_title(f"{runner}\n{where}, {record['date']}", fontsize=10)
     figure.tight_layout()
     return figure
 
