@@ -118,7 +118,9 @@ def _is_plain(parameter: Tensor) -> bool:
 def _random_like(parameter: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
     numbers = torch.rand(parameter.shape, generator=generator) + 0.5
     if parameter.shape == shape:
-        numbers *= torch.rand(shape, generator=generator) < 0.5
+        removed = torch.rand(shape, generator=generator) < 0.5
+        removed[0] = removed[:, 0] = False  # a norm of zeros alone would make them NaN
+        numbers.masked_fill_(removed, 0)
     return numbers.to(_device(parameter), parameter.dtype)
 
 

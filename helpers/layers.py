@@ -131,7 +131,7 @@ class LayerWeight:
     @property
     def input_dim(self) -> int:
         """The dimension of the input channels."""
-        return 0 if self.transposed or _is_gpt2_linear(self.layer) else 1
+        return 0 if isinstance(self.layer, (*TRANSPOSED, *_gpt2_linear())) else 1
 
     @property
     def groups(self) -> int:
@@ -151,10 +151,10 @@ class LayerWeight:
         return channels * self.groups if self.transposed else channels
 
 
-def _is_gpt2_linear(layer: nn.Module) -> bool:
-    """Return whether this is the linear layer of GPT-2, whose weight is (inputs, outputs)."""
+def _gpt2_linear() -> tuple[type[nn.Module], ...]:
+    """Return the linear layer of GPT-2, whose weight is (inputs, outputs), if it is loaded."""
     module = sys.modules.get("transformers.pytorch_utils")
-    return module is not None and isinstance(layer, module.Conv1D)
+    return () if module is None else (module.Conv1D,)
 
 
 def _attributes(layer: nn.Module) -> tuple[str, ...]:
@@ -165,8 +165,8 @@ def _attributes(layer: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
     if isinstance(layer, nn.RNNCellBase):
         return ("weight_ih", "weight_hh")
-    kinds = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
-    return ("weight",) if isinstance(layer, kinds) or _is_gpt2_linear(layer) else ()
+    kinds = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED, *_gpt2_linear())
+    return ("weight",) if isinstance(layer, kinds) else ()
 
 
 _FORWARDS = {
@@ -180,16 +180,15 @@ def _computes(layer: nn.Module, attribute: str) -> bool:
     parameter = layer._parameters.get(attribute)
     if parameter is None or getattr(layer, attribute) is not parameter:
         return True
-    kind, own = type(layer), vars(layer)
-    if _is_gpt2_linear(layer):
-        return kind.__name__ != "Conv1D" or "forward" in own
-    if kind.forward not in _FORWARDS or "_conv_forward" in own:
+    own = vars(layer)
+    forwards = _FORWARDS | {kind.forward for kind in _gpt2_linear()}
+    if type(layer).forward not in forwards or "_conv_forward" in own:
         return True
     if isinstance(layer, CONVOLUTIONS) and type(layer)._conv_forward not in _CONVOLVES:
         return True
     # Accelerate wraps the forward that a layer has, and keeps it under this name.
     kept = getattr(own.get("_old_forward"), "__func__", None)
-    return "forward" in own and kept not in _FORWARDS
+    return "forward" in own and kept not in forwards
 
 
 def smallest_inputs(layer: nn.Module, shape: torch.Size) -> list[Shape]:
@@ -199,7 +198,7 @@ def smallest_inputs(layer: nn.Module, shape: torch.Size) -> list[Shape]:
     if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         sizes = zip(layer.kernel_size, layer.dilation, strict=True)
         return [(1, layer.in_channels, *(step * (size - 1) + 1 for size, step in sizes))]
-    return [(1, shape[0 if _is_gpt2_linear(layer) else -1])]
+    return [(1, shape[0 if isinstance(layer, _gpt2_linear()) else -1])]
 
 
 def _uses(model: nn.Module) -> Iterator[LayerWeight]:
@@ -280,7 +279,7 @@ def layer_kind(layer: nn.Module) -> str:
     """Return what kind of layer this is, in words, such as "grouped 3x3 convolution"."""
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
-    if isinstance(layer, nn.Linear) or _is_gpt2_linear(layer):
+    if isinstance(layer, (nn.Linear, *_gpt2_linear())):
         return "linear"
     if isinstance(layer, UNSUPPORTED):
         return "bilinear" if isinstance(layer, nn.Bilinear) else "recurrent"

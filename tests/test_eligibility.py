@@ -402,3 +402,125 @@ def test_the_weights_that_a_pattern_could_have_matched_are_named():
         eligible_weights(nn.Sequential(nn.ReLU()), include="fc")
     with pytest.raises(HelpersError, match=r"The weights of the model are weight\.$"):
         eligible_weights(nn.Linear(4, 4), exclude="fc")
+
+
+# The whole network.
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(16, 32, 3, padding=1)
+        self.lstm = nn.LSTM(32, 256, batch_first=True)
+        self.head = nn.Linear(256, 8)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.conv(x).transpose(1, 2))[0])
+
+
+def test_shares_are_those_of_the_whole_network():
+    report = sparsity_report(Recurrent(), example=torch.randn(2, 16, 20))
+    convolution, lstm, head = 16 * 32 * 3, 4 * 256 * (32 + 256), 256 * 8
+    assert report.macs == report.layers.macs.sum() == 40 * (convolution + lstm + head)
+    share = (convolution + head) / (convolution + lstm + head)
+    assert report.macs_share == pytest.approx(100 * share)
+    assert report.ceiling == pytest.approx(1 / (1 - share / 2))
+    reasons = report.layers.set_index("weight").reason
+    assert (
+        reasons["lstm.weight_ih_l0"] == reasons["lstm.weight_hh_l0"] == "recurrent: not supported"
+    )
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16, 8))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(torch.einsum("ni,eio->eno", x, self.weight))
+
+
+def test_a_parameter_outside_of_layers_has_a_row():
+    report = sparsity_report(nn.Sequential(Experts()), example=torch.zeros(2, 16))
+    row = report.layers.iloc[-1].to_dict()
+    assert (row["weight"], row["kind"], row["shape"]) == ("0.weight", "parameter", "4x16x8")
+    assert (row["macs"], row["eligible"]) == (2 * 4 * 16 * 8, False)
+    assert row["reason"] == "a parameter of Experts, which is no supported layer"
+    assert report.macs_share == pytest.approx(100 * 8 / (8 + 16))
+    assert "1 of 2 layers can be sparse" in report.summary
+
+
+def test_only_products_along_the_input_channels_can_be_sparse():
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return torch.relu(self.encode(x)) @ self.encode.weight
+
+    report = sparsity_report(Autoencoder(), example=torch.zeros(2, 16))
+    assert report.layers.macs.tolist() == [2 * 2 * 16 * 8]
+    assert (report.macs_share, report.ceiling) == (50, pytest.approx(4 / 3))
+
+
+def language_model():
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 16), nn.Linear(16, 32, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_pruning_an_embedding_by_way_of_the_head_is_said():
+    report = sparsity_report(language_model(), example=torch.zeros(1, 4, dtype=torch.long))
+    note = "2.weight is tied to 0.weight (Embedding): pruning prunes both, and `exclude` keeps both"
+    assert any(line.startswith(note) for line in report.notes)
+    assert note in repr(report) and note in report._repr_html_()
+    assert report.layers.tied_to.tolist() == ["", "0.weight (Embedding)"]
+
+
+@pytest.mark.parametrize("exclude", ["0", "0.weight", "2", "2.weight", nn.Embedding])
+def test_a_tied_weight_is_excluded_by_any_of_its_names_or_types(exclude):
+    model = language_model()
+    assert list(prune_2to4_(model, exclude=exclude)) == ["1.weight"]
+    assert (model[0].weight != 0).all()
+
+
+def test_what_is_never_reached_is_said():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcde"})
+    model.forward = lambda x: x
+    report = sparsity_report(model, example=torch.zeros(1, 4))
+    assert report.notes == [
+        "This input is not multiplied by a.weight, b.weight, c.weight and 2 others."
+    ]
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight - self.weight.mean(1, keepdim=True))
+
+
+def test_a_standardised_weight_is_refused_and_still_counted():
+    model = nn.Sequential(Standardised(16, 16, 1), nn.Conv2d(16, 16, 1))
+    report = sparsity_report(model, (16, 4, 4))
+    assert report.layers.reason.tolist() == [
+        "computed anew before the product: zeros do not stay zero", ""
+    ]  # fmt: skip
+    assert report.macs_share == 50
+    assert list(masks_2to4(model)) == ["1.weight"]
+    assert verify_model(model).eligible.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "example", [{"x": torch.zeros(2, 4), "mask": None}, (torch.zeros(2, 4), None)]
+)
+def test_inputs_may_be_named_or_none(example):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return self.inner(x), mask
+
+    assert sparsity_report(Masked(), example=example).macs_share == 100

@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from helpers.errors import HelpersError, InputError
-from helpers.layers import layer_kind, layer_table, layer_weights, model_inputs, shares_by_kind
+from helpers.layers import (
+    count_macs,
+    layer_kind,
+    layer_table,
+    layer_weights,
+    model_inputs,
+    shares_by_kind,
+)
 from helpers.training.networks import create_model
 
 
@@ -58,11 +68,68 @@ def test_a_tied_weight_comes_once():
     assert list(layer_weights(model)) == ["0.weight", "1.weight"]
 
 
-def test_a_computed_weight_is_known_as_one():
-    layer = parametrizations.weight_norm(nn.Linear(4, 4))
+def test_a_computed_weight_goes_by_the_parameter_that_it_is_computed_from():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    ((name, weight),) = layer_weights(model).items()
+    assert name == weight.name == "0.parametrizations.weight.original1"
+    assert weight.stored is model.get_parameter(name)
+    assert (weight.layer_name, weight.attribute) == ("0", "weight")
+    assert weight.is_computed and not weight.is_parameter
+    assert torch.equal(weight.tensor, model[0].weight)
+
+
+def test_a_tied_weight_names_all_its_uses():
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    model["head"].weight = model["table"].weight
+    model["again"] = model["head"]
+    (weight,) = layer_weights(model).values()
+    assert weight.name == "head.weight"
+    assert weight.tied_to == (("table.weight", model["table"]), ("again.weight", model["head"]))
+
+
+def test_a_tied_weight_is_refused_if_one_of_its_layers_computes_another():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Standardised(4, 4, 1))
+    model[1].weight = model[0].weight
+    (weight,) = layer_weights(model).values()
+    assert weight.refusal == "computed anew before the product: zeros do not stay zero"
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_layers_are_listed_and_counted_but_not_supported(kind):
+    layer = kind(4, 6)
+    weights = layer_weights(layer)
+    assert set(weights) == {name for name, each in layer.named_parameters() if each.dim() == 2}
+    assert {weight.refusal for weight in weights.values()} == {"recurrent: not supported"}
+    table = layer_table(layer, example=torch.zeros(5, 4))
+    assert set(table.kind) == {"recurrent"}
+    assert table.macs.sum() == 5 * sum(weight.shape.numel() for weight in weights.values())
+
+
+def test_gpt2s_linear_layer_has_its_inputs_in_rows(monkeypatch):
+    class Conv1D(nn.Module):
+        def __init__(self, outputs, inputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs))
+            self.bias = nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+
+    assert layer_weights(Conv1D(8, 4)) == {}
+    module = SimpleNamespace(Conv1D=Conv1D)
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", module)
+    (weight,) = layer_weights(Conv1D(8, 4)).values()
+    assert (weight.input_dim, weight.input_channels, weight.output_channels) == (0, 4, 8)
+    assert (weight.is_parameter, weight.refusal, layer_kind(weight.layer)) == (True, "", "linear")
+    assert layer_table(Conv1D(8, 4), example=torch.zeros(2, 4)).macs.tolist() == [2 * 32]
+
+
+def test_a_layer_with_accelerates_hook_is_a_plain_one():
+    layer = nn.Linear(4, 4)
+    layer._old_forward = layer.forward
+    layer.forward = lambda x: pytest.fail("it ran")
     (weight,) = layer_weights(layer).values()
-    assert not weight.is_parameter
-    assert weight.tensor.shape == (4, 4)
+    assert weight.is_parameter and not weight.refusal
 
 
 def test_input_channels_are_those_of_one_group_along_the_right_dimension():
@@ -321,6 +388,34 @@ def test_shares_add_up_to_a_hundred_per_cent(model):
     assert shares["parameters, %"].sum() == pytest.approx(100, abs=0.05)
     assert shares["MACs, %"].sum() == pytest.approx(100, abs=0.05)
     assert shares.index[0] == "1x1 convolution"
+
+
+class Everything(nn.Module):
+    """Multiplies in every way that is no layer: experts, buffers, activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(3, 4, 4))
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("basis", torch.zeros(4, 4))
+
+    def forward(self, x):
+        x = self.inner(x) @ self.basis + x @ self.inner.weight
+        y = torch.einsum("ni,eio->eno", x, self.experts).mean(0)
+        return F.scaled_dot_product_attention(x, y, y)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_product_of_a_network_is_counted_once(device):
+    with torch.device(device):
+        model, x = Everything(), torch.zeros(2, 4)
+    count = count_macs(model, ((x,), {}), layer_weights(model))
+    # The second use of the layer's weight sums over its outputs.
+    assert count.layers == {"inner.weight": 2 * 2 * 16}
+    assert count.sparse == {"inner.weight": 2 * 16}
+    assert count.parameters == {"experts": 3 * 2 * 16}
+    assert count.without_weight == 2 * 16 + 2 * (2 * 2 * 4)
+    assert count.total == (2 + 3 + 1) * 2 * 16 + 2 * 16
 
 
 class Lending(nn.Module):

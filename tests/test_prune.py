@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.utils.prune as torch_prune
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.errors import HelpersError
+from helpers.products import watch_products
 from helpers.sparsity import (
     apply_masks_,
     eligible_weights,
@@ -25,6 +27,7 @@ from helpers.sparsity import (
     restore_weights_,
     sparsity_report,
     unpack_masks,
+    verify_model,
 )
 from helpers.training.networks import create_model
 
@@ -293,3 +296,53 @@ def test_a_model_without_numbers_is_not_pruned():
         model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(HelpersError, match=r"0\.weight is on the device `meta`"):
         prune_2to4_(model)
+
+
+def test_an_embedding_that_is_pruned_by_way_of_the_head_is_named(caplog):
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32, bias=False))
+    model[1].weight = model[0].weight
+    assert list(prune_2to4_(model)) == ["1.weight"]
+    assert "0.weight (Embedding) is pruned too: it is 1.weight" in caplog.text
+
+
+class Dynamic(nn.Linear):
+    """Shows a computed weight by the name of its parameter, as ModelOpt's layers do."""
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        return value * torch.ones(()) if name == "weight" else value
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+        lambda: nn.utils.weight_norm(nn.Linear(16, 16)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)),
+        lambda: torch_prune.random_unstructured(nn.Linear(16, 16), "weight", 0.2),
+        lambda: Dynamic(16, 16),
+    ],
+    ids=["weight norm", "old weight norm", "spectral norm", "pruned by torch", "dynamic"],
+)
+def test_a_computed_weight_is_pruned_held_and_verified_where_it_is_used(make):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.Linear(16, 16)), torch.randn(8, 16)
+    masks = prune_2to4_(model)
+    assert len(masks) == 2 and masks.keys() == masks_of(model).keys()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with hold_masks(optimizer, model, masks):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    table = verify_model(model)
+    assert table.weight.tolist() == list(masks)
+    assert table.eligible.all() and table.is_2to4.all()
+    factors = []
+    with torch.no_grad(), watch_products({}, lambda product: factors.append(product.factor.T)):
+        model.eval()(x)
+    # Spectral norm also multiplies its weight by a vector, for the norm.
+    used = [factor for factor in factors if factor.shape == (16, 16)]
+    assert len(used) == 2
+    assert all(is_2to4(factor) and factor.any() for factor in used)

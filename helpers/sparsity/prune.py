@@ -156,7 +156,7 @@ def masked_parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
     weights = []
     for name, mask in masks.items():
         try:
-            weight = model.get_parameter(name)
+            weight = _parameter(model, name)
         except (AttributeError, RuntimeError) as error:  # the latter from TorchScript
             layer_weights(model)  # may know why
             raise InputError(
@@ -178,6 +178,13 @@ def masked_parameters(model: nn.Module, masks: Masks) -> list[nn.Parameter]:
             )
         weights.append(weight)
     return weights
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    owner, _, attribute = name.rpartition(".")
+    # ModelOpt's layers show a computed weight by the name of the parameter.
+    parameter = model.get_submodule(owner)._parameters.get(attribute)
+    return model.get_parameter(name) if parameter is None else parameter
 
 
 def prune_2to4_(
