@@ -45,6 +45,12 @@ from network_catalogue import Network, catalogue
 from network_steps import FAULTS, LIMIT, RAW_ERROR, SKIPPED, STEPS
 
 RESULT = Path(__file__).parent / "results" / "networks.json"
+# What the steps import; all that is slow to import.
+SLOW = (
+    "network_steps", "helpers.sparsity.compiled", "helpers.sparsity.onnx_weights",
+    "helpers.sparsity.permute", "networkx", "onnxscript", "pandas", "torch._inductor.decomposition",
+    "torch.export", "torch.onnx._internal.exporter._compat",
+)  # fmt: skip
 PACKAGES = ("timm", "transformers", "ultralytics", "diffusers", "segmentation_models_pytorch")
 
 
@@ -122,7 +128,7 @@ def try_apart(network: Network, seconds: int, gib: float) -> list[dict[str, Any]
     """Return the rows of a network, tried in a process of its own."""
     # The server has the slow imports done, and is forked for each network.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["network_steps", "onnxscript", *PACKAGES])
+    context.set_forkserver_preload([*SLOW, *PACKAGES])
     with TemporaryDirectory() as folder:
         rows_file, log = Path(folder) / "rows", Path(folder) / "log"
         process = context.Process(
