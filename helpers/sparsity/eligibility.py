@@ -231,6 +231,7 @@ def eligible_weights(
 
     Considered are linear layers, convolutions in one to three dimensions, transposed or not,
     and attention's projections, and their subclasses. A weight that layers share comes once.
+    Where a layer computes its weight, this is the parameter that it computes it from.
 
     Args:
         model: any model.
