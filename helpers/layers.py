@@ -25,6 +25,7 @@ from helpers.parameters import (
     gathered,
     named_layers,
     plain_name,
+    require_numbers,
     require_runnable,
     unwrapped,
 )
@@ -420,6 +421,9 @@ def count_macs(
         for name, parameter in model.named_parameters():
             watched[known.get(id(parameter), plain_name(name))] = parameter
         require_runnable(watched, (x for x in tree_leaves(inputs) if isinstance(x, Tensor)))
+        for name in weights:
+            if name in watched and not watched[name].is_meta:
+                require_numbers(watched[name], name)
         with watch_products(watched, add, model.buffers()):
             model(*args, **kwargs)
     return replace(count, without_weight=without_weight)

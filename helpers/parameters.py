@@ -224,6 +224,8 @@ def require_numbers(weight: Tensor, name: str) -> None:
 
 def is_freed(tensor: Tensor) -> bool:
     """Return whether the memory of a tensor was given back, so that reading it would crash."""
+    if tensor.layout != torch.strided:  # a sparse tensor has no memory of its own
+        return False
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 

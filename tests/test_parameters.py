@@ -143,6 +143,12 @@ def freed():
     return model
 
 
+def sparse_layout():
+    model = network()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse(), requires_grad=False)
+    return model
+
+
 def quantized_weight():
     model = network()
     weight = torch.quantize_per_tensor(model[0].weight.detach(), 0.1, 0, torch.qint8)
@@ -160,6 +166,7 @@ WITHOUT_SHAPE = {
 WITHOUT_NUMBERS = {
     "meta": (offloaded, r"0\.weight .*on the device `meta`"),
     "freed": (freed, r"memory of 0\.weight has been freed|0\.weight .*memory has been freed"),
+    "sparse": (sparse_layout, r"0\.weight .*torch\.sparse_coo"),
     "packed": (packed, r"0\.weight .*of type Packed"),
     "quantized": (quantized_weight, r"0\.weight .*quantized"),
 }
