@@ -260,7 +260,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
         {
             **_EXPERTS,
             "moe_intermediate_size": 32,
-            "n_routed_experts": 8,
+            "n_routed_experts": 4,
             "n_group": 2,
             "topk_group": 1,
             "kv_lora_rank": 16,
