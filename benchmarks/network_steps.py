@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.errors import HelpersError, first_line, root_cause
@@ -445,13 +446,20 @@ def export(trial: Trial) -> str:
             if stop.verdict != REFUSED:
                 raise
             refusal = f"; export_onnx: {stop.reason}"
-    with theirs(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(trial.model, trial.inputs, dynamo=True, verbose=False)
-        assert program is not None
-        program.save(path)
+    with theirs():
+        try:
+            _export_by_torch(trial, path)
+        except Exception:  # as in export_onnx
+            with sdpa_kernel(SDPBackend.MATH):
+                _export_by_torch(trial, path)
     trial.file = path
     return f"by torch.onnx.export, {path.stat().st_size / 1e6:.1f} MB{refusal}"
+
+
+def _export_by_torch(trial: Trial, path: Path) -> None:
+    program = torch.onnx.export(trial.model, trial.inputs, dynamo=True, verbose=False)
+    assert program is not None
+    program.save(path)
 
 
 def verify_the_file(trial: Trial) -> str:

@@ -4,7 +4,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.errors import InputError, first_line, root_cause
 from helpers.inference.fold import fold_batch_norm
@@ -38,15 +39,7 @@ def export_onnx(
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)
         try:
-            program = torch.onnx.export(
-                folded,
-                (example,),
-                dynamo=True,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                verbose=False,
-            )
+            program = _program(folded, example)
         except Exception as error:  # the exporter raises classes without a common base
             cause = root_cause(error)
             raise InputError(
@@ -57,3 +50,24 @@ def export_onnx(
     assert program is not None  # it is None only where dynamo=False
     program.save(path, external_data=False)
     return Path(path)
+
+
+def _program(model: nn.Module, example: Tensor) -> torch.onnx.ONNXProgram | None:
+    def write() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+
+    try:
+        return write()
+    except Exception:
+        # PyTorch cannot export every attention with a mask in the form that is fast on a CPU,
+        # but it can as plain products, which compute the same.
+        with sdpa_kernel(SDPBackend.MATH):
+            return write()
