@@ -124,11 +124,14 @@ def test_a_model_that_pytorch_cannot_export_is_refused_with_the_cause(tmp_path):
 class BiasedAttention(nn.Module):  # as in BEiT and Swin
     def __init__(self):
         super().__init__()
-        self.qkv, self.bias = nn.Linear(28, 96), nn.Parameter(torch.zeros(4, 28, 28))
+        self.qkv, self.table = nn.Linear(28, 96), nn.Parameter(torch.randn(55, 4))
+        places = torch.arange(28)
+        self.register_buffer("index", places[:, None] - places + 27)
 
     def forward(self, x):
         q, k, v = self.qkv(x).reshape(-1, 28, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        bias = self.table[self.index].permute(2, 0, 1).unsqueeze(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return x.transpose(1, 2).reshape(-1, 28, 32)
 
 
