@@ -176,12 +176,14 @@ def watch(model: nn.Module, inputs: Sequence[Any]) -> list[UsedWeight]:
     torch.backends.mha.set_fastpath_enabled(False)
     modes = [(layer, layer.training) for layer in model.modules()]
     model.eval()
+    # oneDNN has recurrent layers as one operator, but without it convolutions are slow.
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
     try:
         # Attention and recurrent layers in single products, as the fused operators hide them.
         with (
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
-            torch.backends.mkldnn.flags(enabled=False),
+            torch.backends.mkldnn.flags(enabled=not recurrent),
             Watch(model, inputs) as mode,
         ):
             model(*inputs)
