@@ -26,3 +26,10 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class if the message is empty."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error that started the chain of `raise ... from ...` that ends in this one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -6,9 +6,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from torch import nn
+from torch.nn import functional as F
 
 from helpers import sparsity
-from helpers.errors import HelpersError
+from helpers.errors import HelpersError, InputError
 from helpers.inference.export import export_onnx
 from helpers.metrics import max_relative_error
 
@@ -106,3 +108,36 @@ def test_deprecations_inside_the_exporter_are_hidden_and_other_warnings_are_not(
         warnings.simplefilter("always")
         export_onnx(tiny_net, tmp_path / "net.onnx", SHAPE)
     assert [str(each.message) for each in seen] == ["a UserWarning"]
+
+
+class Bessel(nn.Module):  # which ONNX does not have
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_a_model_that_pytorch_cannot_export_is_refused_with_the_cause(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write Bessel as ONNX .*bessel_j0"):
+        export_onnx(Bessel(), tmp_path / "model.onnx", SHAPE)
+    assert not list(tmp_path.iterdir())
+
+
+class BiasedAttention(nn.Module):  # as in BEiT and Swin
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.table = nn.Linear(28, 96), nn.Parameter(torch.randn(55, 4))
+        places = torch.arange(28)
+        self.register_buffer("index", places[:, None] - places + 27)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(-1, 28, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index].permute(2, 0, 1).unsqueeze(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return x.transpose(1, 2).reshape(-1, 28, 32)
+
+
+def test_attention_with_a_learned_bias_is_exported(tmp_path):
+    model = BiasedAttention().eval()
+    path = export_onnx(model, tmp_path / "model.onnx", SHAPE)
+    (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": images(3).numpy()})
+    with torch.inference_mode():
+        assert max_relative_error(torch.from_numpy(logits), model(images(3))) < 1e-5

@@ -4,8 +4,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from helpers.errors import InputError, first_line, root_cause
 from helpers.inference.fold import fold_batch_norm
 
 INPUT, OUTPUT = "images", "logits"  # the names in every file that is written here
@@ -26,7 +28,7 @@ def export_onnx(
         half: FP16 weights and arithmetic instead of FP32.
 
     Raises:
-        InputError: the model cannot be traced.
+        InputError: the model cannot be traced, or the exporter cannot write it.
     """
     folded = fold_batch_norm(model)
     example = torch.zeros(2, *image_shape)
@@ -36,8 +38,24 @@ def export_onnx(
         # The exporter uses what PyTorch has deprecated; users cannot fix that.
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)
-        program = torch.onnx.export(
-            folded,
+        try:
+            program = _program(folded, example)
+        except Exception as error:  # the exporter raises classes without a common base
+            cause = root_cause(error)
+            raise InputError(
+                f"PyTorch cannot write {type(model).__name__} as ONNX with a dynamic batch "
+                f"({type(cause).__name__}: {first_line(cause)}). torch.onnx.export(model, "
+                "(images,), dynamo=True) may write it with the batch of the images."
+            ) from error
+    assert program is not None  # it is None only where dynamo=False
+    program.save(path, external_data=False)
+    return Path(path)
+
+
+def _program(model: nn.Module, example: Tensor) -> torch.onnx.ONNXProgram | None:
+    def write() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            model,
             (example,),
             dynamo=True,
             input_names=[INPUT],
@@ -45,6 +63,11 @@ def export_onnx(
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
-    assert program is not None  # it is None only where dynamo=False
-    program.save(path, external_data=False)
-    return Path(path)
+
+    try:
+        return write()
+    except Exception:
+        # PyTorch cannot export every attention with a mask in the form that is fast on a CPU,
+        # but it can as plain products, which compute the same.
+        with sdpa_kernel(SDPBackend.MATH):
+            return write()

@@ -104,11 +104,8 @@ def prune_sparsegpt_(
         if not weight.parameter.detach().isfinite().all():
             raise diverged(name)
     masks = {}
-    with (
-        no_grad_for(weight.parameter for weight in weights.values()),
-        in_mode(model, training=False),
-        _all_or_nothing(weights),
-    ):
+    parameters = [weight.parameter for weight in weights.values()]
+    with no_grad_for(parameters), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, calibration_data)
         for name in tqdm(uses, desc="SparseGPT", leave=False):
             hessians = _hessians(model, weights[name], uses[name], calibration_data)
