@@ -97,8 +97,8 @@ def test_each_notebook_leads_to_the_next():
 
 @every_notebook
 def test_it_is_of_a_size_to_be_read_in_one_sitting(name):
-    assert 20 <= len(load(name).cells) <= 33
-    assert 450 <= len(" ".join(sources(name, "markdown")).split()) <= 1100
+    assert 20 <= len(load(name).cells) <= 36
+    assert 450 <= len(" ".join(sources(name, "markdown")).split()) <= 1300
 
 
 @every_notebook

@@ -96,9 +96,10 @@ def test_a_layer_behind_a_grouped_convolution_is_permuted_within_its_groups(mode
     """What no other tool does: conv3 of a ResNeXt block, through the groups of its conv2."""
     report = permute_channels_(model, IMAGE, escapes=5)
     rows = report.weights.set_index("weight")
-    for stage in (2, 3, 4):  # the groups of the first have four channels, which is one stripe
+    for stage in (3, 4):
         assert rows.permuted[f"layer{stage}.0.conv3.weight"]
-    assert "fewer than eight" in rows.reason["layer1.0.conv3.weight"]
+    # The groups of the second stage have four channels, which is one stripe.
+    assert "fewer than eight" in rows.reason["layer2.0.conv3.weight"]
 
 
 def test_the_same_network_gets_the_same_order(model):
@@ -111,10 +112,9 @@ def test_the_same_network_gets_the_same_order(model):
 
 def test_a_second_permutation_loses_nothing(model):
     permute_channels_(model, IMAGE, escapes=5)
-    before = kept(model)
+    before = kept_sum(model)
     permute_channels_(model, IMAGE, escapes=5)
-    after = kept(model)
-    assert sum(after.values()) >= sum(before.values()) - 1e-6
+    assert kept_sum(model) >= before - 1e-3  # float32 sums of 10^4
 
 
 def test_the_modes_and_the_names_of_a_network_stay(model):

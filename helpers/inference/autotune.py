@@ -176,9 +176,8 @@ class ChoiceCache:
         else:
             _unreliable[self.path, key] = choice
             _logger.info(
-                "Two measurements disagree on the fastest kernel, perhaps because other programs "
-                "ran meanwhile. The choice is not kept in %s: %s",
-                shown(self.path),
+                "Two measurements disagree on the fastest, perhaps because other programs ran "
+                "meanwhile, so this choice is not kept for the next process: %s",
                 key,
             )
         return choice

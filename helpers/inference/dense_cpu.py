@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Seconds for which each whole model is timed in each of two measurements.
-SECONDS = 0.3
+SECONDS = 0.2
 
 _logger = logging.getLogger(__name__)
 
