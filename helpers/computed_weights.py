@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from helpers.products import Product, watch_products
 
 COMPUTED = "computed from other parameters"
-ZEROS_ARE_LOST = "computed anew before the product: zeros do not stay zero"
+ZEROS_ARE_LOST = "computed before each product: zeros do not stay zero"
 OTHER_DIMENSION = "not summed over along its input channels"
 
 Shape = tuple[int, ...]

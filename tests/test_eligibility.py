@@ -504,7 +504,7 @@ def test_a_standardised_weight_is_refused_and_still_counted():
     model = nn.Sequential(Standardised(16, 16, 1), nn.Conv2d(16, 16, 1))
     report = sparsity_report(model, (16, 4, 4))
     assert report.layers.reason.tolist() == [
-        "computed anew before the product: zeros do not stay zero", ""
+        "computed before each product: zeros do not stay zero", ""
     ]  # fmt: skip
     assert report.macs_share == 50
     assert list(masks_2to4(model)) == ["1.weight"]

@@ -91,7 +91,7 @@ def test_a_tied_weight_is_refused_if_one_of_its_layers_computes_another():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), Standardised(4, 4, 1))
     model[1].weight = model[0].weight
     (weight,) = layer_weights(model).values()
-    assert weight.refusal == "computed anew before the product: zeros do not stay zero"
+    assert weight.refusal == "computed before each product: zeros do not stay zero"
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])

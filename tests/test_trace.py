@@ -280,9 +280,7 @@ class Standardised(nn.Linear):
 
 def test_a_weight_that_loses_its_zeros_is_a_layer_that_stays_dense():
     advice = advise(Standardised(64, 64), A100, example=torch.zeros(8, 64))
-    assert advice.layers.reason.tolist() == [
-        "computed anew before the product: zeros do not stay zero"
-    ]
+    assert advice.layers.reason.tolist() == ["computed before each product: zeros do not stay zero"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

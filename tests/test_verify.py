@@ -225,7 +225,7 @@ def test_a_weight_that_is_2to4_only_where_it_is_stored_is_dense(tmp_path):
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     for table in (verify_model(model), verify_checkpoint(tmp_path / "net.safetensors", model)):
         assert table[["eligible", "is_2to4"]].to_numpy().tolist() == [[False, False]]
-        assert table.reason.tolist() == ["computed anew before the product: zeros do not stay zero"]
+        assert table.reason.tolist() == ["computed before each product: zeros do not stay zero"]
         assert table.zeros.tolist() == [0]
 
 

@@ -1081,7 +1081,7 @@ def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
         if isinstance(error, RuntimeError) and "no locator available" not in str(error):
             raise
         warnings.warn(
-            "The CPU kernels cannot be kept on disk and are compiled anew in every process: "
+            "The CPU kernels cannot be kept on disk and are compiled again in every process: "
             f"{error}. Set NUMBA_CACHE_DIR to a folder that can be written.",
             RuntimeWarning,
             stacklevel=2,
