@@ -313,6 +313,12 @@ class Dynamic(nn.Linear):
         return value * torch.ones(()) if name == "weight" else value
 
 
+def dynamic(layer: nn.Linear) -> nn.Linear:
+    # Converted after its initialisation, which would write to the computed weight and be lost.
+    layer.__class__ = Dynamic
+    return layer
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "make",
@@ -321,7 +327,7 @@ class Dynamic(nn.Linear):
         lambda: nn.utils.weight_norm(nn.Linear(16, 16)),
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)),
         lambda: torch_prune.random_unstructured(nn.Linear(16, 16), "weight", 0.2),
-        lambda: Dynamic(16, 16),
+        lambda: dynamic(nn.Linear(16, 16)),
     ],
     ids=["weight norm", "old weight norm", "spectral norm", "pruned by torch", "dynamic"],
 )
