@@ -19,10 +19,14 @@ PACKAGES = (*REQUIRED, "tensorrt", "tensorrt-rtx-cu13", "pycuda")
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of those `PACKAGES` that are installed."""
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed.
+
+    Args:
+        others: packages besides `PACKAGES`.
+    """
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -43,10 +47,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Return the date, the machine and the versions, to be recorded with a result."""
+def provenance(*others: str) -> dict[str, Any]:
+    """Return the date, the machine and the versions, to be recorded with a result.
+
+    Args:
+        others: packages whose versions matter to the result, besides `PACKAGES`.
+    """
     date = datetime.now(UTC).date().isoformat()
-    return {"date": date, "machine": describe(), "versions": versions()}
+    return {"date": date, "machine": describe(), "versions": versions(*others)}
 
 
 def cpu_name() -> str:

@@ -55,6 +55,12 @@ def test_versions_are_those_of_the_installed_packages():
     assert set(found) <= {"python", *machine.PACKAGES}
 
 
+def test_versions_of_other_packages_are_added():
+    found = machine.versions("numpy", "no-such-package")
+    assert found == machine.versions() | {"numpy": metadata.version("numpy")}
+    assert machine.provenance("numpy")["versions"] == found
+
+
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     hide(monkeypatch, "onnx", "tensorrt", "pycuda")
     found = machine.versions()
