@@ -119,12 +119,14 @@ def decode_jpeg(
     from PIL import Image
 
     try:
-        opened = Image.open(io.BytesIO(file), formats=["JPEG"])
+        opened = Image.open(io.BytesIO(file), formats=["JPEG"])  # reads the header alone
+    except Image.DecompressionBombError as error:  # Pillow has a limit too
+        raise RequestError(f"too many pixels; send at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise RequestError(f"this is no JPEG file ({error})") from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
-        raise RequestError(f"{width} x {height} pixels are too many; send at most {MAX_PIXELS:,}")
+        raise RequestError(f"too many pixels, {width} x {height}; send at most {MAX_PIXELS:,}")
     try:
         image = opened.convert("L" if len(mean) == 1 else "RGB")
     except Exception as error:  # see above

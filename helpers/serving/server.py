@@ -8,6 +8,7 @@ again if it dies. Explained in `09_serve_with_triton.ipynb`.
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -35,7 +36,7 @@ from helpers.serving.triton_binary import TritonBinary, find_triton
 HOST = "127.0.0.1"
 PORTS = (8000, 8001, 8002)  # HTTP, gRPC, metrics: those that Triton uses everywhere
 CLOSED = "shared-memory,model-repository,trace,logging"
-START_SECONDS = 60.0  # a server that is not ready by then is not going to be
+START_SECONDS = 120.0  # a server that is not ready by then is not going to be
 STOP_SECONDS = 10.0
 RESTARTS = 5  # in a row, without the server becoming ready
 SAME_ANSWER = 1e-3  # the largest relative error of the self-test
@@ -141,14 +142,12 @@ class TritonServer:
             reason = self._failure or f"it is not ready after {seconds:g} s"
             raise ServingError(f"The server is down: {reason}")
 
-    def wait(self) -> None:
-        """Return when the server has stopped for good.
+    def require_alive(self) -> None:
+        """Check that the server runs, or is being started again.
 
         Raises:
             ServingError: it died, and could not be started again.
         """
-        if self._thread is not None:
-            self._thread.join()
         if self._failure is not None:
             raise self._failure
 
@@ -172,7 +171,7 @@ class TritonServer:
             try:
                 self._run_once()
                 failures = 0
-            except Exception as error:  # told by `start`, or by `wait`
+            except Exception as error:  # told by `start`, or by `require_alive`
                 failures += 1
                 if self.starts == 0 or failures == RESTARTS:
                     self._failure = error
@@ -190,8 +189,10 @@ class TritonServer:
         process = self._process = self._launch()
         deadline = time.monotonic() + START_SECONDS
         while not self._is_up():
-            if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is not None:
                 raise ServingError(f"The Triton server did not start: {self._reason()}")
+            if time.monotonic() > deadline:
+                raise ServingError(f"The Triton server was not ready within {START_SECONDS:g} s.")
             if self._stopping.wait(0.1):
                 return
         self._self_test()
@@ -287,8 +288,9 @@ class TritonServer:
         """Return the last error that the server has logged."""
         lines = self.log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("E") or "error:" in line.lower()]
-        errors = [line for line in errors if "NVML" not in line]
-        return errors[-1] if errors else f"its log is {shown(self.log)}"
+        # These are logged wherever there is no GPU.
+        errors = [line for line in errors if not re.search("NVML|CudaDriver|DCGM", line)]
+        return errors[-1] if errors else "it logged no reason."
 
 
 def _require_free(ports: Sequence[int]) -> None:

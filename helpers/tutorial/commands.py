@@ -455,6 +455,37 @@ def advise(
     )
 
 
+@app.command(rich_help_panel=STEPS)
+def repository(
+    folder: Annotated[
+        Path | None, typer.Argument(help="to write; else 09_repository among the artifacts")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="python, which runs everywhere; onnxruntime or tensorrt, for NVIDIA's container"
+        ),
+    ] = "python",
+) -> None:
+    """Write both models as a model repository, which Triton serves (notebook 09)."""
+    from helpers.tutorial import deployment
+
+    deployment.write(Settings.load(), folder, backend)
+
+
+@app.command(rich_help_panel=STEPS)
+def serve(
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="of HTTP")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="of gRPC")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="of the metrics")] = 8002,
+    log: Annotated[Path | None, typer.Option(help="file for what the server prints")] = None,
+) -> None:
+    """Serve both models with Triton for programs on this machine, until Ctrl-C (notebook 09)."""
+    from helpers.tutorial import deployment
+
+    deployment.serve(Settings.load(), (http_port, grpc_port, metrics_port), log)
+
+
 @app.command(rich_help_panel=TOOLS)
 def load_test(
     models: Annotated[
