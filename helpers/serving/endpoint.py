@@ -98,7 +98,7 @@ def _open_client(endpoint: Endpoint, connections: int) -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: without its gRPC or HTTP part
         raise UnavailableError(
             f"tritonclient is not installed for {endpoint.protocol} ({first_line(error)}). "
-            'Install it with pip install "tritonclient[grpc,http]".'
+            "Install it with pip install '.[serving]'."
         ) from error
     options = [
         ("grpc.max_send_message_length", LARGEST_MESSAGE),
