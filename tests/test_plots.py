@@ -536,3 +536,39 @@ def test_fitted_gains_have_a_panel_for_each_gpu_with_its_band_and_the_datasheet(
     assert labels[0] == "fitted to published measurements, width 4096"
     with pytest.raises(InputError):
         plots.plot_fitted_gains(gains.iloc[:0], "BF16", 4096)
+
+
+def load_rows(*, answered: int = 5) -> pd.DataFrame:
+    loads = [("closed", 1, np.nan), ("closed", 4, np.nan), ("open", np.nan, 50.0)]
+    return pd.DataFrame(
+        [
+            {
+                "model": model, "loop": loop, "clients": clients, "rate": rate,
+                "answered": answered, "images_per_second": 100.0 * place, "p50": place + 1.0,
+                "p99": place + 9.0,
+            }
+            for place, (loop, clients, rate) in enumerate(loads, 1)
+            for model in ("dense", "sparse")
+        ]
+    )  # fmt: skip
+
+
+def test_a_load_is_drawn_as_latency_against_throughput():
+    figure = plots.plot_load(load_rows(), "a server")
+    closed, opened = figure.axes
+    assert legend(closed) == ["dense", "sparse"]
+    median, tail = closed.lines[:2]
+    assert median.get_xdata().tolist() == [100, 200]
+    assert median.get_ydata().tolist() == [2, 3]
+    assert tail.get_ydata().tolist() == [10, 11]
+    assert [line.get_color() for line in closed.lines] == [plots.DENSE] * 2 + [plots.SPARSE] * 2
+    assert texts(closed) == ["1", "4"] * 2
+    assert texts(opened) == ["50"] * 2
+    assert closed.get_yscale() == "log"
+
+
+def test_a_load_of_one_kind_has_one_panel_and_one_without_answers_none():
+    table = load_rows()
+    assert len(plots.plot_load(table[table.loop == "open"], "a server").axes) == 1
+    with pytest.raises(InputError, match="no latency to draw"):
+        plots.plot_load(load_rows(answered=0), "a server")

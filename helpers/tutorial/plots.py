@@ -274,6 +274,50 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def plot_load(table: pd.DataFrame, title: str) -> Figure:
+    """Draw the latency of models on a server against their throughput.
+
+    Solid lines are medians, dotted ones p99. One panel is for closed loops, where a number is
+    that of the clients, and one for open loops, where it is that of the requests per second.
+
+    Args:
+        table: as `helpers.serving.load.compare_loads` returns it; a load that got no answer is
+            left out.
+        title: server and machine.
+
+    Raises:
+        InputError: no load got an answer.
+    """
+    answered = table[table.answered > 0]
+    panels = {"closed": "clients", "open": "rate"}
+    panels = {loop: column for loop, column in panels.items() if loop in set(answered.loop)}
+    if not panels:
+        raise InputError("No request was answered, so there is no latency to draw.")
+    figure, axes = _axes(4.9 * len(panels), 3.6, len(panels), sharey=True)
+    names = {"closed": "closed loop, by clients", "open": "open loop, by requests/s due"}
+    for axis, (loop, column) in zip(axes, panels.items(), strict=True):
+        for model, own in answered[answered.loop == loop].groupby("model", sort=False):
+            own = own.sort_values(column)
+            colour = COLOURS.get(model, TWIN)
+            axis.plot(own.images_per_second, own.p50, "o-", color=colour, label=model, ms=4)
+            axis.plot(own.images_per_second, own.p99, "o:", color=colour, ms=3)
+            for row in own.itertuples():
+                place = (row.images_per_second, row.p50)
+                number = f"{getattr(row, column):g}"
+                axis.annotate(
+                    number, place, (0, -11), textcoords="offset points", fontsize=7, ha="center"
+                )
+        axis.set_yscale("log")
+        axis.set_title(names[loop], loc="left", fontsize=10)
+        axis.set_xlabel("images/s")
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("latency in ms: p50, p99 dotted")
+    axes[0].legend(frameon=False)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
 def plot_case_study(record: dict[str, Any]) -> Figure:
     """Draw the case study's figure: speed and performance per watt against batch size.
 
