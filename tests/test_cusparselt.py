@@ -38,7 +38,7 @@ def test_a_sparse_gemm_is_the_dense_one_on_the_gpu(rows):
     layer = nn.Linear(64, 128)
     prune_2to4_(layer)
     layer = layer.to("cuda", torch.float16)
-    kernel = SparseGemm(layer, Epilogue(relu=True))
+    kernel = SparseGemm(layer, Epilogue("ReLU"))
     x = random(rows, 64).to("cuda", torch.float16)
     fill_free_memory_with_nan()
     with torch.inference_mode():
