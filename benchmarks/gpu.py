@@ -53,6 +53,8 @@ NETWORKS = ["resnext101_32x8d", "resnet50", "vit_b_16"]
 BATCH_SIZES = [256, 32, 1, 128, 8, 64]  # the most telling first, in case time runs out
 ENERGY_BATCH_SIZES = [256]  # where energy is measured too, for half a minute each
 BRANCH = 0.2  # the scale of a residual branch in a random model
+CALIBRATION_IMAGES = 64  # random, as the weights are
+FP16_TOLERANCE, INT8_TOLERANCE = 1e-2, 1e-1  # the largest maximum relative error
 SQUARES = [1024, 2048, 4096, 8192, 16384]
 DATATYPES = list(roofline.DATATYPES)
 
@@ -225,11 +227,39 @@ def compiled(run: Run) -> None:
     measure(run, "compiled", record, runners)
 
 
+def int8(run: Run) -> None:
+    """Measure the first network in INT8 and in FP16, dense and sparse, all in turns."""
+    name = run.networks[0]
+    models, cache = run.models(name), run.out / "kernels.json"
+    images = torch.randn(CALIBRATION_IMAGES, *run.shape(name))
+    kernels = "dense_int8" if why_no_sparse_gemms() else "cusparselt_int8"
+    runners = torch_runners(run, name)
+    runners["dense, INT8"] = SparseTorchRunner(
+        models["dense"], "dense_int8", cache=cache, calibration=images
+    )
+    runners["sparse, INT8"] = SparseTorchRunner(
+        models["sparse"], kernels, cache=cache, calibration=images
+    )
+    record = {
+        "what": f"{name}, random weights: dense and sparse, with and without INT8 products, in "
+        "turns",
+        "network": name,
+    }
+    measure(run, "int8", record, runners, "sparse, INT8")
+
+
 def measure(
-    run: Run, part: str, record: dict[str, Any], runners: Mapping[str, SparseTorchRunner]
+    run: Run,
+    part: str,
+    record: dict[str, Any],
+    runners: Mapping[str, SparseTorchRunner],
+    explained: str = "sparse",
 ) -> None:
-    """Check and time runners over the batch sizes while there is time, and write each at once."""
-    sparse = runners["sparse"]
+    """Check and time runners over the batch sizes while there is time, and write each at once.
+
+    Of one of them, the kernels and the times of whole networks are written too.
+    """
+    sparse = runners[explained]
     record |= {"runner": sparse.name, "image_shape": run.shape(record["network"])}
     record |= {"max_relative_errors": [], "rows": [], "failed": []}
     run.write(part, record)  # compiling takes minutes for each batch size, and may be cut short
@@ -258,7 +288,8 @@ def measure_batch(
     name = record["network"]
     for label, runner in runners.items():
         model = run.models(name)[label.partition(",")[0]]
-        error = check_outputs(runner, model, run.shape(name), batch)
+        tolerance = INT8_TOLERANCE if "INT8" in label else FP16_TOLERANCE
+        error = check_outputs(runner, model, run.shape(name), batch, tolerance)
         record["max_relative_errors"].append(
             {"network": label, "batch": batch, "max_relative_error": error}
         )
@@ -450,10 +481,11 @@ PARTS: dict[str, Callable[..., None]] = {
     "advice": advice,
     "profile": profile,
     "compiled": compiled,
+    "int8": int8,
     "engines": engines,
 }
 PART_NAMES = list(PARTS)
-NEEDED = {"compiled": 240, "engines": 300}  # seconds; any other part is started with 20
+NEEDED = {"compiled": 240, "int8": 60, "engines": 300}  # seconds; any other part is started with 20
 
 
 def described(error: Exception) -> str:

@@ -86,6 +86,20 @@ def test_what_needs_a_gpu_is_reported_without_figures(measure):
     assert "stopped" in files["profile"], "floors take the ceilings of this GPU"
 
 
+def test_int8_is_measured_beside_fp16_dense_and_sparse(measure):
+    _, files = measure(*only("int8"))
+    record = files["int8"]
+    labels = {"dense", "sparse", "dense, INT8", "sparse, INT8"}
+    assert {row["network"] for row in record["rows"]} == labels
+    errors = {each["network"]: each["max_relative_error"] for each in record["max_relative_errors"]}
+    assert set(errors) == labels
+    assert errors["sparse"] < 1e-4 < errors["sparse, INT8"] < 0.1
+    kernels = {row["layer"]: row["kernel"] for row in record["kernel_choices"]}
+    assert "dense INT8 GEMM" in kernels.values()
+    refused = [row["refused"] for row in record["kernel_choices"] if row["refused"]]
+    assert any("not multiples of 32" in each["dense INT8 GEMM"] for each in refused)
+
+
 def test_the_engines_are_built_with_their_controls_and_say_why_they_do_not_run(measure):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is missing", exc_type=ImportError)
     _, files = measure(*only("engines"))

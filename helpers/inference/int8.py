@@ -9,7 +9,6 @@ how large the input gets. The scales are explained in `08_int8.ipynb`, the kerne
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +143,8 @@ class Int8Gemm(Gemm):
 
     @classmethod
     def why_not(cls, layer: ProductLayer) -> str:
-        if reason := why_not_cusparselt(*layer.weight.flatten(1).shape, element_size=1):
+        rows, columns = layer.weight.flatten(1).shape
+        if reason := why_not_cusparselt(rows, columns, element_size=1):
             return reason
         error = _note(layer).error
         if error <= MOST_ERROR:
@@ -163,7 +163,7 @@ class Int8Gemm(Gemm):
         return quantize(rows, self.input_scale).contiguous()
 
     def expected(self, input: Tensor, reference: Tensor) -> Tensor:
-        return self.by_rows(input, partial(self._multiply_exactly))
+        return self.by_rows(input, self._multiply_exactly)
 
     def _multiply_exactly(self, rows: Tensor) -> Tensor:
         # The whole numbers as floating-point ones: any library multiplies those.

@@ -174,7 +174,7 @@ class Gemm(Kernel):
 
     def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
         assert residual is None  # no product here adds one
-        return self.by_rows(input, partial(self.multiply, **algorithm))
+        return self.by_rows(input, lambda rows: self.multiply(rows, **algorithm))
 
     def by_rows(self, input: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the layer's output for an input by a function of its rows, as `multiply` is."""

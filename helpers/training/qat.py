@@ -7,6 +7,12 @@ calibration; the scales of a weight follow from its largest numbers, as the quan
 them. So the file that is quantised afterwards, from the same calibration, has the scales that
 were trained with. Explained in `08_int8.ipynb`.
 
+torchao's PT2E does not serve here, although its training holds the masks too (version 0.18 was
+tried). Its quantiser for convolutions is part of its tests or of ExecuTorch; it places other
+roundings than a file for TensorRT has, gives activations zero points, which TensorRT refuses, and
+moves the scales while it trains. Its models also refuse `train()` and `eval()`, which a training
+loop calls. The rounding and its gradient are PyTorch's own operators.
+
 Source: Jacob et al., arXiv 1712.05877; the straight-through estimator is that of Bengio et al.,
 arXiv 1308.3432.
 """
@@ -34,6 +40,7 @@ class RoundInput(nn.Module):
     """Round activations to INT8 with one fixed scale; the gradient of what is cut off is zero."""
 
     scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -115,12 +122,13 @@ def train_int8(
 
     The best weights are those of the epoch that is most accurate in INT8 on the validation
     images. They remain floating-point numbers: export and quantise the model afterwards, with
-    the ranges of the same calibration.
+    the ranges of the same calibration. They are weights for INT8 with these scales: a percentile
+    cuts large activations off, and a model that was trained with that may need it.
 
     Args:
         model: calibrated; it receives the best weights.
-        input_scales: as `rounded_copy` takes them; `input_scales` of
-            `helpers.inference.activation_ranges` reads them from a calibration.
+        input_scales: as `rounded_copy` takes them; `helpers.inference.int8_placement` reads
+            them from a file that was quantised after calibration alone.
         splits: training and validation images.
         recipe: a few epochs, at a hundredth of the learning rate of the training or so.
         seed: sets the order and the augmentation of the images.
