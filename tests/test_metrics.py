@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from helpers.errors import InputError
-from helpers.metrics import Accuracy, Comparison, accuracy, max_relative_error, predictions
+from helpers.metrics import (
+    Accuracy,
+    Comparison,
+    accuracy,
+    compare_logits,
+    max_relative_error,
+    predictions,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -95,3 +102,20 @@ def test_logits_of_other_shapes_or_none_are_refused():
         max_relative_error(torch.ones(2, 1), torch.ones(2, 10))
     with pytest.raises(InputError, match=r"no logits to compare in shape \(0, 10\)"):
         max_relative_error(torch.ones(0, 10), torch.ones(0, 10))
+
+
+def test_logits_are_compared_image_by_image():
+    labels = torch.tensor([0, 1, 0, 1])
+    first = torch.eye(2)[[0, 1, 1, 0]]  # right, right, wrong, wrong
+    second = torch.eye(2)[[0, 0, 0, 0]]  # right, wrong, right, wrong
+    assert compare_logits(first, second, labels) == Comparison(1, 1, 4)
+    second[0] = NAN
+    assert compare_logits(first, second, labels) == Comparison(2, 1, 4)
+    assert compare_logits(second, first, labels) == Comparison(1, 2, 4)
+
+
+def test_logits_of_other_images_are_not_compared():
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(3, 3), torch.ones(2))
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))

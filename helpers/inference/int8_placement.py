@@ -107,15 +107,17 @@ def tensors_to_quantise(model: onnx.ModelProto, products: Collection[str]) -> tu
     return tuple(name for name in dict.fromkeys(found) if name not in graph.outputs)
 
 
-def tensorrt_int8_faults(path: Path) -> list[str]:
+def tensorrt_int8_faults(path: Path, expected: Collection[str] = ()) -> list[str]:
     """Return what TensorRT would refuse or run slowly in a quantised file, a sentence for each.
 
     TensorRT refuses unsigned types, zero points that are not 0 and quantised biases. It cannot
-    fuse where a product has one quantised input only, where both or none of two branches that are
-    added are quantised, or where a ReLU behind a product writes floating-point numbers.
+    fuse where a product has a quantised weight only, where both or none of two branches that are
+    added are quantised, or where a ReLU behind a product writes floating-point numbers. A product
+    whose weight is in floating point runs so, whatever its input.
 
     Args:
         path: an ONNX file with Q/DQ, of this package or any other quantiser.
+        expected: names of the products that should be in INT8.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -133,13 +135,14 @@ def tensorrt_int8_faults(path: Path) -> list[str]:
         quantised = [graph.written_by(name) == "DequantizeLinear" for name in node.input]
         if any(quantised[2:]):
             faults.append(f"The bias of {node.op_type} {node.name} is quantised.")
-        if any(quantised[:2]):
+        if quantised[1]:
             products.append(node.name)
-            if not all(quantised[:2]):
-                which = "weight" if quantised[0] else "input"
-                faults.append(f"The {which} of {node.op_type} {node.name} is not quantised.")
+            if not quantised[0]:
+                faults.append(f"The input of {node.op_type} {node.name} is not quantised.")
+        elif node.name in expected:
+            faults.append(f"The weight of {node.op_type} {node.name} is not quantised.")
     if not products:
-        faults.append("No product has quantised inputs.")
+        faults.append("No product has a quantised weight.")
     for node in graph.nodes:
         branches = graph.branches(node, products)
         if branches and graph.written_by(branches[1]) != "DequantizeLinear":

@@ -14,7 +14,6 @@ Weights are symmetric with a scale for each output channel, so a zero stays a ze
 `08_int8.ipynb`.
 """
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +43,6 @@ from helpers.sparsity.onnx_file import STANDARD_DOMAINS
 from helpers.sparsity.onnx_weights import NodeWeight, node_name, node_weights
 from helpers.sparsity.verify import verify_onnx
 
-_logger = logging.getLogger(__name__)
-
 _LARGEST_FP16 = 65504.0
 _SAME = 1e-4  # the maximum relative error that another order of the same sums may cause
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -65,9 +62,8 @@ class QuantizedFile:
     max_relative_error: float  # of the outputs on calibration images, against the source
 
     def facts(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
+        """Return everything but the path as plain values, for JSON."""
         return {
-            "quantised": str(self.path),
             "runs_on": self.runs_on,
             "calibration": self.calibration,
             "images": self.images,
@@ -139,7 +135,7 @@ def quantize_for_tensorrt(
     expected = _float_outputs(model, ranges.sample)
     with atomic_write(target) as part:
         _write(model, part, ranges, "int8", products, list(PRODUCTS), options, extra)
-        if faults := tensorrt_int8_faults(part):
+        if faults := tensorrt_int8_faults(part, products):
             raise InputError(
                 f"{shown(source)} cannot be quantised for TensorRT: {faults[0].rstrip('.')}. "
                 "Exclude this layer, or export the model with known shapes."
@@ -470,8 +466,6 @@ def _result(
     widened: tuple[str, ...],
     error: float,
 ) -> QuantizedFile:
-    result = QuantizedFile(
+    return QuantizedFile(
         Path(target), runs_on, ranges.method, ranges.images, tuple(products), left, widened, error
     )
-    _logger.info("%s: %s", shown(target), str(result).partition("\n")[0])
-    return result
