@@ -94,10 +94,7 @@ def test_int8_is_measured_beside_fp16_dense_and_sparse(measure):
     errors = {each["network"]: each["max_relative_error"] for each in record["max_relative_errors"]}
     assert set(errors) == labels
     assert errors["sparse"] < 1e-4 < errors["sparse, INT8"] < 0.1
-    kernels = {row["layer"]: row["kernel"] for row in record["kernel_choices"]}
-    assert "dense INT8 GEMM" in kernels.values()
-    refused = [row["refused"] for row in record["kernel_choices"] if row["refused"]]
-    assert any("not multiples of 32" in each["dense INT8 GEMM"] for each in refused)
+    assert "dense INT8 GEMM" in {row["kernel"] for row in record["kernel_choices"]}
 
 
 def test_the_engines_are_built_with_their_controls_and_say_why_they_do_not_run(measure):
