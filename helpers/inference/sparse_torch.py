@@ -23,7 +23,12 @@ from helpers.errors import InputError
 from helpers.inference import cuda_graphs
 from helpers.inference.attention import split_self_attention_
 from helpers.inference.autotune import Autotuner
-from helpers.inference.cusparselt import SparseGemm, SparseInt8Gemm, why_no_sparse_gemms
+from helpers.inference.cusparselt import (
+    SparseGemm,
+    SparseInt8Gemm,
+    UnsearchedSparseGemm,
+    why_no_sparse_gemms,
+)
 from helpers.inference.errors import RunnerError
 from helpers.inference.int8 import DenseInt8Gemm, Int8Gemm, calibrate_
 from helpers.inference.kernels import DenseGemm, Gemm
@@ -40,10 +45,12 @@ KERNELS: dict[str, tuple[type[Gemm], ...]] = {
     "cusparselt": (DenseGemm, SparseGemm),
     "dense_int8": (DenseGemm, DenseInt8Gemm),
     "cusparselt_int8": (DenseGemm, SparseGemm, DenseInt8Gemm, SparseInt8Gemm),
+    "cusparselt without search": (DenseGemm, UnsearchedSparseGemm),
 }
 # The networks that are compared with one of some kernels: those of fewer kernels.
 SIMPLER = {
     "cusparselt": ("dense",),
+    "cusparselt without search": ("dense",),
     "dense_int8": ("dense",),
     "cusparselt_int8": ("dense", "cusparselt"),
 }
@@ -65,6 +72,7 @@ def use_gemms_(
     Args:
         folded: as `fold_batch_norm` returns it, already on its device and in its type.
         kernels: `cusparselt`, where weights that are not 2:4 still get a dense product;
+            `cusparselt without search`, if trying all of its algorithms breaks CUDA;
             `dense`, which runs on any device and is the fair control; `cusparselt_int8` and
             `dense_int8`, which have INT8 products beside those.
         autotuner: chooses for each layer; without one every layer is a GEMM, a sparse one
@@ -116,8 +124,8 @@ class SparseTorchRunner(TorchRunner):
 
     Args:
         model: a model pruned 2:4; it is not changed.
-        kernels: `cusparselt`, or `dense` for the same code path without sparsity, which also
-            runs on a CPU; `cusparselt_int8` or `dense_int8` for INT8 products beside those.
+        kernels: as `use_gemms_` takes them; `dense` and `dense_int8` are the same code path
+            without sparsity, which also runs on a CPU.
         dtype: FP16 on a GPU and FP32 on a CPU unless given; cuSPARSELt takes FP16 and BF16.
         cache: JSON file for the choices of kernels, so that they are measured once.
         compile: let `torch.compile` fuse what is between the products, such as residual
@@ -175,8 +183,8 @@ class SparseTorchRunner(TorchRunner):
         """Return which network runs images of a shape that was loaded on a GPU.
 
         It is `layers`, every layer as PyTorch runs it; `dense`, where each layer is the faster
-        of that and its dense product; `cusparselt`, where each is the fastest of these two
-        and its sparse product; or one where each may be an INT8 product as well.
+        of that and its dense product; or one of the runner's `kernels`, where each layer is the
+        fastest of these two, its sparse product and, in INT8, its products in INT8.
         """
         times = self.milliseconds[shape]
         return min(times, key=times.__getitem__)
@@ -208,7 +216,7 @@ class SparseTorchRunner(TorchRunner):
 
 def _require_cusparselt(kernels: str, dtype: torch.dtype | None) -> None:
     if reason := why_no_sparse_gemms():
-        dense = kernels.replace("cusparselt", "dense")
+        dense = "dense_int8" if kernels.endswith("int8") else "dense"
         raise RunnerError(f"{reason} With kernels={dense!r} the model runs in dense products.")
     if dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(
