@@ -33,6 +33,9 @@ NOISE = 0.02  # a kernel that is faster by less than this share of the time is n
 SPREAD = 0.05
 # A call that an earlier process timed has to take the same time now, within this share.
 DRIFT = 0.1
+# Seconds after which the threads of another library have stopped waiting for work: PyTorch's on
+# Linux do so for some 12 ms.
+SETTLING = 0.02
 TOLERANCE = 10  # roundings of the largest output by which two kernels may differ
 CPU_TOLERANCE = 1e-4  # of the largest output, for FP32 on a CPU: the order of the sums differs
 
@@ -108,8 +111,55 @@ def host_times(
         order.append(order.pop(0))
         for turn in order + order[::-1]:
             taken[turn].append(_time_once(calls[turn]))
+    return [_typical(own) for own in taken]
+
+
+def host_times_apart(
+    calls: Sequence[Callable[[], object]], seconds: float = 0.2, rounds: int = 2
+) -> list[float]:
+    """Return how many milliseconds each call takes on the CPU, if it has the cores to itself.
+
+    As `host_times`, for calls of several libraries, each with threads of its own: each call gets
+    two turns in a round, of many runs, which begin with `settle`. Every run of that time counts:
+    a model of less than a millisecond needs thousands before the difference between two of them
+    is larger than that between two measurements.
+
+    Args:
+        calls: what to time.
+        seconds: for how long to time each; it runs at least once in each turn.
+        rounds: how often to go there and back again.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    for _ in range(rounds):
+        for turn in order + order[::-1]:
+            settle(calls[turn])
+            left = seconds / (2 * rounds)
+            while left > 0:
+                taken[turn].append(_time_once(calls[turn]))
+                left -= taken[turn][-1]
+        order.append(order.pop(0))
+    return [_typical(own) for own in taken]
+
+
+def settle(call: Callable[[], object]) -> None:
+    """Run a call until what another library left behind no longer slows it down.
+
+    Its first run finds the caches full of other data. With several threads it goes on for
+    `SETTLING` seconds: the threads of a library wait for more work in a busy loop, and until they
+    give up they hold cores that this call needs.
+    """
+    call()
+    if torch.get_num_threads() > 1:
+        until = time.perf_counter() + SETTLING
+        while time.perf_counter() < until:
+            call()
+
+
+def _typical(taken: list[float]) -> float:
+    """Return the milliseconds of a call from the seconds of its runs, as `host_times` says."""
     share = 25 if torch.get_num_threads() == 1 else 0
-    return [1000 * float(np.percentile(own, share)) for own in taken]
+    return 1000 * float(np.percentile(taken, share))
 
 
 def _time_once(call: Callable[[], object]) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers.errors import HelpersError, InputError
+from helpers.inference.autotune import settle
 from helpers.inference.runners import Runner
 from helpers.layers import in_mode
 from helpers.measurement.energy import (
@@ -171,7 +172,8 @@ def time_in_turns(
 
     In each round they run one after the other and then in the opposite order (ABBA), and
     each round starts with another runner, so that a machine that slows down or speeds up
-    does so for all of them. Moving the images to the device is not timed.
+    does so for all of them. A turn begins with runs that are not counted, as
+    `helpers.inference.autotune.settle` says. Moving the images to the device is not timed.
 
     Args:
         runners: what to compare.
@@ -279,7 +281,7 @@ def _take_turn(
 ) -> list[Run]:
     """Time runs for some seconds, at least one."""
     clock = clock or time.perf_counter
-    runner.run()  # not counted: the previous runner has evicted this one's weights
+    settle(runner.run)
     runs: list[Run] = []
     left = seconds
     while not runs or left > 0:
