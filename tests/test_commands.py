@@ -30,7 +30,7 @@ from helpers.tutorial.settings import project_root
 
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
-    "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report",
+    "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "load-test",
 ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["advise", "--help"], ["prune", "--help"], ["build", "--help"]]
+    "arguments", [["--help"], ["advise", "--help"], ["prune", "--help"], ["load-test", "--help"]]
 )
 def test_help_waits_for_no_heavy_module(arguments):
     result = subprocess.run(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from helpers import machine
 from helpers.errors import InputError
 from helpers.files import shown, write_json
-from helpers.inference.cuda_graphs import raise_if_context_is_broken
+from helpers.inference import cuda_graphs
 from helpers.inference.errors import RunnerError
 from helpers.inference.kernels import Kernel
 
@@ -252,7 +252,8 @@ class Autotuner:
         timer: times the kernels, such as `cuda_graphs.median_times` does on a GPU.
         cache: JSON file to keep the choices in; without a file they last as long as this
             object. Its keys name the processor (with the number of threads on a CPU), the
-            version of PyTorch, types, shapes and kernels.
+            version of PyTorch (on a GPU those of CUDA and cuSPARSELt too), types, shapes and
+            kernels.
     """
 
     def __init__(self, timer: Timer, cache: Path | None = None) -> None:
@@ -279,7 +280,7 @@ class Autotuner:
 
         Raises:
             RunnerError: memory is short, or a kernel returns other numbers than the first.
-            UnavailableError: a kernel failed in a way after which the GPU cannot be used.
+            DeadContextError: a kernel failed in a way after which the GPU cannot be used.
             InputError: the cache cannot be read.
         """
         key = measurement_key(kernels, input)
@@ -292,8 +293,13 @@ class Autotuner:
         algorithms: dict[str, dict[str, int]] = {first.name: {}}
         calls: list[Callable[[], Tensor]] = [first.bind(input, residual)]
         refused: dict[str, str] = {}
-        reference = first(input, residual)
+        where = f"{layer}, input {_times(input.shape)} in {_type(input)}"
+        with cuda_graphs.named(f"the {first.name} of {where}"):
+            reference = first(input, residual)
+            if input.is_cuda:  # its errors are not those of the next kernel
+                torch.cuda.synchronize(input.device)
         for kernel in others:
+            algorithm: dict[str, int] = {}
             try:
                 algorithm = kernel.search(input)
                 call = kernel.bind(input, residual, **algorithm)
@@ -304,7 +310,10 @@ class Autotuner:
                     f"{tuple(input.shape)}; use a smaller batch."
                 ) from error
             except RuntimeError as error:  # a library that does not take this shape
-                raise_if_context_is_broken(error)
+                tried = f"with {algorithm}" if algorithm else "while its algorithms were tried"
+                cuda_graphs.raise_if_context_is_broken(
+                    error, f"the {kernel.name} of {where}, {tried}"
+                )
                 refused[kernel.name] = str(error)
                 continue
             if not right:
@@ -316,7 +325,8 @@ class Autotuner:
                 )
             algorithms[kernel.name] = algorithm
             calls.append(call)
-        measured = measure_twice(self.timer, dict(zip(algorithms, calls, strict=True)))
+        with cuda_graphs.named(f"one of {algorithms} of {where}, while they were timed,"):
+            measured = measure_twice(self.timer, dict(zip(algorithms, calls, strict=True)))
         times = measured.shortest
         best = min(times, key=times.__getitem__)
         if times[best] >= (1 - NOISE) * times[first.name]:
@@ -328,10 +338,12 @@ def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     """Return in words everything that the speed of a layer's kernels depends on."""
     layer, epilogue = kernels[0].layer, str(kernels[0].epilogue)
     where = torch.cuda.get_device_name(input.device) if input.is_cuda else cpu_and_threads()
+    libraries = machine.cuda_versions() if input.is_cuda else {}
     parts = [
         where,
         f"torch {torch.__version__}",
-        f"{str(input.dtype).removeprefix('torch.')} {'x'.join(map(str, input.shape))}",
+        *(f"{name} {version}" for name, version in libraries.items()),
+        f"{_type(input)} {_times(input.shape)}",
         f"to {len(layer.weight)} channels",
     ]
     if isinstance(layer, nn.Conv2d):
@@ -357,8 +369,12 @@ def cpu_and_threads() -> str:
     return f"{machine.cpu_name()} with {torch.get_num_threads()} threads"
 
 
-def _times(pair: tuple[int, ...] | str) -> str:
-    return pair if isinstance(pair, str) else "x".join(map(str, pair))
+def _times(sizes: tuple[int, ...] | str) -> str:
+    return sizes if isinstance(sizes, str) else "x".join(map(str, sizes))
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _agree(output: Tensor, reference: Tensor) -> bool:
