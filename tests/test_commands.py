@@ -31,7 +31,8 @@ from helpers.tutorial.settings import project_root
 
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
-    "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "quantize",
+    "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "load-test",
+    "quantize",
 ]  # fmt: skip
 
 
@@ -79,7 +80,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["advise", "--help"], ["prune", "--help"], ["build", "--help"]]
+    "arguments", [["--help"], ["advise", "--help"], ["prune", "--help"], ["load-test", "--help"]]
 )
 def test_help_waits_for_no_heavy_module(arguments):
     result = subprocess.run(

@@ -15,7 +15,7 @@ from helpers.tutorial.settings import project_root
 PROJECT = tomllib.loads((project_root() / "pyproject.toml").read_text())["project"]
 CONDA_TEXT = (project_root() / "environment.yml").read_text()
 LOCK_TEXT = (project_root() / "requirements.lock").read_text()
-EXTRAS = ("notebooks", "gpu", "dev")
+EXTRAS = ("notebooks", "gpu", "serving", "dev")
 
 
 def declared(*extras: str) -> dict[str, Requirement]:
@@ -81,9 +81,9 @@ def test_every_package_says_what_it_is_for():
     assert all(re.search(r">=[\d.,<]+ +# \w", line) for line in packages)
 
 
-@pytest.mark.parametrize("name", declared("notebooks", "dev"))
+@pytest.mark.parametrize("name", declared("notebooks", "serving", "dev"))
 def test_every_direct_dependency_is_pinned_within_its_bound(name):
-    bound = declared("notebooks", "dev")[name].specifier
+    bound = declared("notebooks", "serving", "dev")[name].specifier
     assert name in locked()
     for pin in locked()[name]:
         (version,) = pin.specifier
@@ -108,6 +108,15 @@ def test_the_lock_is_made_as_the_makefile_makes_it():
     header = LOCK_TEXT.partition("uv pip compile ")[2].splitlines()[0]
     assert "--universal" in header
     assert set(header.split()) <= set(recipe.split())
+
+
+def test_no_file_is_a_link():
+    """Git for Windows checks links out as small text files."""
+    folders = ("benchmarks", "data", "docs", "helpers", "notebooks", "tests")
+    files = [*project_root().glob("*.*")]
+    files += [path for folder in folders for path in (project_root() / folder).rglob("*")]
+    assert len(files) > 200
+    assert not [path for path in files if path.is_symlink()]
 
 
 def test_the_range_of_python_is_the_same_everywhere():

@@ -20,7 +20,7 @@ ROOT = project_root()
 PACKAGE = ROOT / "helpers"
 FLOORS = [
     "helpers", "helpers.sparsity", "helpers.training", "helpers.inference", "helpers.measurement",
-    "helpers.tutorial",
+    "helpers.serving", "helpers.tutorial",
 ]  # fmt: skip
 
 

@@ -520,6 +520,83 @@ def advise(
     )
 
 
+@app.command(rich_help_panel=STEPS)
+def repository(
+    folder: Annotated[
+        Path | None, typer.Argument(help="to write; else 09_repository among the artifacts")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="python, which runs everywhere; onnxruntime or tensorrt, for NVIDIA's container"
+        ),
+    ] = "python",
+) -> None:
+    """Write both models as a model repository, which Triton serves (notebook 09)."""
+    from helpers.tutorial import deployment
+
+    deployment.write(Settings.load(), folder, backend)
+
+
+@app.command(rich_help_panel=STEPS)
+def serve(
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="of HTTP")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="of gRPC")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="of the metrics")] = 8002,
+    log: Annotated[Path | None, typer.Option(help="file for what the server prints")] = None,
+) -> None:
+    """Serve both models with Triton for programs on this machine, until Ctrl-C (notebook 09)."""
+    from helpers.tutorial import deployment
+
+    deployment.serve(Settings.load(), (http_port, grpc_port, metrics_port), log)
+
+
+@app.command(rich_help_panel=TOOLS)
+def load_test(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="names on the server; else dense and sparse"),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="host and port of the server; else Triton's own, here")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="grpc or http")] = "grpc",
+    batch: Annotated[int, typer.Option(min=1, help="images in each request")] = 8,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(help="clients that wait for each answer; repeatable; else 1, 2, 4, 8, 16"),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="requests/s that arrive at random, waiting for none; repeatable"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="for each load of each model")] = 5,
+    timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 10,
+    seed: Annotated[int, typer.Option(help="of inputs and arrivals")] = 0,
+    tolerance: Annotated[
+        float, typer.Option(help="the largest relative error of an answer that is still right")
+    ] = 1e-3,
+    picture: Annotated[
+        Path | None, typer.Option(help="draw latency against throughput into this PNG file")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a running server: latency, throughput and errors of its models (notebook 09).
+
+    Inputs are random. Each answer under load must be what the server answers when it is idle.
+    """
+    from helpers.tutorial import load_report
+
+    _print_result(
+        as_json,
+        load_report.load_test,
+        load_report.Endpoints(models or ["dense", "sparse"], protocol, url or ""),
+        load_report.Loads(batch, concurrency or [], rate or [], seconds, timeout, seed),
+        tolerance,
+        picture,
+    )
+
+
 @app.command(rich_help_panel=RECORDS)
 def pretrain() -> None:
     """Train the dense checkpoint of the quick preset again, into data/pretrained/."""
