@@ -1,4 +1,5 @@
-# Two commands matter: `make tutorial` and `make test`. Both set up .venv first.
+# Three commands matter: `make tutorial`, `make test`, and on a GPU `make gpu`. All set up .venv
+# first; `make gpu GPU_PYTHON=python3` takes a Python that has PyTorch already.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +7,7 @@ READY  := $(VENV)/.ready
 NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts \
           $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
 
-.PHONY: tutorial test lab lint notebooks lock clean
+.PHONY: tutorial test gpu lab lint notebooks lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
@@ -16,6 +17,9 @@ test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch 
 	rm -rf build/test-artifacts
 	$(NBMAKE)
 	$(NBMAKE)
+
+gpu: $(if $(GPU_PYTHON),,$(READY))  ## check and measure a GPU; the next call goes on
+	PYTHONPATH=$(CURDIR) $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_OPTIONS)
 
 lab: $(READY)  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

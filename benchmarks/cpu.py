@@ -39,7 +39,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from gpu import random_model
+from gpu_run import random_model
 from helpers import machine
 from helpers.errors import InputError
 from helpers.files import write_json

@@ -1,504 +1,331 @@
-"""Measure everything that the tutorial reports for a GPU, in a single run.
+"""Measure everything that the tutorial reports for a GPU, with no more than this command.
 
-Each part writes its own JSON file into a folder as it goes, with GPU, driver, versions and
-date. A part that fails, or has no time left, does not stop the others; its file says so,
-unless it holds an earlier run's measurements, which stay until there are new ones. Only an
-error that leaves the GPU unusable for this process ends the run.
+    python benchmarks/gpu.py                        # or: make gpu
+    python benchmarks/gpu.py --minutes 9            # as much as fits; the next call goes on
 
-    python benchmarks/gpu.py --out results           # starts nothing new after 7.5 minutes
-    python benchmarks/gpu.py --out results --parts compiled --minutes 9
+First the short checks: what is here, whether each datatype survives cuSPARSELt's search for its
+fastest algorithm, and the tests that need a GPU. Then the measurements, the most telling first.
 
-Without a GPU the same code runs on the CPU as far as it can: dense products take the place
-of sparse ones, and each file names the runner that made it.
+One kernel that fails can leave CUDA unusable for its process. So each part and datatype runs in a
+process of its own (`gpu_worker.py`) with a time limit, and this one never touches the GPU. Every
+record is written as it grows and names what was under way when its process died. Where FP16 died,
+the networks run in BF16. A later call keeps what this machine has measured with these versions; to
+measure anew, give another folder.
 """
 
-import copy
-import gc
 import json
+import os
+import sys
 import time
-import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
-import numpy as np
-import pandas as pd
-import torch
 import torchvision
 import typer
-from torch import nn
 from torchvision.models import list_models
-from torchvision.models.resnet import Bottleneck
 
-from helpers import machine
-from helpers.errors import HelpersError, InputError, UnavailableError
+from child_process import Ending, run_child
+from gpu_run import BATCH_SIZES, DATATYPES, NETWORKS, SQUARES, TYPES, Job, earlier
+from gpu_worker import STOPPED, record_of
 from helpers.files import write_json
-from helpers.inference import channels_last, cuda_graphs, engine, export
-from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
-from helpers.inference.runners import Runner, TensorRTRunner
-from helpers.inference.sparse_torch import SparseTorchRunner
-from helpers.measurement import gemm, roofline
-from helpers.measurement.advice import advise
-from helpers.measurement.benchmark import check_outputs, sweep, time_in_turns
-from helpers.measurement.rates import Rates
-from helpers.sparsity import prune_2to4_
-from helpers.sparsity.eligibility import eligible_weights
-from helpers.training import networks
-from helpers.tutorial import backends
 
-NETWORKS = ["resnext101_32x8d", "resnet50", "vit_b_16"]
-BATCH_SIZES = [256, 32, 1, 128, 8, 64]  # the most telling first, in case time runs out
-ENERGY_BATCH_SIZES = [256]  # where energy is measured too, for half a minute each
-BRANCH = 0.2  # the scale of a residual branch in a random model
-SQUARES = [1024, 2048, 4096, 8192, 16384]
-DATATYPES = list(roofline.DATATYPES)
+ROOT = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("gpu_worker.py")
+PARTS = ["probe", "tests", "products", "networks", "advice", "profile", "engines", "compiled"]
+PROBED = (128, 1024, 4096)  # sizes of the probe's products
+# The tests that need a GPU, in groups: one that breaks CUDA costs the rest of its group.
+TESTS = {
+    "graphs, energy and products": ("cuda_graphs", "energy", "gemm", "cusparselt"),
+    "networks": ("sparse_torch", "sparsegpt", "benchmark"),
+    "engines": ("runners", "engine"),
+}
+# Seconds after which a process is killed, and those that have to be left for it to start.
+LIMITS = {
+    "machine": (120, 0),
+    "probe": (60, 20),
+    "tests": (120, 30),
+    "products": (300, 25),
+    "network": (420, 45),
+    "advice": (60, 15),
+    "profile": (180, 45),
+    "engines": (1800, 60),
+    "compiled": (1800, 90),
+}
+SOFT = 0.75  # of its limit, after which a part starts nothing new
+RETRIES = 4  # processes for the products of one datatype, if they die
 
 
 @dataclass
-class Run:
-    """What to measure, where to write it, and how much time is left."""
+class Session:
+    """One call of this script: what it may use, and how its processes ended."""
 
-    out: Path
-    networks: Sequence[str]
-    batch_sizes: Sequence[int]
-    image_size: int
-    seconds: float  # for each network and batch size
-    squares: Sequence[int]
+    base: Job
     until: float
-    datatypes: Sequence[str] = tuple(DATATYPES)
-    made: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
-    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)  # `machine` and `versions` of records
+    ended: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        """Where the records go."""
+        return Path(self.base.out)
 
     @property
     def left(self) -> float:
-        """Seconds until the run has to end."""
+        """Seconds until nothing may run."""
         return self.until - time.monotonic()
 
-    def write(self, part: str, content: dict[str, Any]) -> None:
-        """Write what a part has measured so far; until then, an earlier run's file stays."""
-        path = self.path(part)
-        if not has_figures(content) and has_figures(earlier(path)):
-            print(f"{path.name} keeps the measurements of an earlier run")
-        else:
-            write_json(path, content | machine.provenance())
-        self.written[part] = content
+    def is_of_this_machine(self, record: dict[str, Any]) -> bool:
+        """Return whether a record was made here, with these versions."""
+        return bool(record) and all(record.get(key) == self.machine[key] for key in self.machine)
 
-    def path(self, part: str) -> Path:
-        """Return the file of a part."""
-        return self.out / f"{part}.json"
+    def measure(self, part: str, **options: Any) -> Ending | None:
+        """Do one job in a process of its own; None if there was no time for it."""
+        job = replace(self.base, part=part, **options)
+        title = title_of(job)
+        limit = self.limit(part, title)
+        if limit is None:
+            return None
+        job = replace(job, limit=SOFT * limit)
+        name = record_of(job) if part == "probe" else "gpu"  # probes run at the same time
+        log = Path(job.out) / f"{name}.log"
+        ending = self.child(title, [str(WORKER), json.dumps(asdict(job))], limit, log)
+        if died(ending):
+            note(Path(job.out) / f"{record_of(job)}.json", job.datatype, ending)
+        return ending
 
-    def shape(self, name: str) -> tuple[int, int, int]:
-        """Return the shape of a network's images."""
-        return (1, 28, 28) if name == "resnext14_8x1d" else (3, self.image_size, self.image_size)
+    def limit(self, part: str, title: str) -> float | None:
+        """Return how many seconds a process may take; None, which is noted, if too few are left."""
+        most, least = LIMITS[part]
+        if least and self.left < least:
+            self.tell(title, f"no time was left for it; {least} s is the least", 0)
+            return None
+        return min(most, self.left) if least else most
 
-    def models(self, name: str) -> dict[str, nn.Module]:
-        """Return a network's model with random weights, and the same model pruned 2:4."""
-        if name not in self.made:
-            dense = random_model(name, self.shape(name))
-            sparse = copy.deepcopy(dense)
-            prune_2to4_(sparse, "cusparselt")
-            self.made[name] = {"dense": dense, "sparse": sparse}
-        return self.made[name]
-
-
-def earlier(path: Path) -> dict[str, Any]:
-    """Return the record that an earlier run left in a file; empty if there is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def has_figures(record: dict[str, Any]) -> bool:
-    """Return whether a record holds any measurement, not only reasons why there is none."""
-    times = [row.get("p50", row.get("dense_ms")) for row in record.get("rows", [])]
-    return bool(record.get("kernels")) or not pd.Series(times, dtype=float).isna().all()
-
-
-def random_model(name: str, shape: tuple[int, int, int], num_classes: int = 1000) -> nn.Module:
-    """Return a model with random weights whose outputs are usable numbers.
-
-    Speed does not depend on the weights, but outputs can only be compared if they neither
-    vanish nor overflow, and do not amplify rounding: batch norms get the statistics of random
-    images, residual branches are scaled down, and a last layer that starts with zeros gets
-    random weights.
-    """
-    torch.manual_seed(0)
-    model = networks.create_model(name, num_classes).to(machine.device())
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the mean over all batches, not a moving one
-        if isinstance(layer, Bottleneck):
-            nn.init.constant_(layer.bn3.weight, BRANCH)
-        if isinstance(layer, nn.Linear) and not layer.weight.any():
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    with torch.no_grad():
-        model.train()(torch.randn(8, *shape, device=machine.device()))
-    return model.eval()
-
-
-def torch_runners(run: Run, name: str, compile: bool = False) -> dict[str, SparseTorchRunner]:
-    """Return the dense and the sparse model on PyTorch's runners.
-
-    Both choose among the same dense kernels, so that they differ in sparsity alone.
-    """
-    models, cache = run.models(name), run.out / "kernels.json"
-    kernels = "dense" if why_no_sparse_gemms() else "cusparselt"
-    return {
-        "dense": SparseTorchRunner(models["dense"], "dense", cache=cache, compile=compile),
-        "sparse": SparseTorchRunner(models["sparse"], kernels, cache=cache, compile=compile),
-    }
-
-
-# --- the parts ---
-
-
-def products(run: Run) -> None:
-    """Measure the datatypes on square products, then the products of the networks in FP16."""
-    record: dict[str, Any] = {
-        "what": "dense and sparse matrix products in turns; ms, and 10^12 operations a second",
-        "bandwidth_gbps": gemm.measure_bandwidth() if torch.cuda.is_available() else None,
-        "rows": [],
-    }
-    for datatype in run.datatypes:
-        squares = gemm.measure_gemms([(size, size, size) for size in run.squares], datatype)
-        record["rows"] += squares.to_dict("records")
-        run.write("products", record)  # the next datatype may crash
-    if "FP16" not in run.datatypes:
-        return
-    if reason := gemm.why_not("FP16"):
-        record["missing"] = reason
-        run.write("products", record)
-        return
-    sizes = sorted({size for name in run.networks for size in product_sizes(run, name)})
-    for first in range(0, len(sizes), 16):
-        if run.left < 60:
-            record["missing"] = f"no time was left for {len(sizes) - first} of the products"
-            break
-        rows = gemm.measure_gemms(sizes[first : first + 16], "FP16", rounds=5)
-        record["rows"] += rows.to_dict("records")
-    run.write("products", record)
-
-
-def product_sizes(run: Run, name: str) -> set[tuple[int, int, int]]:
-    """Return the sizes (m, n, k) of a network's products at its largest and smallest batch size.
-
-    As when the network runs, m is padded to what cuSPARSELt takes.
-    """
-    rates = Rates.from_datasheet(roofline.DATASHEETS["a100"])  # any rates give the same sizes
-    sizes: set[tuple[int, int, int]] = set()
-    for batch in (max(run.batch_sizes), min(run.batch_sizes)):
-        layers = advise(run.models(name)["dense"], rates, run.shape(name), batch=batch).layers
-        eligible = layers[layers.sparse_ms.notna()]
-        eligible = eligible.assign(m=eligible.m + -eligible.m % SparseGemm.STEP)
-        sizes |= set(eligible[["m", "n", "k"]].itertuples(index=False, name=None))
-    return sizes
-
-
-def network(run: Run, name: str) -> None:
-    """Measure a network over the batch sizes, dense and sparse in turns."""
-    runners = torch_runners(run, name)
-    record = {
-        "what": f"{name}, random weights, dense and sparse in turns; see docs/helpers.md",
-        "network": name,
-        "eligible": len(eligible_weights(run.models(name)["sparse"], "cusparselt")),
-    }
-    measure(run, name, record, runners)
-
-
-def compiled(run: Run) -> None:
-    """Measure the first network with and without `torch.compile`, all in turns.
-
-    The compiled dense model is the best dense one in PyTorch, and so the fair control.
-    """
-    name = run.networks[0]
-    plain, runners = torch_runners(run, name), torch_runners(run, name, compile=True)
-    runners["dense, not compiled"] = plain["dense"]
-    runners["sparse, not compiled"] = plain["sparse"]
-    record = {
-        "what": f"{name}, random weights: with and without torch.compile, in turns",
-        "network": name,
-    }
-    measure(run, "compiled", record, runners)
-
-
-def measure(
-    run: Run, part: str, record: dict[str, Any], runners: Mapping[str, SparseTorchRunner]
-) -> None:
-    """Check and time runners over the batch sizes while there is time, and write each at once."""
-    sparse = runners["sparse"]
-    record |= {"runner": sparse.name, "image_shape": run.shape(record["network"])}
-    record |= {"max_relative_errors": [], "rows": [], "failed": []}
-    run.write(part, record)  # compiling takes minutes for each batch size, and may be cut short
-    took: list[float] = []  # seconds for each batch size so far
-    for batch in run.batch_sizes:
-        if run.left < max(30, min(took, default=0)):
-            record["missing"] = f"no time was left from batch {batch} on"
-            break
-        began = time.monotonic()
-        try:
-            measure_batch(run, record, runners, batch)
-        except Exception as error:  # such as too little memory, which a smaller batch may have
-            cuda_graphs.raise_if_context_is_broken(error)
-            record["failed"].append({"batch": batch, "reason": described(error)})
-        record["network_times"] = sparse.network_times().to_dict("records")
-        record["kernel_choices"] = sparse.kernel_choices().to_dict("records")
-        run.write(part, record)
-        took.append(time.monotonic() - began)
-    run.write(part, record)
-
-
-def measure_batch(
-    run: Run, record: dict[str, Any], runners: Mapping[str, SparseTorchRunner], batch: int
-) -> None:
-    """Check and time runners at one batch size, and add the results to a record."""
-    name = record["network"]
-    for label, runner in runners.items():
-        model = run.models(name)[label.partition(",")[0]]
-        error = check_outputs(runner, model, run.shape(name), batch)
-        record["max_relative_errors"].append(
-            {"network": label, "batch": batch, "max_relative_error": error}
-        )
-    with_energy = batch in ENERGY_BATCH_SIZES and run.left > 60 + 20 * len(runners)
-    rounds = 2 if with_energy else 0
-    table = sweep(runners, run.shape(name), [batch], run.seconds, energy_rounds=rounds)
-    record["rows"] += table.to_dict("records")
-
-
-def advice(run: Run) -> None:
-    """Compare the times predicted from the measured products with those of the networks.
-
-    A network whose part stopped has no measurements to compare.
-
-    Raises:
-        InputError: a network was measured on another GPU than the products.
-    """
-    rates = Rates.from_record(run.path("products"))
-    record = json.loads(run.path("products").read_text())  # keeps its own date
-    checked = []
-    for name in run.networks:
-        measured = earlier(run.path(name))
-        rows = measured.get("rows", [])
-        if rows and measured["machine"].get("gpu") != record["machine"]["gpu"]:
-            raise InputError(
-                f"{name}.json and products.json were not measured on the same GPU; measure both "
-                "into one folder."
-            )
-        for row in rows:
-            if row["network"] == "sparse":
-                batch, model = row["batch"], run.models(name)["dense"]
-                predicted = advise(model, rates, measured["image_shape"], batch=batch)
-                checked.append(
-                    {
-                        "network": name,
-                        "datatype": "FP16",
-                        "batch": batch,
-                        "predicted": predicted.speedup,
-                        "measured": row["speedup"],
-                        "predicted_sparse_ms": predicted.sparse_ms,
-                        "measured_sparse_ms": row["gpu_p50"],
-                    }
-                )
-    done = {row["network"] for row in checked}
-    checked += [row for row in record.get("checked", []) if row["network"] not in done]
-    write_json(run.path("products"), record | {"checked": checked})
-    run.path("advice").unlink(missing_ok=True)  # it says why an earlier run stopped
-
-
-def profile(run: Run) -> None:
-    """Record the kernels that take the most time, and the floors of the slowest products."""
-    name, batch = run.networks[0], max(run.batch_sizes)
-    images = torch.randn(batch, *run.shape(name))
-    runners = torch_runners(run, name)
-    record: dict[str, Any] = {
-        "what": f"{name} at batch {batch}: the time in each kernel, and the products' floors; "
-        "overhead compares a run's median by the host's and the GPU's clock with the sum of its "
-        "kernels, in ms; if that is far below the GPU's, the profiler missed some",
-        "overhead": {},
-        "kernels": {},
-    }
-    for label, runner in runners.items():
-        latency, *_ = time_in_turns([runner], images, run.seconds)
-        record["kernels"][label] = kernel_times(runner)
-        total = sum(kernel["ms"] for kernel in record["kernels"][label])
-        gpu = None if latency.gpu is None else float(np.median(latency.gpu))
-        record["overhead"][label] = {"p50": latency.p50, "gpu_p50": gpu, "kernels": total}
-        run.write("profile", record)
-    record["products"] = slowest_products(run, name, batch, runners["sparse"].kernel_choices())
-    run.write("profile", record)
-
-
-def kernel_times(runner: Runner, runs: int = 5) -> list[dict[str, Any]]:
-    """Return the time of each kernel (on a CPU: operator) in a run, the longest first.
-
-    Raises:
-        UnavailableError: the profiler saw nothing, as happens to the second profile of a process.
-    """
-    on_gpu = torch.cuda.is_available()
-    activity = (
-        torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    )
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(runs):
-            runner.run()
-    kernels = [
-        (event, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-        for event in profiler.key_averages()
-    ]
-    total = sum(microseconds for _, microseconds in kernels)
-    if not total:
-        raise UnavailableError("The profiler saw no kernel; run this part alone, in a new process.")
-    return [
-        {
-            "kernel": event.key,
-            "calls": event.count / runs,
-            "ms": microseconds / runs / 1000,
-            "share": 100 * microseconds / total,
+    def child(self, title: str, arguments: Sequence[str], limit: float, log: Path) -> Ending:
+        """Run Python in a process of its own, and tell how it ended."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            "CUDA_MODULE_LOADING": "LAZY",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(self.base.cache).absolute() / "inductor"),
         }
-        for event, microseconds in sorted(kernels, key=lambda kernel: -kernel[1])
+        command = [sys.executable, *arguments]
+        ending = run_child(command, log, limit, environment, ROOT)
+        said = ending.last_line if ending.code in (1, STOPPED) or title.startswith("tests") else ""
+        self.tell(title, f"{ending}{': ' if said else ''}{said}", ending.seconds)
+        return ending
+
+    def tell(self, title: str, how: str, seconds: float) -> None:
+        """Print how a process ended, and add it to the record of this session."""
+        print(f"{title}: {how} ({max(0, self.left):.0f} s left)", flush=True)
+        self.ended.append({"process": title, "ended": how, "seconds": round(seconds, 1)})
+        write_json(self.out / "session.json", {**self.machine, "ended": self.ended})
+
+
+def title_of(job: Job) -> str:
+    """Return what a job measures, for people."""
+    match job.part:
+        case "probe":
+            return f"probe {job.datatype} {job.squares[0]}"
+        case "products":
+            return f"products {job.datatype}"
+        case "profile":
+            return f"profile {job.networks[0]} {job.datatype} {job.model}"
+        case "network" | "engines" | "compiled":
+            return f"{job.part} {job.networks[0]} {job.datatype}"
+    return job.part
+
+
+def died(ending: Ending) -> bool:
+    """Return whether a process ended in another way than by saying why it stopped."""
+    return ending.code not in (0, STOPPED)
+
+
+def note(path: Path, datatype: str, ending: Ending) -> None:
+    """Say in a record how the process that wrote it died, if it was still writing."""
+    record = earlier(path)
+    if begun := record.pop("begun", None):
+        record.setdefault("stopped", {})[datatype] = f"The process {ending}."
+        record.setdefault("fatal", []).append(begun)
+        write_json(path, record)
+
+
+# --- the first minutes ---
+
+
+def find_machine(session: Session) -> str:
+    """Find out in a child what is here; return in one sentence what is missing, if anything."""
+    ending = session.measure("machine")
+    record = earlier(session.out / "machine.json")
+    if ending is None or not ending.fine:
+        return f"PyTorch does not start here: {ending} ({ending.last_line if ending else ''})."
+    session.machine = {key: record[key] for key in ("machine", "versions")}
+    print(json.dumps(session.machine, indent=2))
+    return record["missing"]
+
+
+def probe(session: Session, datatypes: Sequence[str]) -> dict[str, str]:
+    """Return for each datatype the best way to multiply that it survives, as `safest` does.
+
+    Each product is tried in a process of its own, and the datatypes at the same time.
+    """
+    folder = Path(session.base.cache) / "probes"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def found(datatype: str) -> list[dict[str, Any]]:
+        records = []
+        for side in PROBED:
+            file = folder / f"probe_{datatype}_{side}.json"
+            if not session.is_of_this_machine(earlier(file)):
+                session.measure("probe", datatype=datatype, squares=[side], out=str(folder))
+            record = earlier(file)
+            records.append(record if session.is_of_this_machine(record) else {})
+        return records
+
+    with ThreadPoolExecutor(len(datatypes)) as pool:
+        records = dict(zip(datatypes, pool.map(found, datatypes), strict=True))
+    safe = {datatype: safest(own) for datatype, own in records.items()}
+    rows = [
+        {"datatype": datatype, "size": side, **{key: own.get(key) for key in WAYS}}
+        | {"stopped": own.get("stopped", {}).get(datatype)}
+        for datatype, each in records.items()
+        for side, own in zip(PROBED, each, strict=True)
     ]
+    write_json(session.out / "probe.json", {**session.machine, "safe": safe, "rows": rows})
+    print(f"safe: {safe}")
+    return safe
 
 
-def slowest_products(
-    run: Run, name: str, batch: int, choices: pd.DataFrame
-) -> list[dict[str, Any]]:
-    """Return the products that take the most time, with their floors by this GPU's best rates.
+WAYS = {"searched": "search", "default": "default"}  # by the probe's key, the best first
 
-    They are of the layers that have kernels to choose from, without projections of attention,
-    which have other names in the runner.
+
+def safest(records: Sequence[dict[str, Any]]) -> str:
+    """Return the best way to multiply that every probe of a datatype survived; empty if none.
+
+    A probe that there was no time for has an empty record, and says nothing.
     """
-    rates = Rates.from_record(run.path("products"))
-    if "FP16" not in rates.best:
-        raise UnavailableError("No FP16 product ran, so there are no rates to compute floors from.")
-    dense, sparse = rates.best["FP16"]
-    advised = advise(run.models(name)["dense"], rates, run.shape(name), batch=batch)
-    layers = choices.merge(advised.layers[["layer", "m", "n", "k"]], on="layer")
-    layers["ms"] = [row[row["kernel"]] for row in layers.to_dict("records")]
-    rows = layers.nlargest(15, "ms").to_dict("records")
-    for row in rows:
-        m, n, k = row["m"], row["n"], row["k"]
-        row["dense_floor_ms"] = roofline.floor_ms(m, n, k, "FP16", dense, rates.bandwidth, False)
-        row["sparse_floor_ms"] = roofline.floor_ms(m, n, k, "FP16", sparse, rates.bandwidth, True)
-        row["operations_per_byte"] = roofline.intensity(m, n, k, "FP16", sparse=True)
-    return rows
+    ran = [own for own in records if own]
+    return next((way for key, way in WAYS.items() if all(key in own for own in ran)), "")
 
 
-def engines(run: Run) -> None:
-    """Build the first network's engines with their controls, and run them if they run here."""
-    name, batch = run.networks[0], max(run.batch_sizes)
-    shape, profile_batch_sizes = run.shape(name), (1, batch, batch)
-    record: dict[str, Any] = {
-        "what": f"{name} in FP16: engines of dense and sparse weights, with and without the flag",
-        "reasons": backends.backend_status(),
-    }
-    run.write("engines", record)
-    builder = engine.find_builder()  # fails before the exports, which take a minute
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        cache = None
-        if builder.name == "TensorRT":  # so that all builds choose from the same kernel times
-            cache = folder / "timing.cache"
-        for label, model in run.models(name).items():
-            file = folder / f"{label}.onnx"
-            export.export_onnx(model, file, shape, half=True)
-            channels_last.rewrite_1x1_as_matmul(file, folder / f"{label}_products.onnx", shape)
-        builds = engine.build_with_controls(
-            folder / "dense.onnx", folder / "sparse.onnx", folder, shape, profile_batch_sizes,
-            builder=builder, timing_cache=cache,
-        )  # fmt: skip
-        write_builds(run, record, builds)
-        for label in ("dense_products", "sparse_products"):
-            file, plan = folder / f"{label}.onnx", folder / f"{label}.engine"
-            builds[label] = engine.build_engine(
-                file, plan, shape, profile_batch_sizes, builder=builder, timing_cache=cache
-            )
-            write_builds(run, record, builds)
-        names = ["dense", *(label for label in builds if label != "dense")]
-        runners = {label: TensorRTRunner(folder / f"{label}.engine") for label in names}
-        record["runner"] = runners["sparse"].name
-        record["max_relative_errors"] = []
-        for label, runner in runners.items():
-            weights, *_ = label.split("_")  # such as sparse_without_flag, dense_products
-            error = check_outputs(runner, run.models(name)[weights], shape, batch)
-            record["max_relative_errors"].append({"network": label, "max_relative_error": error})
-        table = sweep(runners, shape, [batch], run.seconds, energy_rounds=0)
-        run.write("engines", record | {"rows": table.to_dict("records")})
+def run_tests(session: Session, safe: dict[str, str]) -> None:
+    """Run the tests that need a GPU, without the datatypes that break CUDA."""
+    unsafe = [datatype for datatype, way in safe.items() if way != "search"]
+    chosen = ["-k", " and ".join(f"not {datatype}" for datatype in unsafe)] if unsafe else []
+    for group, modules in TESTS.items():
+        title = f"tests of {group}"
+        limit = session.limit("tests", title)
+        if limit is not None:
+            files = [str(ROOT / "tests" / f"test_{module}.py") for module in modules]
+            command = ["-m", "pytest", "-m", "gpu", "-q", *chosen, *files]
+            session.child(title, command, limit, session.out / "gpu.log")
 
 
-def write_builds(
-    run: Run, record: dict[str, Any], builds: Mapping[str, engine.EngineReport]
+# --- the measurements ---
+
+
+def attempts(safe: dict[str, str]) -> Iterator[tuple[str, bool]]:
+    """Yield the ways to run a network, the best first: its datatype, and whether to search."""
+    for way in WAYS.values():
+        for datatype in TYPES:
+            if safe.get(datatype) == way:
+                yield datatype, way == "search"
+
+
+def measure_products(
+    session: Session, safe: dict[str, str], squares: Sequence[int], networks: Sequence[str] = ()
 ) -> None:
-    """Write the builds so far: each takes minutes, and the run may be cut short."""
-    record["builds"] = {label: report.facts() for label, report in builds.items()}
-    # The layers on which the log and the finished engine disagree.
-    record["disagreements"] = {
-        label: report.disagreements()
-        for label, report in builds.items()
-        if report.eligible and report.chosen is not None
-    }
-    run.write("engines", record)
+    """Measure products of each datatype, those of the networks in the networks' datatype."""
+    first = next(attempts(safe), None)
+    for datatype in safe:
+        if not safe[datatype]:
+            session.tell(f"products {datatype}", "left out: the probe did not survive it", 0)
+            continue
+        layers = list(networks) if first and datatype == first[0] else []
+        for _ in range(RETRIES):
+            ending = session.measure(
+                "products", datatype=datatype, squares=list(squares), networks=layers,
+                search=safe[datatype] == "search",
+            )  # fmt: skip
+            if ending is None or not died(ending):
+                break
+            safe[datatype] = "default"  # the next process leaves out what was fatal to this one
 
 
-# --- the run ---
-
-PARTS: dict[str, Callable[..., None]] = {
-    "products": products,
-    "networks": network,  # each network is a part of its own
-    "advice": advice,
-    "profile": profile,
-    "compiled": compiled,
-    "engines": engines,
-}
-PART_NAMES = list(PARTS)
-NEEDED = {"compiled": 240, "engines": 300}  # seconds; any other part is started with 20
-
-
-def described(error: Exception) -> str:
-    """Return an error in one line, after printing the traceback of an unexpected one."""
-    if not isinstance(error, HelpersError):
-        traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}"
+def measure_network(
+    session: Session, safe: dict[str, str], name: str, batch_sizes: Sequence[int], part: str
+) -> None:
+    """Measure a network in the best way; where that dies, in the next one."""
+    for datatype, search in attempts(dict(safe)):
+        ending = session.measure(
+            part, networks=[name], batch_sizes=list(batch_sizes), datatype=datatype, search=search,
+        )  # fmt: skip
+        if ending is None or not died(ending):
+            return
+        safe[datatype] = "default" if search and ending.code is not None else ""
+        print(f"{name} goes on in another way: {datatype} died")
 
 
-def attempt(run: Run, part: str, work: Callable[[Run], None]) -> None:
-    """Do one part; if it stops, its file says why, and the other parts go on.
-
-    Raises:
-        UnavailableError: the part left the GPU unusable for this process.
-    """
-    began = time.monotonic()
-    try:
-        if run.left < NEEDED.get(part, 20):
-            raise UnavailableError(
-                "no time was left for it; run it with --parts and more --minutes"
-            )
-        work(run)
-    except Exception as error:  # a part must not take the others with it
-        reason = described(error)
-        print(f"{part} stopped: {reason}")
-        run.write(part, run.written.get(part, {}) | {"stopped": reason})
-        cuda_graphs.raise_if_context_is_broken(error)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    print(f"{part}: {time.monotonic() - began:.0f} s, {run.left:.0f} s left", flush=True)
+def measure(session: Session, parts: Collection[str], datatypes: Sequence[str]) -> None:
+    """Do the parts in the order of what they tell for their time."""
+    base = session.base
+    safe = dict.fromkeys(datatypes, "search")
+    if "probe" in parts:
+        safe = probe(session, datatypes)
+    if "tests" in parts:
+        run_tests(session, safe)
+    # The smallest run from end to end; what it measures is kept by the larger ones.
+    quick = "resnet50" if "resnet50" in base.networks else base.networks[0]
+    if "products" in parts:
+        measure_products(session, safe, base.squares[:2])
+    if "networks" in parts:
+        measure_network(session, safe, quick, base.batch_sizes[1:2] or base.batch_sizes, "network")
+    if "advice" in parts:
+        session.measure("advice", networks=[quick])
+    # The real ones.
+    if "products" in parts:
+        measure_products(session, safe, base.squares[:-1] or base.squares, base.networks)
+    for name in base.networks if "networks" in parts else ():
+        measure_network(session, safe, name, base.batch_sizes, "network")
+    if "advice" in parts:
+        session.measure("advice")
+    datatype, search = next(attempts(safe), ("BF16", False))
+    own = {"networks": base.networks[:1], "datatype": datatype, "search": search}
+    for model in ("dense", "sparse") if "profile" in parts else ():
+        session.measure("profile", model=model, **own)
+    if "engines" in parts:
+        session.measure("engines", networks=base.networks[:1], datatype="FP16")
+    if "compiled" in parts:
+        measure_network(session, safe, quick, base.batch_sizes[:1], "compiled")
+    if "products" in parts:
+        measure_products(session, safe, base.squares, base.networks)
 
 
 def main(
-    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the results")],
-    parts: Annotated[list[str], typer.Option(help="only these parts")] = PART_NAMES,
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the records")] = ROOT
+    / "build"
+    / "gpu",
+    cache: Annotated[
+        Path, typer.Option(file_okay=False, help="folder for engines and compiled kernels")
+    ] = ROOT / "build" / "gpu_cache",
+    parts: Annotated[list[str], typer.Option(help="only these parts")] = PARTS,
     networks: Annotated[list[str], typer.Option(help="names of torchvision's")] = NETWORKS,
     batch_sizes: Annotated[
         list[int], typer.Option(min=1, help="the most telling first")
     ] = BATCH_SIZES,
-    squares: Annotated[list[int], typer.Option(min=16, help="sizes of products")] = SQUARES,
+    squares: Annotated[
+        list[int], typer.Option(min=16, help="sizes of products, the most telling first")
+    ] = SQUARES,
     datatypes: Annotated[list[str], typer.Option(help="of the products")] = DATATYPES,
     image_size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
     seconds: Annotated[float, typer.Option(min=0, help="for each network and batch size")] = 1.0,
-    minutes: Annotated[float, typer.Option(min=0, help="after which nothing is started")] = 7.5,
+    minutes: Annotated[float, typer.Option(min=0, help="after which everything has ended")] = 90.0,
+    on_cpu: Annotated[bool, typer.Option(help="try the parts without a GPU")] = False,
 ) -> None:
     """Measure everything that the tutorial reports for a GPU."""
     _require_known("parts", parts, PARTS)
@@ -506,25 +333,25 @@ def main(
     _require_known(
         "networks", networks, ["resnext14_8x1d", *list_models(module=torchvision.models)]
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise typer.BadParameter(
-            f"cannot be written to: {error.strerror}", param_hint="out"
-        ) from error
-    until = time.monotonic() + 60 * minutes
-    run = Run(out, networks, batch_sizes, image_size, seconds, squares, until, datatypes)
-    try:
-        for part in parts:
-            if part == "networks":
-                for name in networks:
-                    attempt(run, name, partial(network, name=name))
-            else:
-                attempt(run, part, PARTS[part])
-    except UnavailableError as error:  # nothing more can run on the GPU in this process
-        print(error)
-        raise typer.Exit(1) from error
+    for folder in (out, cache):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise typer.BadParameter(
+                f"{folder} cannot be written to: {error.strerror}", param_hint="out"
+            ) from error
+    base = Job(
+        "", str(out.absolute()), str(cache.absolute()), networks, batch_sizes, squares,
+        image_size=image_size, seconds=seconds,
+    )  # fmt: skip
+    session = Session(base, time.monotonic() + 60 * minutes)
+    if missing := find_machine(session):
+        print(missing)
+        if not on_cpu:
+            raise typer.Exit(1)
+    measure(session, parts, datatypes)
+    print(f"The records are in {out}.")
 
 
 def _require_known(option: str, given: Sequence[str], known: Collection[str]) -> None:

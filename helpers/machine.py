@@ -16,13 +16,36 @@ import torch
 
 REQUIRED = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = (*REQUIRED, "tensorrt", "tensorrt-rtx-cu13", "pycuda")
+# The library that PyTorch's wheel asks for. One from conda-forge has it under no such name.
+CUSPARSELT = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of those `PACKAGES` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    """Return the versions of Python and of those `PACKAGES` that are installed.
+
+    With a GPU also those of CUDA and cuSPARSELt that PyTorch uses.
+    """
+    found = {"python": platform.python_version(), **_installed(*PACKAGES)}
+    return found | cuda_versions() if torch.cuda.is_available() else found
+
+
+@cache
+def cuda_versions() -> dict[str, str]:
+    """Return the versions of CUDA and cuSPARSELt that PyTorch uses; empty in a build without.
+
+    Kernels come and go with them, and some versions of cuSPARSELt have kernels that fail.
+    """
+    found = {} if torch.version.cuda is None else {"cuda": torch.version.cuda}
+    if number := torch.backends.cusparselt.version():  # the one that PyTorch was built with
+        built_with = f"{number // 1000}.{number // 100 % 10}.{number % 100}"
+        found["cusparselt"] = next(iter(_installed(*CUSPARSELT).values()), built_with)
+    return found
+
+
+def _installed(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -187,6 +187,7 @@ def clock(monkeypatch):
     clock = Clock()
     for module in ("helpers.measurement.benchmark", "helpers.measurement.energy"):
         monkeypatch.setattr(f"{module}.time", clock)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that nothing has to settle
     return clock
 
 

@@ -74,6 +74,11 @@ class FakeCusparselt:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, int]] = []
+        self.refuses: dict[str, int] = {}  # arguments that are not taken
+
+    def dead(self, *_: object, **__: object) -> None:
+        """Fail as every call does after a kernel has broken the context."""
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
 
     def compress(self, weight: Tensor) -> Tensor:
         assert weight.is_contiguous()
@@ -90,6 +95,8 @@ class FakeCusparselt:
         **algorithm: int,
     ) -> Tensor:
         self.calls.append(algorithm)
+        if self.refuses and self.refuses.items() <= algorithm.items():
+            raise RuntimeError(f"cuSPARSELt does not take {self.refuses}")
         k, n = dense.shape
         assert k % 8 == n % 8 == 0
         if dense.is_contiguous():
@@ -112,6 +119,13 @@ class FakeCusparselt:
     ) -> tuple[int, int, int, int]:
         self.sparse_mm(compressed, dense, bias, transpose_result)
         return (*self.algorithm, 40)
+
+
+def pruned_linear(inputs: int, outputs: int) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs)
+    prune_2to4_(layer)
+    return layer.requires_grad_(False)
 
 
 @contextmanager

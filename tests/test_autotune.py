@@ -2,7 +2,9 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 from helpers import machine
 from helpers.errors import InputError, UnavailableError
 from helpers.inference import autotune
-from helpers.inference.autotune import Autotuner, host_times
-from helpers.inference.errors import RunnerError
+from helpers.inference.autotune import Autotuner, host_times, host_times_apart
+from helpers.inference.errors import DeadContextError, RunnerError
 from helpers.inference.kernels import DenseGemm, DenseLayer, Kernel
 
 
@@ -83,6 +85,53 @@ def test_choices_are_kept_on_disk_for_the_same_processor_and_version(layer, tmp_
     Autotuner(again, cache).choose("fc", kernels_of(layer), random(8, 16))
     assert again.used == 3
     assert len(json.loads(cache.read_text())) == 4
+
+
+def test_the_key_names_the_libraries_of_a_gpu(layer, monkeypatch):
+    """Kernels come and go with them: a choice of another version does not count."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a fake GPU")
+    monkeypatch.setattr(machine, "cuda_versions", lambda: {"cuda": "13.0", "cusparselt": "0.8.1"})
+    x = MagicMock(spec=Tensor, is_cuda=True, shape=(8, 16), dtype=torch.float16)
+    key = autotune.measurement_key(kernels_of(layer), x)
+    assert key.startswith(f"a fake GPU, torch {torch.__version__}, cuda 13.0, cusparselt 0.8.1, ")
+    assert "cuda" not in autotune.measurement_key(kernels_of(layer), random(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("search", r"the odd kernel of fc, input 8x16 in float32, while its algorithms were tried"),
+        ("call", r"the odd kernel of fc, input 8x16 in float32, with \{'alg_id': 3\} failed"),
+        ("time", r"'odd kernel': \{'alg_id': 3\}.* of fc, input 8x16 in float32, while they were"),
+    ],
+)
+def test_a_kernel_that_leaves_cuda_dead_is_named_with_its_algorithm(
+    layer, tmp_path, monkeypatch, step, said
+):
+    dead = []
+
+    def fail() -> None:
+        dead.append(step)
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    class OddKernel(DenseGemm):
+        name = "odd kernel"
+
+        def search(self, input: Tensor) -> dict[str, int]:
+            return fail() if step == "search" else {"alg_id": 3}
+
+        def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
+            return fail() if step == "call" else super().multiply(rows)
+
+    def timer(calls: Sequence) -> list[float]:
+        return fail() if step == "time" else [1.0 for _ in calls]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: fail() if dead else None)
+    cache = tmp_path / "kernels.json"
+    with pytest.raises(DeadContextError, match=said):
+        Autotuner(timer, cache).choose("fc", [DenseLayer(layer), OddKernel(layer)], random(8, 16))
+    assert not cache.exists(), "nothing that a dead GPU said is kept"
 
 
 def test_two_runners_that_share_a_cache_keep_each_others_choices(layer, tmp_path):
@@ -189,6 +238,22 @@ def test_an_unreliable_choice_is_not_kept_with_a_later_one(layer, tmp_path):
         autotuner.choose("fc", kernels_of(layer), random(rows, 16))
     (key,) = json.loads(autotuner.cache.path.read_text())
     assert "float32 9x16" in key
+
+
+def test_a_call_gets_the_cores_to_itself_before_it_is_timed(fake_machine, monkeypatch):
+    """The threads of another library slow it down for 12 ms after that library's last run."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ended = {"layer": -1.0, "gemm": -1.0}
+
+    def run(name: str, other: str) -> None:
+        disturbed = fake_machine.now - ended[other] < 0.012
+        fake_machine.disturbed = {name: 1.5} if disturbed else {}
+        fake_machine.run(name)
+        ended[name] = fake_machine.now
+
+    calls = [partial(run, "layer", "gemm"), partial(run, "gemm", "layer")]
+    assert host_times_apart(calls) == pytest.approx([2.0, 1.0])
+    assert host_times(calls) == pytest.approx([3.0, 1.5])
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"key": 1}', '{"key": {"kernel": "dense"}}'])

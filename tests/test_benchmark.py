@@ -424,8 +424,8 @@ def window(joules: float, calls: int = 10, **changed: object) -> EnergyWindow:
 
 def test_on_a_gpu_the_energy_of_each_runner_is_measured(clock, fake_gpu, monkeypatch):
     windows = {
-        "dense": iter(4 * [window(600, celsius=50, throttles=frozenset({"power cap"}))]),
-        "sparse": iter(2 * [window(400), window(500, celsius=70, sm_mhz=1600.0)]),
+        "dense": iter(5 * [window(600, celsius=50, throttles=frozenset({"power cap"}))]),
+        "sparse": iter(3 * [window(400), window(500, celsius=70, sm_mhz=1600.0)]),
     }
     monkeypatch.setattr(benchmark, "EnergyCounter", lambda: "the counter")
     monkeypatch.setattr(benchmark, "idle_watts", lambda counter: 42.0)
@@ -443,6 +443,8 @@ def test_on_a_gpu_the_energy_of_each_runner_is_measured(clock, fake_gpu, monkeyp
     assert (dense["celsius"], sparse["celsius"]) == (50, 70)
     assert (dense["sm_mhz"], sparse["sm_mhz"]) == (1500, 1550)
     assert (dense["throttles"], sparse["throttles"]) == ("power cap", "")
+    again = sweep(pair(clock), (1, 2, 2), batch_sizes=(9,), seconds=0, energy_rounds=1, idle=7.0)
+    assert set(again.idle_watts) == {7}, "not measured again"
     assert (dense["perf_per_watt"], sparse["perf_per_watt"]) == pytest.approx((1, 60 / 45))
     assert sparse["perf_per_watt_low"] == pytest.approx(60 / 50)
     assert sparse["perf_per_watt_high"] == pytest.approx(60 / 40)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from helpers.inference import cpu_kernels
+from helpers.inference import cpu_kernels, cpu_layers
 from helpers.inference.cpu_layers import CpuLayer
 from helpers.sparsity import mask_2to4
 
@@ -161,11 +161,35 @@ def test_threads_do_not_change_a_bit(layer, shape):
     assert torch.equal(ours(input, threads=1), ours(input, threads=64))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("vectors", "blocks"), [(196, 16), (49, 32), (13, 64), (4, 512)], ids=["56", "28", "14", "7"]
+)
+def test_all_threads_have_as_much_to_do(vectors, blocks, in_place, threads):
+    """In layers of ResNet-50, with pictures of 56, 28, 14 and 7 pixels to a side."""
+    tiles, parts = cpu_layers._tiles_and_parts(vectors, 7, 1, blocks, in_place, threads)
+    assert vectors / tiles <= 7
+    busy = threads * [0.0]
+    for tile in range(tiles):
+        width = vectors * (tile + 1) // tiles - vectors * tile // tiles
+        for _ in range(parts):
+            busy[busy.index(min(busy))] += width / parts
+    assert max(busy) < 1.25 * vectors / threads
+
+
+def test_the_input_is_rather_brought_in_once_than_for_each_thread():
+    """Seven tiles for two threads: eight narrower ones, where two parts would each bring it in."""
+    assert cpu_layers._tiles_and_parts(49, 7, 1, 32, in_place=False, threads=2) == (8, 1)
+    assert cpu_layers._tiles_and_parts(49, 7, 1, 32, in_place=False, threads=1) == (7, 1)
+
+
 def test_threads_start_without_the_openmp_of_pytorch(monkeypatch):
     ours = CpuLayer.from_conv(sparse_(nn.Conv2d(64, 66, 3, padding=1)))
     input = torch.randn(1, 64, 14, 14)
     expected = ours(input, threads=1)
-    monkeypatch.setattr(cpu_kernels, "_gomp_parallel", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "_gomp", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "_thread_number", lambda: 0)
     assert torch.equal(ours(input, threads=2), expected)
 
 

@@ -1,12 +1,14 @@
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.errors import UnavailableError
 from helpers.inference import cuda_graphs
+from helpers.inference.errors import DeadContextError
 
 
 def test_calls_are_timed_in_turns_round_by_round(captured, gpu_clock):
@@ -95,10 +97,59 @@ def test_a_broken_gpu_is_reported_with_its_cause(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     cause = RuntimeError("the kernel failed\nfor many reasons")
-    with pytest.raises(UnavailableError, match=r"illegal .*the kernel failed\. Start") as raised:
+    with pytest.raises(DeadContextError, match=r"illegal .*the kernel failed\. Start") as raised:
         cuda_graphs.raise_if_context_is_broken(cause)
     assert raised.value.__cause__ is cause
     assert "\n" not in str(raised.value)
+    with (
+        pytest.raises(DeadContextError, match=r"since the GEMM of 8x16 failed: .*reasons") as named,
+        cuda_graphs.named("a model"),
+        cuda_graphs.named("the GEMM of 8x16"),
+    ):
+        raise RuntimeError("reasons")
+    assert isinstance(named.value.__cause__, RuntimeError), "the innermost name is kept"
+
+
+def test_an_error_that_leaves_cuda_working_passes_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="shape not supported"), cuda_graphs.named("a GEMM"):
+        raise RuntimeError("shape not supported")
+
+
+@pytest.fixture
+def broken_capture(monkeypatch):
+    """CUDA graphs whose capture cannot be ended once the work in it has failed."""
+
+    @contextmanager
+    def graph(_: object, stream: object, capture_error_mode: str):
+        assert capture_error_mode == "thread_local"
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+def test_what_the_work_raises_is_not_hidden_by_the_end_of_its_capture(broken_capture):
+    calls = []
+
+    def work() -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise ValueError("the engine refused to run")
+
+    with pytest.raises(ValueError, match="refused"):
+        cuda_graphs.capture(work, MagicMock())
+
+
+def test_a_capture_that_cannot_be_ended_is_an_error_itself(broken_capture):
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graphs.capture(lambda: None, MagicMock())
 
 
 @pytest.mark.gpu

@@ -1,9 +1,15 @@
 import pytest
 import torch
-from inference_cases import fill_free_memory_with_nan, random
+from inference_cases import fill_free_memory_with_nan, pruned_linear, random
 from torch import nn
 
-from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
+from helpers.inference.cusparselt import (
+    SparseGemm,
+    UnsearchedSparseGemm,
+    search_algorithm,
+    why_no_sparse_gemms,
+)
+from helpers.inference.errors import DeadContextError
 from helpers.inference.kernels import Epilogue
 from helpers.metrics import max_relative_error
 from helpers.sparsity import prune_2to4_
@@ -30,17 +36,42 @@ def test_pytorch_has_the_operators_with_the_arguments_that_are_used():
     assert len(torch.ops.aten._cslt_compress.default._schema.arguments) == 1
 
 
+def test_the_fastest_algorithm_is_found_and_tried(cusparselt):
+    layer, x = pruned_linear(32, 16), random(8, 32)
+    found = SparseGemm(layer).search(x)
+    assert found == {"alg_id": 5, "split_k": 2, "split_k_mode": 1}
+    assert cusparselt.calls[-1] == found
+    assert UnsearchedSparseGemm(layer).search(x) == {}
+
+
+def test_a_way_to_split_k_that_pytorch_does_not_take_is_left_out(cusparselt):
+    cusparselt.refuses = {"split_k": 2}
+    found = SparseGemm(pruned_linear(32, 16)).search(random(8, 32))
+    assert found == {"alg_id": 5}
+
+
+def test_a_search_that_leaves_cuda_dead_names_what_it_tried(cusparselt, monkeypatch):
+    cusparselt.refuses = {"split_k": 2}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", cusparselt.dead)
+    with pytest.raises(DeadContextError, match=r"product with {'alg_id': 5, 'split_k': 2"):
+        search_algorithm(torch.eye(16), torch.zeros(16, 8))
+
+
 @pytest.mark.gpu
 @needs_cusparselt
 @pytest.mark.parametrize("rows", [1, 8, 13])
-def test_a_sparse_gemm_is_the_dense_one_on_the_gpu(rows):
+@pytest.mark.parametrize("kind", [SparseGemm, UnsearchedSparseGemm])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["FP16", "BF16"])
+def test_a_sparse_gemm_is_the_dense_one_on_the_gpu(rows, kind, dtype):
     torch.manual_seed(0)
     layer = nn.Linear(64, 128)
     prune_2to4_(layer)
-    layer = layer.to("cuda", torch.float16)
-    kernel = SparseGemm(layer, Epilogue(relu=True))
-    x = random(rows, 64).to("cuda", torch.float16)
+    layer = layer.to("cuda", dtype)
+    kernel = kind(layer, Epilogue("ReLU"))
+    x = random(rows, 64).to("cuda", dtype)
+    tolerance = 1e-2 if dtype == torch.float16 else 5e-2  # BF16 has three bits fewer
     fill_free_memory_with_nan()
     with torch.inference_mode():
         for algorithm in ({}, kernel.search(x)):
-            assert max_relative_error(kernel(x, **algorithm), layer(x).relu()) < 1e-2
+            assert max_relative_error(kernel(x, **algorithm), layer(x).relu()) < tolerance

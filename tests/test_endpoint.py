@@ -56,7 +56,7 @@ def test_an_endpoint_that_cannot_be_is_an_error(arguments, problem):
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_without_tritonclient_one_sentence_says_what_to_install(monkeypatch, protocol):
     monkeypatch.setitem(sys.modules, f"tritonclient.{protocol}.aio", None)
-    with pytest.raises(UnavailableError, match=r'pip install "tritonclient\[grpc,http\]"'):
+    with pytest.raises(UnavailableError, match=r"pip install '\.\[serving\]'"):
         load.find_inputs(Endpoint("m", protocol))
 
 

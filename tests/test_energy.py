@@ -188,7 +188,7 @@ def test_a_window_on_a_processor_is_a_second_and_has_no_clock(rapl, clock):
         rapl.refresh()
 
     window = measure_energy(work, CpuEnergyCounter(rapl.folder))
-    assert window.seconds == pytest.approx(1, abs=0.11)
+    assert window.seconds == pytest.approx(1, abs=0.21)
     assert window.watts == pytest.approx(60)
     assert (window.sm_mhz, window.celsius, window.throttles) == (None, None, frozenset())
 
@@ -226,25 +226,32 @@ def test_energy_is_shared_evenly_by_the_calls_of_the_window(nvml, clock):
         clock.now += 0.5
 
     window = measure_energy(work, EnergyCounter())
-    assert window.calls == 10, "five seconds by default"
-    assert window.seconds == 5
+    assert window.calls == 10 + 1, "five seconds by default, and one call to the next refresh"
+    assert window.seconds == 5.5
     assert window.joules_per_call == pytest.approx(150)  # 300 W for half a second
     assert window.watts == pytest.approx(300)
 
 
 @pytest.mark.parametrize("begin", [0.0, 0.033, 0.099])
-def test_the_counters_refresh_costs_at_most_two_per_cent(nvml, clock, begin):
+def test_the_counters_refresh_costs_next_to_nothing(nvml, clock, begin):
+    """Windows of the same length at any time would be off by up to 2 %, that is 0.1 s of 5 s."""
     clock.now = begin
 
     def work() -> None:
         clock.now += 0.017
 
-    assert measure_energy(work, EnergyCounter()).watts == pytest.approx(300, rel=0.02)
+    assert measure_energy(work, EnergyCounter()).watts == pytest.approx(300, rel=0.0035)
 
 
 def test_what_the_gpu_went_through_in_the_window_is_kept(nvml, clock):
     seconds = iter(
-        [(1400, 60, 0), (1500, 70, pynvml.nvmlClocksEventReasonSwPowerCap), (1600, 65, 0)]
+        [
+            (1500, 60, 0),  # before the window
+            (1400, 60, 0),
+            (1500, 70, pynvml.nvmlClocksEventReasonSwPowerCap),
+            (1600, 65, 0),
+            (1600, 65, 0),  # to the next refresh
+        ]
     )
 
     def work() -> None:
@@ -271,7 +278,7 @@ def test_the_gpu_is_asked_for_its_state_once_a_second(nvml, clock, monkeypatch):
         clock.now += 0.125
 
     measure_energy(work, counter)
-    assert asked == [0, 1, 2, 3, 4]
+    assert asked == [0.125 + second for second in range(5)], "from the first refresh on"
 
 
 @pytest.mark.parametrize("watts", [0.0, -300.0])
@@ -301,7 +308,7 @@ def test_a_gpu_lost_while_measuring_is_reported(nvml, clock, monkeypatch):
 def test_idle_power_is_measured_while_nothing_runs(nvml, clock):
     nvml.watts = 70.0
     assert idle_watts(EnergyCounter()) == pytest.approx(70)
-    assert clock.now == pytest.approx(10, rel=0.02)
+    assert clock.now == pytest.approx(10, rel=0.03)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,14 @@ def test_an_old_tensorrt_is_passed_over_with_its_reason(fake_gpu, monkeypatch):
     found = find_builder()
     assert found.name == "TensorRT-RTX"
     assert "TensorRT 8.6.1.post1 is too old" in found.why
+
+
+def test_an_old_tensorrt_is_not_even_imported(fake_gpu, monkeypatch):
+    """TensorRT-RTX may not load beside it."""
+    monkeypatch.setattr(metadata, "version", lambda name: {"tensorrt": "8.6.1"}[name])
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7"))
+    assert "TensorRT 8.6.1 is too old; version 10 or newer" in find_builder().why
 
 
 @pytest.mark.parametrize("gpu", ["no_gpu", "fake_gpu"])

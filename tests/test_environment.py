@@ -110,6 +110,15 @@ def test_the_lock_is_made_as_the_makefile_makes_it():
     assert set(header.split()) <= set(recipe.split())
 
 
+def test_no_file_is_a_link():
+    """Git for Windows checks links out as small text files."""
+    folders = ("benchmarks", "data", "docs", "helpers", "notebooks", "tests")
+    files = [*project_root().glob("*.*")]
+    files += [path for folder in folders for path in (project_root() / folder).rglob("*")]
+    assert len(files) > 200
+    assert not [path for path in files if path.is_symlink()]
+
+
 def test_the_range_of_python_is_the_same_everywhere():
     allowed = SpecifierSet(PROJECT["requires-python"])
     minors = [f"3.{minor}" for minor in range(20) if Version(f"3.{minor}") in allowed]

@@ -12,9 +12,10 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from helpers import machine
-from helpers.errors import InputError, UnavailableError
+from helpers.errors import InputError
 from helpers.inference import cuda_graphs
 from helpers.inference.cusparselt import why_no_sparse_gemms
+from helpers.inference.errors import DeadContextError
 from helpers.measurement import gemm
 from helpers.measurement.gemm import (
     PRODUCTS,
@@ -193,6 +194,10 @@ def test_cusparselt_runs_what_its_search_found_with_the_output_of_the_dense_prod
     }  # fmt: skip
     assert lab.calls
     assert all(call == expected for call in lab.calls)
+    lab.calls.clear()
+    measure_gemms([SIZE], [name], search=False)
+    assert lab.calls
+    assert all(call == {"out_dtype": eight_bits.get(name)} for call in lab.calls)
 
 
 @every_datatype
@@ -278,8 +283,27 @@ def test_a_broken_cuda_context_ends_the_measurement(lab, monkeypatch):
     (refused,) = measure_gemms([SIZE], ["FP16"]).reason
     assert refused.startswith("PyTorch does not run this product here: CUDA error")
     monkeypatch.setattr(torch.cuda, "synchronize", crash)
-    with pytest.raises(UnavailableError, match=r"in this process .*illegal"):
+    with pytest.raises(
+        DeadContextError, match=r"sparse FP16 product of 32x64x96, while .*tried, failed: .*illegal"
+    ):
         measure_gemms([SIZE], ["FP16"])
+    measure_gemms([SIZE], ["FP16"], search=False)
+
+
+@pytest.mark.parametrize(
+    ("search", "algorithm"), [(True, "{'alg_id': 7"), (False, "the default algorithm")]
+)
+def test_a_product_that_breaks_cuda_when_it_runs_is_named_with_its_algorithm(
+    lab, monkeypatch, search, algorithm
+):
+    def crash(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    monkeypatch.setattr(gemm, "_check_equal", crash)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", crash)
+    with pytest.raises(DeadContextError, match=f"sparse BF16 product of 32x64x96 with {algorithm}"):
+        measure_gemms([SIZE], "BF16", search=search)
 
 
 def test_a_size_that_the_pattern_does_not_fit_is_recorded_too(lab):
@@ -513,7 +537,7 @@ def test_tf32_rounds_more_than_fp32_on_the_gpu():
 @pytest.mark.gpu
 @needs_cusparselt
 def test_a_size_that_cusparselt_does_not_take_is_recorded_on_the_gpu():
-    table = measure_gemms([(512, 1024, 2048), (3, 20, 36)], ["FP16"], rounds=2)
+    table = measure_gemms([(512, 1024, 2048), (3, 20, 36)], ["BF16"], rounds=2)
     assert list(table.reason == "") == [True, False]
 
 

@@ -16,6 +16,7 @@ from helpers.tutorial.settings import Settings
 def nothing_is_cached():
     def clear() -> None:
         machine.versions.cache_clear()
+        machine.cuda_versions.cache_clear()
         machine.describe.cache_clear()
 
     clear()
@@ -52,7 +53,24 @@ def test_versions_are_those_of_the_installed_packages():
     found = machine.versions()
     assert found["torch"] == metadata.version("torch")
     assert re.fullmatch(r"3\.\d+\.\d+\S*", found["python"])
-    assert set(found) <= {"python", *machine.PACKAGES}
+    assert set(found) - {"cuda", "cusparselt"} <= {"python", *machine.PACKAGES}
+
+
+def test_a_gpu_adds_the_versions_of_its_libraries(fake_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
+    monkeypatch.setattr(machine, "CUSPARSELT", ("pytest",))
+    libraries = {"cuda": "13.0", "cusparselt": metadata.version("pytest")}
+    assert machine.versions().items() >= libraries.items(), "the installed one is what runs"
+    machine.cuda_versions.cache_clear()
+    monkeypatch.setattr(machine, "CUSPARSELT", ("no such package",))
+    assert machine.cuda_versions()["cusparselt"] == "0.8.1"
+
+
+def test_a_build_for_cpus_has_neither_cuda_nor_cusparselt(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: None)
+    assert machine.cuda_versions() == {}
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):

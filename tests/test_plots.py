@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import matplotlib.pyplot as plt
@@ -389,7 +390,8 @@ def test_products_that_were_not_measured_stand_on_the_roofs_and_the_figure_says_
     assert legend(axis) == [
         "dense, what the datasheet allows", "sparse, what the datasheet allows", "same layer",
     ]  # fmt: skip
-    assert {"decode", "prefill", "dense peak, 989.4", "sparse peak, 1978.9"} == set(texts(axis))
+    peaks = {"dense peak, 989.4", "sparse peak, 1978.9"}
+    assert {"1", "2", " 1  decode\n 2  prefill"} | peaks == set(texts(axis))
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
 
 
@@ -425,32 +427,50 @@ def test_a_product_that_ran_neither_way_has_no_label():
     nan = float("nan")
     points = PRODUCTS.assign(dense_tflops=[nan, nan], sparse_tflops=[nan, 1000.0])
     (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", points).axes
-    assert "decode" not in texts(axis)
+    assert " 1  prefill" in texts(axis)
     assert legend(axis)[:2] == [
         "dense, measured (2 of 2 did not run)", "sparse, measured (1 of 2 did not run)",
     ]  # fmt: skip
-    (prefill,) = [text for text in axis.texts if text.get_text() == "prefill"]
-    assert prefill.xy[1] == 1000, "it hangs on the point that there is"
+    (number,) = [text for text in axis.texts if text.get_text() == "1"]
+    assert number.xy[1] == 1000, "it hangs on the point that there is"
 
 
-def test_products_that_coincide_share_a_label():
+def test_products_that_coincide_have_their_numbers_in_a_column():
     same = pd.concat([PRODUCTS[1:]] * 2 + [PRODUCTS[:1]]).assign(label=["a", 2, "c"])
     (axis,) = plots.plot_roofline(DATASHEETS["h200"], "FP16", same).axes
-    assert {"a, 2", "c"} < set(texts(axis))
-    assert len(axis.texts) == 2 + 2, "the labels and the peaks' names"
+    assert {"1", "2\n3", " 1  c\n 2  a\n 3  2"} < set(texts(axis))
+    assert len(axis.texts) == 2 + 2 + 1, "the numbers, the peaks' names and the list"
 
 
-def test_labels_of_products_of_the_same_intensity_do_not_touch():
-    sides = [1000, 1040, 1080, 1120]
-    same = pd.DataFrame({"label": [*"abcd"], "m": sides, "n": sides, "k": sides})
-    same = same.assign(dense_tflops=[500.0, 460, 420, 380], sparse_tflops=[600.0, 550, 500, 450])
-    figure = plots.plot_roofline(DATASHEETS["h200"], "FP16", same)
+CLOSE = [(64 * 2**step, 1024 + 64 * step, 1024) for step in range(8)]
+ALIKE = [(side, side, side) for side in (1000, 1040, 1080, 1120)]
+MANY = [(49 * 2**rows, 64 * 2**n, 64 * 2**k) for rows in range(4) for n in range(3) for k in (0, 2)]
+
+
+@pytest.mark.parametrize("sizes", [CLOSE, ALIKE, MANY], ids=["close", "alike", "many"])
+@pytest.mark.parametrize("measured", [False, True])
+def test_every_label_of_a_roofline_can_be_read(sizes, measured):
+    """No text touches another one, and all are inside of the figure."""
+    points = pd.DataFrame(sizes, columns=["m", "n", "k"])
+    points["label"] = [f"layer{number}.0.downsample.0" for number in range(len(points))]
+    if measured:
+        rates = np.linspace(500, 380, len(points))
+        points = points.assign(dense_tflops=rates, sparse_tflops=1.2 * rates)
+    figure = plots.plot_roofline(DATASHEETS["h200"], "FP16", points)
     (axis,) = figure.axes
-    written = [text for text in axis.texts if text.get_text() in "abcd"]
-    dots = axis.transData.transform([text.xy for text in written]) * 72 / figure.dpi
-    lines = sorted(dots.sum(axis=1) + [text.xyann[1] for text in written])
-    assert len(lines) == 4
-    assert np.diff(lines).min() == pytest.approx(14)
+    figure.canvas.draw()
+    written = [text for text in axis.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in written]
+    for one, other in itertools.combinations(zip(written, boxes, strict=True), 2):
+        assert not one[1].overlaps(other[1]), (one[0].get_text(), other[0].get_text())
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    (listed,) = [text.get_text() for text in written if "layer" in text.get_text()]
+    numbers = [text.get_text() for text in written if text.get_text()[0].isdigit()]
+    told = sorted(int(number) for text in numbers for number in text.split())
+    assert told == [int(line.split()[0]) for line in listed.splitlines()]
+    assert len(told) == len(points)
 
 
 def test_a_table_without_products_is_refused():

@@ -13,8 +13,9 @@ import helpers
 from helpers.inference import dense_cpu, sparse_cpu
 from helpers.inference.sparse_cpu import SparseCpuRunner
 from helpers.measurement.advice import advise
+from helpers.measurement.calibration import CALIBRATION
 from helpers.measurement.rates import Rates
-from helpers.measurement.roofline import DATASHEETS
+from helpers.measurement.roofline import DATASHEETS, ESTIMATED_GPUS, MEASURED_GPUS
 from helpers.metrics import Accuracy, Comparison, max_relative_error
 from helpers.training.networks import create_on_meta
 from helpers.tutorial.artifacts import NOTEBOOKS
@@ -118,10 +119,29 @@ def test_the_prediction_is_the_one_that_advise_makes_today():
     fitted, floors = (advise(network, each, (3, 224, 224), batch=256) for each in rates)
     found = (fitted.speedup, *fitted.interval, floors.speedup)
     assert expected == [tuple(f"{each:.2f}" for each in found)]
-    _, low, high, _ = found
-    assert f"`{low:.2f}x to {high:.2f}x; {fitted._stay_dense}`" in text
+    (quoted,) = re.findall(r"--gpu a100 --batch 256 ``` answers `([^`]*)`", text)
+    said, layers = quoted.split("; ")
+    verdict = fitted.verdict
+    assert verdict.startswith(f"{said} at batch 256 in FP16; {layers}. Expected {found[0]:.2f}x")
     single = advise(network, rates[0], (3, 224, 224), batch=1)
     assert single.speedup < 1.05
+
+
+def test_the_gpus_and_products_behind_a_prediction_are_those_of_the_calibration():
+    words = "zero one two three four five six seven eight nine ten".split()
+    count, measured, names, estimated, examples = re.search(
+        r"fitted to ([\d,]+) published products of (\w+) GPUs \(([^)]*)\); (\w+) more, "
+        r"such as ([^,]*), are estimated",
+        " ".join(README.split()),
+    ).groups()
+    assert count == f"{json.loads(CALIBRATION.read_text())['products']:,}"
+    assert re.findall(r"`(\w+)`", names) == list(MEASURED_GPUS)
+    assert [words.index(each) for each in (measured, estimated)] == [
+        len(MEASURED_GPUS), len(ESTIMATED_GPUS),
+    ]  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", examples)) <= set(ESTIMATED_GPUS)
+    record = json.loads((REFERENCE / "case_study.json").read_text())
+    assert f"NVIDIA published up to {record['largest_speedup']:.2f}x. The" in README
 
 
 def test_the_model_card_agrees_with_its_record():

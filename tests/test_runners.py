@@ -244,8 +244,12 @@ class FakeGpu:
     def memset_d8_async(self, to: int, byte: int, count: int, stream: object) -> None:
         self.memory[to][:count] = byte
 
-    def Stream(self) -> SimpleNamespace:  # noqa: N802
+    def Stream(self, flags: int = 0) -> SimpleNamespace:  # noqa: N802
+        assert flags == 1, "it may not wait for the default stream"
         return SimpleNamespace(handle=7, synchronize=lambda: None)
+
+    def Device(self, number: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(pci_bus_id=lambda: f"0000:0{number}:00.0")
 
     def Event(self) -> "FakeEvent":  # noqa: N802
         return FakeEvent(self)
@@ -300,6 +304,7 @@ class FakeRtx(FakeGpu):
     """The same with TensorRT-RTX, whose contexts take a configuration."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="the whole graph")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="at the first run")
     config = None
 
     def create_runtime_config(self) -> SimpleNamespace:
@@ -316,11 +321,13 @@ def install(gpu: FakeGpu, name: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
-    package = SimpleNamespace(driver=gpu, autoprimaryctx=None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    context = SimpleNamespace(device=gpu.Device(0))
+    package = SimpleNamespace(driver=gpu, autoprimaryctx=context)
     for module, content in {
         "pycuda": package,
         "pycuda.driver": gpu,
-        "pycuda.autoprimaryctx": 0,
+        "pycuda.autoprimaryctx": context,
     }.items():
         monkeypatch.setitem(sys.modules, module, content)
     builder = Builder(name, gpu, "11.4", "the test says so")
@@ -370,6 +377,33 @@ def test_tensorrt_rtx_makes_its_graph_itself(
     assert (rtx.config is not None) == graph
     if graph:
         assert rtx.config.cuda_graph_strategy == "the whole graph"
+        strategy = rtx.config.dynamic_shapes_kernel_specialization_strategy
+        assert strategy == "at the first run"
+
+
+def test_another_gpu_than_pytorchs_is_refused(fake_gpu, tmp_path, monkeypatch):
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(RunnerError, match=r"bound to the GPU 0000:00.* 0000:01.*CUDA_DEVICE=1"):
+        TensorRTRunner(plan)
+
+
+def test_the_launch_alone_is_timed(fake_gpu, tmp_path, monkeypatch):
+    """To enter a stream takes the host longer than some engines take the GPU."""
+    plan = tmp_path / "05_sparse.engine"
+    plan.write_bytes(b"an engine")
+    runner, entered = TensorRTRunner(plan), []
+    runner.load(images(1))
+
+    def enter(stream: object) -> nullcontext:
+        entered.append(getattr(runner.start, "at", None))
+        return nullcontext()
+
+    runner.start = FakeEvent(fake_gpu)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    runner.run()
+    assert entered == [None], "the stream is entered once, before the start is recorded"
 
 
 def test_an_invalidated_result_stays_until_the_engine_runs(fake_gpu, tmp_path):

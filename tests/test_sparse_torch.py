@@ -160,15 +160,17 @@ def test_cudnn_looks_for_its_fastest_kernel_whenever_a_layer_meets_a_shape(
     assert torch.backends.cudnn.benchmark == before
 
 
+@pytest.mark.parametrize("kernels", ["cusparselt", "cusparselt without search"])
 @pytest.mark.parametrize("fastest", ["layers", "dense", "cusparselt"])
 def test_the_fastest_of_the_whole_networks_runs(
-    no_gpu, captured, gpu_clock, cusparselt, monkeypatch, fastest
+    no_gpu, captured, gpu_clock, cusparselt, monkeypatch, fastest, kernels
 ):
     """What wins layer by layer can lose as a network."""
     monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
     model = prepared(linear_network(), random(4, 48))
-    runner = on_a_fake_gpu(model, "cusparselt")
-    assert list(runner.networks) == ["layers", "dense", "cusparselt"]
+    runner = on_a_fake_gpu(model, kernels)
+    assert list(runner.networks) == ["layers", "dense", kernels]
+    fastest = kernels if fastest == "cusparselt" else fastest
     for name, network in runner.networks.items():
         milliseconds = 1.0 if name == fastest else 2.0
         network.register_forward_hook(
@@ -211,7 +213,7 @@ def test_a_compiled_network_computes_the_same(no_gpu):
 
 @pytest.mark.gpu
 @needs_cusparselt
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["FP16", "BF16"])
 def test_the_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, dtype, tmp_path):
     model, images = pruned
     runner = SparseTorchRunner(model, dtype=dtype, cache=tmp_path / "kernels.json")
@@ -227,9 +229,10 @@ def test_the_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, d
 
 @pytest.mark.gpu
 @needs_cusparselt
-def test_every_layer_keeps_the_kernel_that_was_measured_to_be_the_fastest(pruned):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["FP16", "BF16"])
+def test_every_layer_keeps_the_kernel_that_was_measured_to_be_the_fastest(pruned, dtype):
     model, images = pruned
-    runner = SparseTorchRunner(model)
+    runner = SparseTorchRunner(model, dtype=dtype)
     runner(images)
     for row in runner.kernel_choices().to_dict("records"):
         times = [row[kernel] for kernel in ("dense layer", "dense GEMM", "sparse GEMM")]

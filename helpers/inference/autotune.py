@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from helpers import machine
 from helpers.errors import InputError
 from helpers.files import shown, write_json
-from helpers.inference.cuda_graphs import raise_if_context_is_broken
+from helpers.inference import cuda_graphs
 from helpers.inference.errors import RunnerError
 from helpers.inference.kernels import Kernel
 
@@ -33,6 +33,9 @@ NOISE = 0.02  # a kernel that is faster by less than this share of the time is n
 SPREAD = 0.05
 # A call that an earlier process timed has to take the same time now, within this share.
 DRIFT = 0.1
+# Seconds after which the threads of another library have stopped waiting for work: PyTorch's on
+# Linux do so for some 12 ms.
+SETTLING = 0.02
 TOLERANCE = 10  # roundings of the largest output by which two kernels may differ
 CPU_TOLERANCE = 1e-4  # of the largest output, for FP32 on a CPU: the order of the sums differs
 
@@ -108,8 +111,55 @@ def host_times(
         order.append(order.pop(0))
         for turn in order + order[::-1]:
             taken[turn].append(_time_once(calls[turn]))
+    return [_typical(own) for own in taken]
+
+
+def host_times_apart(
+    calls: Sequence[Callable[[], object]], seconds: float = 0.2, rounds: int = 2
+) -> list[float]:
+    """Return how many milliseconds each call takes on the CPU, if it has the cores to itself.
+
+    As `host_times`, for calls of several libraries, each with threads of its own: each call gets
+    two turns in a round, of many runs, which begin with `settle`. Every run of that time counts:
+    a model of less than a millisecond needs thousands before the difference between two of them
+    is larger than that between two measurements.
+
+    Args:
+        calls: what to time.
+        seconds: for how long to time each; it runs at least once in each turn.
+        rounds: how often to go there and back again.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    for _ in range(rounds):
+        for turn in order + order[::-1]:
+            settle(calls[turn])
+            left = seconds / (2 * rounds)
+            while left > 0:
+                taken[turn].append(_time_once(calls[turn]))
+                left -= taken[turn][-1]
+        order.append(order.pop(0))
+    return [_typical(own) for own in taken]
+
+
+def settle(call: Callable[[], object]) -> None:
+    """Run a call until what another library left behind no longer slows it down.
+
+    Its first run finds the caches full of other data. With several threads it goes on for
+    `SETTLING` seconds: the threads of a library wait for more work in a busy loop, and until they
+    give up they hold cores that this call needs.
+    """
+    call()
+    if torch.get_num_threads() > 1:
+        until = time.perf_counter() + SETTLING
+        while time.perf_counter() < until:
+            call()
+
+
+def _typical(taken: list[float]) -> float:
+    """Return the milliseconds of a call from the seconds of its runs, as `host_times` says."""
     share = 25 if torch.get_num_threads() == 1 else 0
-    return [1000 * float(np.percentile(own, share)) for own in taken]
+    return 1000 * float(np.percentile(taken, share))
 
 
 def _time_once(call: Callable[[], object]) -> float:
@@ -202,7 +252,8 @@ class Autotuner:
         timer: times the kernels, such as `cuda_graphs.median_times` does on a GPU.
         cache: JSON file to keep the choices in; without a file they last as long as this
             object. Its keys name the processor (with the number of threads on a CPU), the
-            version of PyTorch, types, shapes and kernels.
+            version of PyTorch (on a GPU those of CUDA and cuSPARSELt too), types, shapes and
+            kernels.
     """
 
     def __init__(self, timer: Timer, cache: Path | None = None) -> None:
@@ -229,7 +280,7 @@ class Autotuner:
 
         Raises:
             RunnerError: memory is short, or a kernel returns other numbers than the first.
-            UnavailableError: a kernel failed in a way after which the GPU cannot be used.
+            DeadContextError: a kernel failed in a way after which the GPU cannot be used.
             InputError: the cache cannot be read.
         """
         key = measurement_key(kernels, input)
@@ -242,8 +293,13 @@ class Autotuner:
         algorithms: dict[str, dict[str, int]] = {first.name: {}}
         calls: list[Callable[[], Tensor]] = [first.bind(input, residual)]
         refused: dict[str, str] = {}
-        reference = first(input, residual)
+        where = f"{layer}, input {_times(input.shape)} in {_type(input)}"
+        with cuda_graphs.named(f"the {first.name} of {where}"):
+            reference = first(input, residual)
+            if input.is_cuda:  # its errors are not those of the next kernel
+                torch.cuda.synchronize(input.device)
         for kernel in others:
+            algorithm: dict[str, int] = {}
             try:
                 algorithm = kernel.search(input)
                 call = kernel.bind(input, residual, **algorithm)
@@ -254,7 +310,10 @@ class Autotuner:
                     f"{tuple(input.shape)}; use a smaller batch."
                 ) from error
             except RuntimeError as error:  # a library that does not take this shape
-                raise_if_context_is_broken(error)
+                tried = f"with {algorithm}" if algorithm else "while its algorithms were tried"
+                cuda_graphs.raise_if_context_is_broken(
+                    error, f"the {kernel.name} of {where}, {tried}"
+                )
                 refused[kernel.name] = str(error)
                 continue
             if not right:
@@ -266,7 +325,8 @@ class Autotuner:
                 )
             algorithms[kernel.name] = algorithm
             calls.append(call)
-        measured = measure_twice(self.timer, dict(zip(algorithms, calls, strict=True)))
+        with cuda_graphs.named(f"one of {algorithms} of {where}, while they were timed,"):
+            measured = measure_twice(self.timer, dict(zip(algorithms, calls, strict=True)))
         times = measured.shortest
         best = min(times, key=times.__getitem__)
         if times[best] >= (1 - NOISE) * times[first.name]:
@@ -278,10 +338,12 @@ def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     """Return in words everything that the speed of a layer's kernels depends on."""
     layer, epilogue = kernels[0].layer, str(kernels[0].epilogue)
     where = torch.cuda.get_device_name(input.device) if input.is_cuda else cpu_and_threads()
+    libraries = machine.cuda_versions() if input.is_cuda else {}
     parts = [
         where,
         f"torch {torch.__version__}",
-        f"{str(input.dtype).removeprefix('torch.')} {'x'.join(map(str, input.shape))}",
+        *(f"{name} {version}" for name, version in libraries.items()),
+        f"{_type(input)} {_times(input.shape)}",
         f"to {len(layer.weight)} channels",
     ]
     if isinstance(layer, nn.Conv2d):
@@ -307,8 +369,12 @@ def cpu_and_threads() -> str:
     return f"{machine.cpu_name()} with {torch.get_num_threads()} threads"
 
 
-def _times(pair: tuple[int, ...] | str) -> str:
-    return pair if isinstance(pair, str) else "x".join(map(str, pair))
+def _times(sizes: tuple[int, ...] | str) -> str:
+    return sizes if isinstance(sizes, str) else "x".join(map(str, sizes))
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _agree(output: Tensor, reference: Tensor) -> bool:

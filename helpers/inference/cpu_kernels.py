@@ -87,7 +87,8 @@ PLAN = np.dtype(
         # Addresses that change from call to call, and others.
         *[(name, np.intp) for name in "input output residual scratch".split()],
         *[(name, np.intp) for name in "values positions bias".split()],
-        *[(name, np.intp) for name in "next_unit next_thread".split()],  # of numbers to take
+        # Of the threads: how many, what tells one its number, and where numbers to take are kept.
+        *[(name, np.intp) for name in "threads thread_number next_thread next_units".split()],
         # The layer; channels and rows are those of one group. A linear layer has one image, with
         # its tokens in one row.
         *[(name, np.intp) for name in "tokens images groups channels rows".split()],
@@ -671,6 +672,17 @@ def _call(typing: Any, function: Any, plan: Any) -> Any:
     return types.void(types.intp, types.intp), _generator(call)
 
 
+@_intrinsic
+def _call_for_number(typing: Any, function: Any) -> Any:
+    """Call the C function at an address, which takes nothing and returns an int."""
+
+    def call(b: _Assembler, function: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(_INT32, [])
+        return b.sext(b.call(b.inttoptr(function, kind.as_pointer()), []), _INT64)
+
+    return types.int64(types.intp), _generator(call)
+
+
 # --- one unit of a layer ---
 
 _helper = njit(nogil=True, error_model="numpy")
@@ -995,15 +1007,27 @@ def _compute(plan: Any, kept: int, number: int, scratch: int) -> None:
 
 @_helper
 def _compute_units(plans: Any, kept: int) -> None:
-    """Compute units of a layer until no thread has left any."""
+    """Compute units of a layer until no thread has left any.
+
+    Each thread begins with units of its own, the same in each run and beside each other, since
+    its caches hold what it computed of the layer before. Then it helps the others.
+    """
     kept = literally(kept)
     plan = carray(plans, 1)[0]
     units = plan.groups * plan.tiles * plan.parts
-    scratch = plan.scratch + _take_next(plan.next_thread) * plan.scratch_bytes
-    number = _take_next(plan.next_unit)
-    while number < units:
-        _compute(plan, kept, number, scratch)
-        number = _take_next(plan.next_unit)
+    if plan.thread_number:
+        thread = _call_for_number(plan.thread_number)
+    else:
+        thread = _take_next(plan.next_thread)
+    scratch = plan.scratch + thread * plan.scratch_bytes
+    for i in range(plan.threads):
+        owner = (thread + i) % plan.threads
+        first = units * owner // plan.threads
+        end = units * (owner + 1) // plan.threads
+        number = first + _take_next(plan.next_units + owner * CACHE_LINE)
+        while number < end:
+            _compute(plan, kept, number, scratch)
+            number = first + _take_next(plan.next_units + owner * CACHE_LINE)
 
 
 # What is compiled: plain functions with nothing bound to them, for numba finds those again.
@@ -1051,19 +1075,29 @@ def _start() -> Any:
 
 
 @cache
-def _gomp_parallel() -> Any:
-    """Return the function of PyTorch's OpenMP that calls another on several threads, or None.
+def _gomp() -> Any:
+    """Return PyTorch's OpenMP if it is GCC's, else None.
 
-    It is the one behind `#pragma omp parallel` in GCC. Numba would load a second OpenMP, and
-    the threads of each spin for a while after their work, in the way of the other's.
+    `GOMP_parallel` is the function behind `#pragma omp parallel`: it calls another on several
+    threads. Numba would load a second OpenMP, and the threads of each spin for a while after their
+    work, in the way of the other's.
     """
     try:
-        parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel
+        gomp = ctypes.CDLL("libgomp.so.1")
+        gomp.GOMP_parallel.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        ]  # fmt: skip
+        gomp.GOMP_parallel.restype = None
     except (OSError, AttributeError):
         return None  # another OpenMP, as on macOS and Windows
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
+    return gomp
+
+
+@cache
+def _thread_number() -> int:
+    """Return the address of the function that tells a thread its number, or 0."""
+    gomp = _gomp()
+    return ctypes.cast(gomp.omp_get_thread_num, ctypes.c_void_p).value or 0 if gomp else 0
 
 
 def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
@@ -1097,7 +1131,8 @@ def _compiled(compile: Callable[[bool], Any], what: str) -> Any:
 # Two layers never run at once: they would share the scratch, and numba's simplest threads
 # cannot be started twice.
 _running = threading.Lock()
-_numbers = np.zeros(2, np.int64)  # of the next unit, and of the next thread
+# The next thread, and of each thread the next unit; none of them shares a cache line.
+_numbers = np.zeros((1 + MOST_THREADS, CACHE_LINE // 8), np.int64)
 
 
 class _Scratch:
@@ -1135,8 +1170,10 @@ class Plan:
         record = np.zeros(1, PLAN)
         for name, value in fields.items():
             record[name] = value
-        record["next_unit"] = _numbers.ctypes.data
-        record["next_thread"] = _numbers.ctypes.data + _numbers.itemsize
+        record["threads"] = threads
+        record["thread_number"] = _thread_number() if threads > 1 else 0
+        record["next_thread"] = _numbers.ctypes.data
+        record["next_units"] = _numbers.ctypes.data + CACHE_LINE
         self.scratch_bytes = threads * int(record["scratch_bytes"][0])
         self._address = record.ctypes.data
         # A view, because a structured array is slow to write to.
@@ -1148,10 +1185,10 @@ class Plan:
         with _running:
             _scratch.grow(self.scratch_bytes)
             self._addresses[:] = input, output, residual, _scratch.address
-            _numbers[:] = 0
+            _numbers[: 1 + self.threads] = 0
             if self.threads == 1:
                 work.ctypes(self._address)
-            elif (parallel := _gomp_parallel()) is not None:
-                parallel(work.address, self._address, self.threads, 0)
+            elif (gomp := _gomp()) is not None:
+                gomp.GOMP_parallel(work.address, self._address, self.threads, 0)
             else:
                 _start()(work.address, self._address, self.threads)

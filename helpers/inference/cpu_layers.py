@@ -5,6 +5,7 @@ kernel of `helpers.inference.cpu_kernels` reads it, and cuts the work for each i
 Shown in `07_sparse_tensor_cores.ipynb`, after the same idea in plain loops.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ from helpers.sparsity.masks import is_2to4
 _MOST_DEPTHS = 80
 # The sums of one unit, which wait there for the next block of depths, stay in the second.
 _SUMS_BYTES = 512 * 1024
-# A share of idle time that is not worth more parts.
-_IDLE = 0.04
-# Rows below which packing the input for them takes longer than what more threads save.
-_FEWEST_ROWS = 64
+# What a tile costs beside the products of its rows, measured with AVX-512: bringing in its input,
+# in rows, and starting each row, in vectors.
+_ROWS_OF_INPUT = 40
+_VECTORS_OF_START = 0.4
+# Units of each thread from which on the threads end evenly enough.
+_MOST_UNITS = 4
 
 
 HARD_SWISH = "hard-swish"
@@ -248,6 +251,12 @@ class CpuLayer:
         packed, geometry = self._packed, self.geometry or _SINGLE_PIXEL
         images, height, width = self._as_images(shape)
         out_height, out_width = geometry.output((height, width))
+        # Vectors that begin within a cache line cost two reads each.
+        in_place = (
+            geometry == _SINGLE_PIXEL
+            and self.geometry is not None
+            and out_height * out_width % LANES == 0
+        )
         return Plan(
             packed.kept,
             threads,
@@ -271,17 +280,14 @@ class CpuLayer:
             pad_x=geometry.padding[1],
             dilation_y=geometry.dilation[0],
             dilation_x=geometry.dilation[1],
-            # Vectors that begin within a cache line cost two reads each.
-            in_place=geometry == _SINGLE_PIXEL
-            and self.geometry is not None
-            and out_height * out_width % LANES == 0,
+            in_place=in_place,
             depth=packed.edges[-1],
             words=-(-packed.edges[-1] // GROUPS_PER_WORD),
             depth_blocks=len(packed.edges) - 1,
             hard_swish=self.activation == HARD_SWISH,
             floor=_BOUNDS[self.activation][0],
             ceiling=_BOUNDS[self.activation][1],
-            **self._cut(images * out_height * out_width, threads),
+            **self._cut(images * out_height * out_width, in_place, threads),
         )
 
     def _as_images(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -293,14 +299,14 @@ class CpuLayer:
             return images, 1, height * width
         return images, height, width
 
-    def _cut(self, pixels: int, threads: int) -> dict[str, int]:
+    def _cut(self, pixels: int, in_place: bool, threads: int) -> dict[str, int]:
         """Cut the output into tiles by parts, and say how much scratch a unit of it takes."""
-        vectors = -(-pixels // LANES)
-        tiles = -(-vectors // VECTORS[self._packed.kept])
-        edges = [vectors * i // tiles for i in range(tiles + 1)]
-        widest = int(np.diff(edges).max())
         blocks = -(-self.rows // self.groups // ROWS)
-        parts = _parts(np.diff(edges).tolist(), self.groups, blocks, threads)
+        vectors = -(-pixels // LANES)
+        tiles, parts = _tiles_and_parts(
+            vectors, VECTORS[self._packed.kept], self.groups, blocks, in_place, threads
+        )
+        widest = -(-vectors // tiles)
         deepest = int(np.diff(self._packed.edges).max())
         x_bytes = 4 * deepest * (widest + 1) * VECTOR_BYTES
         sums_bytes = -(-blocks // parts) * ROWS * widest * VECTOR_BYTES
@@ -309,31 +315,47 @@ class CpuLayer:
         return {"tiles": tiles, "parts": parts, "x_bytes": x_bytes, "scratch_bytes": scratch_bytes}
 
 
-def _parts(widths: list[int], groups: int, blocks: int, threads: int) -> int:
-    """Return into how many parts the rows of each tile are cut.
+def _tiles_and_parts(
+    vectors: int, most_vectors: int, groups: int, blocks: int, in_place: bool, threads: int
+) -> tuple[int, int]:
+    """Return into how many tiles the pixels are cut, and into how many parts the rows of each.
 
-    As few as leave the sums of a part in cache, and keep all threads busy to the end.
+    As few as leave the sums of a part in cache, unless the threads end earlier with more. Each
+    part brings in the tile's input for itself, so that more tiles often cost less than more parts.
 
     Args:
-        widths: vectors of each tile.
+        vectors: how many the pixels fill.
+        most_vectors: how many a tile may have.
         groups: how many there are of each tile.
         blocks: how many blocks of rows there are to be cut.
+        in_place: whether the input is read where it is.
         threads: how many take units in turn.
     """
-    fewest = -(-blocks * ROWS * max(widths) * VECTOR_BYTES // _SUMS_BYTES)
-    most = max(fewest, blocks * ROWS // _FEWEST_ROWS)
-    if threads == 1 or len(widths) * groups >= 16 * threads:
-        return fewest
+    fewest_tiles = -(-vectors // most_vectors)
+    rows_of_input = 0 if in_place else _ROWS_OF_INPUT
+    cuts = []
+    for tiles in range(fewest_tiles, min(vectors, 2 * fewest_tiles) + 1):
+        sums = blocks * ROWS * -(-vectors // tiles) * VECTOR_BYTES
+        fewest_parts = -(-sums // _SUMS_BYTES)
+        most_parts = min(blocks, _MOST_UNITS * threads // (tiles * groups))
+        cuts += [(tiles, parts) for parts in range(fewest_parts, max(fewest_parts, most_parts) + 1)]
+        if threads == 1 or tiles * groups > _MOST_UNITS * threads:
+            break
 
-    def idle(parts: int) -> float:
-        """Return the share of time that threads wait for the last one, if each takes the next."""
+    def end(cut: tuple[int, int]) -> float:
+        """Return when the last thread is done, in products of a row with a vector."""
+        tiles, parts = cut
+        rows = blocks * ROWS / parts
         busy = [0.0] * threads
-        for width in widths * groups:
+        for group_tile in range(tiles * groups):
+            tile = group_tile % tiles
+            width = vectors * (tile + 1) // tiles - vectors * tile // tiles
+            unit = rows * (width + _VECTORS_OF_START) + rows_of_input * width
             for _ in range(parts):
-                busy[busy.index(min(busy))] += width
-        return max(busy) * threads / sum(busy) - 1
+                heapq.heapreplace(busy, busy[0] + unit)
+        return max(busy)
 
-    return min(range(fewest, most + 1), key=lambda parts: (max(idle(parts), _IDLE), parts))
+    return cuts[0] if len(cuts) == 1 or threads == 1 else min(cuts, key=lambda cut: (end(cut), cut))
 
 
 def _pack(matrix: Tensor, groups: int, sparse: bool) -> _Packed:

@@ -4,20 +4,22 @@ A graph is launched as a whole, so that what Python does between two kernels cos
 Used from `06_infer_and_benchmark.ipynb` on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.errors import UnavailableError, first_line
+from helpers.errors import first_line
+from helpers.inference.errors import DeadContextError
 
 GRAPH_MS = 5.0  # of work in a graph of `time_calls`, if MOST_REPEATS calls take that long
 MOST_REPEATS = 20
 
 
-def raise_if_context_is_broken(error: BaseException) -> None:
+def raise_if_context_is_broken(error: BaseException, work: str = "an earlier step") -> None:
     """Raise if CUDA no longer works in this process after an error.
 
     After some errors, such as an illegal memory access, every later call fails or returns
@@ -26,20 +28,42 @@ def raise_if_context_is_broken(error: BaseException) -> None:
 
     Args:
         error: what was caught; it becomes the cause of the error that is raised.
+        work: what was running, in words: the kernel, its shape, type and algorithm.
 
     Raises:
-        UnavailableError: CUDA no longer works.
+        DeadContextError: CUDA no longer works.
     """
+    if isinstance(error, DeadContextError):  # known already, with the work that broke it
+        raise error
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as lasting:
-        raise UnavailableError(
-            f"CUDA no longer works in this process ({first_line(lasting)}), since an "
-            f"earlier step failed: {first_line(error)}. Start Python again, and leave out what "
-            "failed."
+        raise DeadContextError(
+            f"CUDA no longer works in this process ({first_line(lasting)}), since {work} failed: "
+            f"{first_line(error)}. Start Python again, and leave out what failed."
         ) from error
+
+
+@contextmanager
+def named(work: str) -> Iterator[None]:
+    """Name some work if it leaves CUDA unusable.
+
+    An error on the GPU is reported by a later call, so the work has to be awaited inside.
+
+    Args:
+        work: as `raise_if_context_is_broken` takes it.
+
+    Raises:
+        DeadContextError: CUDA no longer works after a `RuntimeError` of this block. If it does,
+            that error passes on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise_if_context_is_broken(error, work)
+        raise
 
 
 def capture(
@@ -51,6 +75,9 @@ def capture(
         work: is called twice, first outside of the graph; must always use the same tensors.
         stream: where the work is launched; a new stream of PyTorch's unless given.
 
+    Raises:
+        Exception: whatever the work raises, rather than what the capture that it ends raises.
+
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
     stream = stream or torch.cuda.Stream()
@@ -60,10 +87,28 @@ def capture(
     # capture that failed.
     with torch.cuda.stream(stream):
         work()  # libraries set themselves up here, which cannot be captured
-        with torch.cuda.graph(graph, stream=stream):
-            result = work()
+        result = _captured(work, graph, stream)
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
+
+
+def _captured(
+    work: Callable[[], Tensor | None], graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream
+) -> Tensor | None:
+    """Capture some work, and return its result."""
+    first: Exception | None = None
+    try:
+        # Other threads, such as a notebook's, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            try:
+                return work()
+            except Exception as error:
+                first = error
+                raise
+    except Exception as error:
+        if first is None or error is first:
+            raise
+        raise first from first.__cause__  # the end of the broken capture failed as well
 
 
 def time_calls(

@@ -1,11 +1,18 @@
 """Sparse matrix products by cuSPARSELt. Explained in `06_infer_and_benchmark.ipynb`."""
 
+import logging
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.errors import first_line
+from helpers.inference import cuda_graphs
 from helpers.inference.kernels import NO_EPILOGUE, Epilogue, Gemm, ProductLayer
 from helpers.sparsity import is_2to4
+
+_logger = logging.getLogger(__name__)
 
 
 def why_no_sparse_gemms() -> str:
@@ -33,16 +40,35 @@ def search_algorithm(
 ) -> dict[str, int]:
     """Return the arguments with which `torch._cslt_sparse_mm` is fastest for a product.
 
+    cuSPARSELt executes each of its algorithms for that, so one broken algorithm is enough to
+    leave CUDA unusable. Where PyTorch does not take the way to split k that comes with the
+    fastest algorithm, that algorithm is returned without one.
+
     Args:
         compressed: the sparse matrix, as `torch._cslt_compress` returns it.
         columns: what it is multiplied by.
         bias: one number for each row of the sparse matrix.
         output: type of the product, if it is not that of the matrices.
+
+    Raises:
+        DeadContextError: an algorithm left CUDA unusable.
+        RuntimeError: cuSPARSELt does not take these matrices.
     """
     search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # not in the stubs
     # A fourth number comes last: how many kernels there were to choose from.
     algorithm, split_k, split_k_mode, *_ = search(compressed, columns, bias, None, output, True)
-    return {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
+    found = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
+    given: dict[str, Any] = {"bias": bias, "out_dtype": output}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        torch._cslt_sparse_mm(compressed, columns, transpose_result=True, **given, **found)
+    except RuntimeError as error:
+        cuda_graphs.raise_if_context_is_broken(error, f"cuSPARSELt's product with {found}")
+        _logger.info(
+            "cuSPARSELt does not run the fastest it found, %s: %s", found, first_line(error)
+        )
+        return {"alg_id": algorithm}
+    return found
 
 
 class SparseGemm(Gemm):
@@ -85,3 +111,12 @@ class SparseGemm(Gemm):
     def _padded(self, rows: Tensor) -> Tensor:
         missing = -len(rows) % self.STEP
         return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+class UnsearchedSparseGemm(SparseGemm):
+    """The same by cuSPARSELt's default algorithm, where trying all of them breaks CUDA."""
+
+    name = "sparse GEMM, default algorithm"
+
+    def search(self, input: Tensor) -> dict[str, int]:
+        return {}

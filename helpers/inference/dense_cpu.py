@@ -7,7 +7,6 @@ Explained in `06_infer_and_benchmark.ipynb`.
 
 import hashlib
 import logging
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from helpers.inference.autotune import (
     Choice,
     ChoiceCache,
     cpu_and_threads,
-    host_times,
+    host_times_apart,
     measure_twice,
     takes_still,
 )
@@ -36,23 +35,11 @@ from helpers.inference.runners import OnnxRunner, Runner, TorchRunner
 if TYPE_CHECKING:
     import pandas as pd
 
-# Seconds for which each whole model is timed in each of two measurements.
-SECONDS = 0.2
-
 _logger = logging.getLogger(__name__)
 
 
 # Returns the milliseconds that a run of each of several models takes.
 NetworkTimer = Callable[[Sequence[Callable[[], object]]], list[float]]
-
-
-def time_networks(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the milliseconds of runs of whole models, measured in turns.
-
-    Every run of that time counts: a model of less than a millisecond needs thousands before the
-    difference between two of them is larger than that between two measurements.
-    """
-    return host_times(calls, SECONDS, most_runs=math.inf)
 
 
 class DenseCpuRunner(Runner):
@@ -79,7 +66,7 @@ class DenseCpuRunner(Runner):
         self,
         model: nn.Module,
         cache: Path | None = None,
-        timer: NetworkTimer = time_networks,
+        timer: NetworkTimer = host_times_apart,
         compile: bool = True,
     ) -> None:
         self.model, self.timer, self.cache = model, timer, ChoiceCache(cache)

@@ -9,6 +9,7 @@ import importlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict, Unpack
@@ -53,19 +54,10 @@ def find_builder() -> Builder:
     """
     missing = "no GPU was found, and TensorRT builds only on the GPU it builds for"
     if torch.cuda.is_available():
-        try:
-            trt = importlib.import_module("tensorrt")
-        except (ImportError, OSError) as error:
-            missing = f"TensorRT does not load here ({error}); pip install '.[gpu]' brings it"
-        else:
-            why = "a GPU is here and TensorRT loads"
-            builder = Builder("TensorRT", trt, trt.__version__, why)
-            if builder.major >= OLDEST_TENSORRT:
-                return builder
-            missing = (
-                f"TensorRT {builder.version} is too old; version {OLDEST_TENSORRT} or newer is "
-                "needed"
-            )
+        found = _find_tensorrt()
+        if isinstance(found, Builder):
+            return found
+        missing = found
     try:
         rtx = importlib.import_module("tensorrt_rtx")
     except (ImportError, OSError) as error:
@@ -75,6 +67,24 @@ def find_builder() -> Builder:
             "engine can be built; ONNX Runtime and PyTorch can still run the model."
         ) from error
     return Builder("TensorRT-RTX", rtx, rtx.__version__, missing)
+
+
+def _find_tensorrt() -> Builder | str:
+    """Return TensorRT as a builder, or in words why it cannot be used."""
+    too_old = "TensorRT {} is too old; version " + f"{OLDEST_TENSORRT} or newer is needed"
+    try:
+        # Before it is imported: TensorRT-RTX may not load beside an old one.
+        installed = metadata.version("tensorrt")
+        if int(installed.partition(".")[0]) < OLDEST_TENSORRT:
+            return too_old.format(installed)
+    except metadata.PackageNotFoundError:  # not installed by pip
+        pass
+    try:
+        trt = importlib.import_module("tensorrt")
+    except (ImportError, OSError) as error:
+        return f"TensorRT does not load here ({error}); pip install '.[gpu]' brings it"
+    builder = Builder("TensorRT", trt, trt.__version__, "a GPU is here and TensorRT loads")
+    return builder if builder.major >= OLDEST_TENSORRT else too_old.format(builder.version)
 
 
 class BuildOptions(TypedDict, total=False):

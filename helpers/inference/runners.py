@@ -27,6 +27,8 @@ from helpers.inference.fold import fold_batch_norm
 from helpers.inference.onnx_session import OnnxSession
 from helpers.metrics import Accuracy, accuracy
 
+NON_BLOCKING = 1  # CUDA's flag CU_STREAM_NON_BLOCKING, for which PyCUDA has no name
+
 
 class Runner(ABC):
     """One model, ready to infer.
@@ -268,9 +270,11 @@ class TensorRTRunner(Runner):
             hold native code: load only files that you trust.
         graph: use a CUDA graph; without one the host launches every kernel.
 
+    PyCUDA is bound to one GPU, by default the first, and to the thread that imports it first.
+
     Raises:
-        RunnerError: there is no GPU or no PyCUDA, or the engine is for another GPU or version;
-            later on, it cannot be captured.
+        RunnerError: there is no GPU or no PyCUDA, PyCUDA uses another GPU than PyTorch, or the
+            engine is for another GPU or version; later on, it cannot be captured.
         InputError: the file cannot be read; later on, the engine does not take such images.
     """
 
@@ -279,14 +283,23 @@ class TensorRTRunner(Runner):
     def __init__(self, path: Path, graph: bool = True) -> None:
         if reason := why_no_engine():
             raise RunnerError(reason)
-        import pycuda.autoprimaryctx  # noqa: F401  (the context that PyTorch uses too)
+        import pycuda.autoprimaryctx  # the context that PyTorch uses too
         import pycuda.driver as cuda
 
+        # Both number the GPUs that this process may use in the same way.
+        bound, used = pycuda.autoprimaryctx.device, cuda.Device(torch.cuda.current_device())
+        if bound.pci_bus_id() != used.pci_bus_id():
+            raise RunnerError(
+                f"PyCUDA is bound to the GPU {bound.pci_bus_id()}, but PyTorch uses "
+                f"{used.pci_bus_id()}. Set CUDA_DEVICE={torch.cuda.current_device()} before "
+                "Python starts, or hide the other GPUs by CUDA_VISIBLE_DEVICES."
+            )
         self.cuda = cuda
         loaded = load_engine(path, graph)
         self.trt, self.engine, self.context = loaded.builder.module, loaded.engine, loaded.context
         self.captures, self.name = loaded.captures, loaded.name
-        self.stream, self.start, self.end = cuda.Stream(), cuda.Event(), cuda.Event()
+        # One that does not wait for the default stream, which nothing may use during a capture.
+        self.stream, self.start, self.end = cuda.Stream(NON_BLOCKING), cuda.Event(), cuda.Event()
         self.torch_stream = torch.cuda.ExternalStream(self.stream.handle)
         self.shape: tuple[int, ...] | None = None
         self.buffers: dict[str, Any] = {}
@@ -336,13 +349,13 @@ class TensorRTRunner(Runner):
             )
 
     def run(self) -> None:
-        self.start.record(self.stream)
-        if self.graph is None:
-            self._enqueue()
-        else:
-            with torch.cuda.stream(self.torch_stream):
+        with torch.cuda.stream(self.torch_stream):  # before the start, so that it is not timed
+            self.start.record(self.stream)
+            if self.graph is None:
+                self._enqueue()
+            else:
                 self.graph.replay()
-        self.end.record(self.stream)
+            self.end.record(self.stream)
         self.stream.synchronize()
 
     def fetch(self) -> Tensor:
@@ -403,6 +416,9 @@ def load_engine(path: Path, graph: bool = True) -> LoadedEngine:
     else:
         runtime_config = engine.create_runtime_config()
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # The kernels of a shape are compiled when it first runs, not while it is being timed.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         context = engine.create_execution_context(runtime_config)
     name = f"{builder.name} {builder.version}, {torch.cuda.get_device_name()}"
     captures = graph and builder.name == "TensorRT"

@@ -17,6 +17,7 @@ from helpers.inference.autotune import (
     ChoiceCache,
     Timer,
     host_times,
+    host_times_apart,
     measure_twice,
     takes_still,
 )
@@ -28,7 +29,6 @@ from helpers.inference.dense_cpu import (
     fingerprint,
     network_key,
     network_table,
-    time_networks,
 )
 from helpers.inference.runners import Runner
 from helpers.metrics import max_relative_error
@@ -39,10 +39,9 @@ if TYPE_CHECKING:
 SPARSE, DENSE = "2:4 kernels", "dense runner"
 # The largest relative error by which the outputs of a dense runner of the same model may differ.
 SAME_MODEL = 1e-3
-# The 2:4 kernels have to save this share of the dense runner's time. When two runners take turns,
-# the waiting threads of the one can hold a core of the other, so a smaller difference may turn
-# round when one of them runs alone.
-MARGIN = 0.1
+# The 2:4 kernels have to save this share of the dense runner's time. A smaller difference may
+# turn round in the next measurement.
+MARGIN = 0.03
 
 
 class SparseCpuRunner(CpuRunner):
@@ -50,8 +49,8 @@ class SparseCpuRunner(CpuRunner):
 
     Each shape of images is prepared when it is first loaded, on these images: each layer
     chooses the fastest of its kernels, as in `CpuRunner`; then the model of these layers takes
-    turns with a dense runner of the same model. It is used if it is clearly faster, by a tenth,
-    in both of two measurements; otherwise the dense one is. If both measurements agree, the
+    turns with a dense runner of the same model. It is used if it is faster by more than
+    noise in both of two measurements; otherwise the dense one is. If both measurements agree, the
     outcome is kept in the cache, and a later process believes it if the model that runs takes as
     long as it took then. Otherwise other programs have disturbed one of the processes, and the
     models are compared again.
@@ -80,7 +79,7 @@ class SparseCpuRunner(CpuRunner):
         cache: Path | None = None,
         dense: Runner | None = None,
         timer: Timer = host_times,
-        network_timer: NetworkTimer = time_networks,
+        network_timer: NetworkTimer = host_times_apart,
     ) -> None:
         super().__init__(model, kernels, cache, timer)
         self.dense = dense or DenseCpuRunner(model, cache, network_timer)

@@ -18,7 +18,11 @@ from torch import Tensor, fx, nn
 from helpers.errors import InputError
 from helpers.inference import cuda_graphs
 from helpers.inference.autotune import Autotuner
-from helpers.inference.cusparselt import SparseGemm, why_no_sparse_gemms
+from helpers.inference.cusparselt import (
+    SparseGemm,
+    UnsearchedSparseGemm,
+    why_no_sparse_gemms,
+)
 from helpers.inference.errors import RunnerError
 from helpers.inference.kernels import DenseGemm, Gemm
 from helpers.inference.runners import CapturedModel, TorchRunner
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 KERNELS: dict[str, tuple[type[Gemm], ...]] = {
     "dense": (DenseGemm,),
     "cusparselt": (DenseGemm, SparseGemm),
+    "cusparselt without search": (DenseGemm, UnsearchedSparseGemm),
 }
 
 
@@ -48,6 +53,7 @@ def use_gemms_(
     Args:
         folded: as `fold_batch_norm` returns it, already on its device and in its type.
         kernels: `cusparselt`, where weights that are not 2:4 still get a dense product;
+            `cusparselt without search`, if trying all of its algorithms breaks CUDA;
             or `dense`, which runs on any device and is the fair control.
         autotuner: chooses for each layer; without one every layer is a GEMM, a sparse one
             where it can be.
@@ -86,8 +92,8 @@ class SparseTorchRunner(TorchRunner):
 
     Args:
         model: a model pruned 2:4; it is not changed.
-        kernels: `cusparselt`, or `dense` for the same code path without sparsity, which also
-            runs on a CPU.
+        kernels: as `use_gemms_` takes them; `dense` is the same code path without sparsity,
+            which also runs on a CPU.
         dtype: FP16 on a GPU and FP32 on a CPU unless given; `cusparselt` takes FP16 and BF16.
         cache: JSON file for the choices of kernels, so that they are measured once.
         compile: let `torch.compile` fuse what is between the products, such as residual
@@ -108,7 +114,7 @@ class SparseTorchRunner(TorchRunner):
         cache: Path | None = None,
         compile: bool = False,
     ) -> None:
-        if kernels == "cusparselt":
+        if kernels.startswith("cusparselt"):
             _require_cusparselt(dtype)
         super().__init__(model, dtype, compile)
         self.name += f", {kernels}"
@@ -142,8 +148,8 @@ class SparseTorchRunner(TorchRunner):
         """Return which network runs images of a shape that was loaded on a GPU.
 
         It is `layers`, every layer as PyTorch runs it; `dense`, where each layer is the faster
-        of that and its dense product; or `cusparselt`, where each is the fastest of these two
-        and its sparse product.
+        of that and its dense product; or the runner's `kernels`, where each is the fastest of
+        these two and its sparse product.
         """
         times = self.milliseconds[shape]
         return min(times, key=times.__getitem__)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers.errors import HelpersError, InputError
+from helpers.inference.autotune import settle
 from helpers.inference.runners import Runner
 from helpers.layers import in_mode
 from helpers.measurement.energy import (
@@ -171,7 +172,8 @@ def time_in_turns(
 
     In each round they run one after the other and then in the opposite order (ABBA), and
     each round starts with another runner, so that a machine that slows down or speeds up
-    does so for all of them. Moving the images to the device is not timed.
+    does so for all of them. A turn begins with runs that are not counted, as
+    `helpers.inference.autotune.settle` says. Moving the images to the device is not timed.
 
     Args:
         runners: what to compare.
@@ -279,7 +281,7 @@ def _take_turn(
 ) -> list[Run]:
     """Time runs for some seconds, at least one."""
     clock = clock or time.perf_counter
-    runner.run()  # not counted: the previous runner has evicted this one's weights
+    settle(runner.run)
     runs: list[Run] = []
     left = seconds
     while not runs or left > 0:
@@ -384,6 +386,7 @@ def sweep(
     seconds: float = 3.0,
     seed: int = 0,
     energy_rounds: int = 3,
+    idle: float | None = None,
 ) -> pd.DataFrame:
     """Measure runners over batch sizes, on random images.
 
@@ -396,6 +399,8 @@ def sweep(
         seed: of the random images.
         energy_rounds: windows of 5 s on a GPU, of 1 s on a CPU, for each runner and batch
             size; with one there is no interval, with none no energy.
+        idle: the power in watts while nothing runs, as `idle_watts` measures it before any load;
+            measured here unless given, when a GPU may still be warm.
 
     Returns:
         One row for each runner and batch size, times in milliseconds: `network`, `batch`,
@@ -419,7 +424,7 @@ def sweep(
             f'The first of the runners, {", ".join(runners) or "none"}, must be "dense": all '
             "others are compared with it."
         )
-    meter = _energy_meter(list(runners.values())) if energy_rounds else None
+    meter = _energy_meter(list(runners.values()), idle) if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for batch in tqdm(batch_sizes, desc="batch sizes", leave=False):
@@ -443,9 +448,9 @@ def sweep(
 
 
 def _energy_meter(
-    runners: Sequence[Runner],
+    runners: Sequence[Runner], idle: float | None
 ) -> tuple[EnergyCounter | CpuEnergyCounter, float] | None:
-    """Return the energy counter of what the runners run on, and its idle power.
+    """Return the energy counter of what the runners run on, and its idle power if not known.
 
     None, which is logged, if it has no counter.
     """
@@ -455,7 +460,7 @@ def _energy_meter(
             if torch.cuda.is_available() and any(runner.on_gpu for runner in runners)
             else CpuEnergyCounter()
         )
-        return counter, idle_watts(counter)
+        return counter, idle_watts(counter) if idle is None else idle
     except EnergyError as error:
         _logger.warning("%s", error)
         return None

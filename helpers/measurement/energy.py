@@ -14,8 +14,9 @@ import torch
 
 from helpers.errors import UnavailableError
 
-WINDOW = 5.0  # seconds; the GPU's counter is refreshed about every 100 ms, which is 2 % of it
+WINDOW = 5.0  # seconds; the GPU's counter is refreshed about every 100 ms
 CPU_WINDOW = 1.0  # seconds; the processor's counter is refreshed about every millisecond
+LONGEST_REFRESH = 0.5  # seconds; a counter that moves less often than that stands still
 POWERCAP = Path("/sys/class/powercap")  # where Linux shows the processor's counters
 
 # Why the clocks may be below their best, by NVML's names. An idle GPU lowers them too, but is
@@ -209,25 +210,28 @@ def measure_energy(
 ) -> EnergyWindow:
     """Repeat `work` for some seconds and return the energy it took.
 
+    The window starts and ends right after the counter was refreshed, so that a refresh that is
+    due does not count as an error. Until it starts, the work runs already.
+
     Args:
         work: must return only when it is finished, on a GPU too.
         counter: the energy counter of the GPU or of the processor.
-        seconds: least length of the window; the counter's own unless given, and in less its
-            refresh adds an error.
+        seconds: least length of the window; the counter's own unless given.
 
     Raises:
         EnergyError: the counter stood still or was reset during the window.
     """
     seconds = counter.window if seconds is None else seconds
-    calls = 0
     states: list[GpuState | None] = []
-    before, start = counter.joules(), time.perf_counter()
+    _, before, start = _until_refreshed(work, counter)
+    calls = 0
     while (elapsed := time.perf_counter() - start) < seconds:
         if elapsed >= len(states):  # once a second, so that the GPU hardly waits for it
             states.append(counter.state())
         work()
         calls += 1
-    joules = counter.joules() - before
+    more, after, end = _until_refreshed(work, counter)
+    calls, joules, elapsed = calls + more, after - before, end - start
     if joules <= 0:
         raise EnergyError(
             f"The {counter.device}'s energy counter moved by {joules:.3f} J in {elapsed:.1f} s: "
@@ -245,6 +249,23 @@ def measure_energy(
         celsius=max(state.celsius for state in told),
         throttles=frozenset(name for state in told for name in state.throttles),
     )
+
+
+def _until_refreshed(
+    work: Callable[[], object], counter: EnergyCounter | CpuEnergyCounter
+) -> tuple[int, float, float]:
+    """Repeat some work until the counter moves; return the calls, its reading, and the time.
+
+    A counter that stands still for `LONGEST_REFRESH` seconds has no refresh to wait for.
+    """
+    first, start = counter.joules(), time.perf_counter()
+    calls = 0
+    while True:
+        work()
+        calls += 1
+        joules, now = counter.joules(), time.perf_counter()
+        if joules != first or now - start >= LONGEST_REFRESH:
+            return calls, joules, now
 
 
 def idle_watts(counter: EnergyCounter | CpuEnergyCounter) -> float:

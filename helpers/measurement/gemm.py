@@ -21,6 +21,7 @@ from helpers import machine
 from helpers.errors import HelpersError, InputError, UnavailableError, first_line
 from helpers.inference import cuda_graphs
 from helpers.inference.cusparselt import search_algorithm, why_no_sparse_gemms
+from helpers.inference.errors import DeadContextError
 from helpers.measurement.benchmark import bootstrap_ratio
 from helpers.measurement.roofline import (
     DATASHEETS,
@@ -34,6 +35,8 @@ from helpers.metrics import max_relative_error
 from helpers.sparsity import mask_nm
 
 Product = Callable[[], Tensor]
+
+ALGORITHM = ("alg_id", "split_k", "split_k_mode")  # what `search_algorithm` finds
 
 
 class GemmError(UnavailableError):
@@ -100,23 +103,27 @@ class Products:
             values = (127 / 4 * values).round().clamp(-127, 127)
         return values.to(self.dtype)
 
-    def sparse(self, x: Tensor, weight: Tensor) -> Product:
+    def sparse(self, x: Tensor, weight: Tensor, search: bool = True) -> "partial[Tensor]":
         """Return the product with a pruned weight, by cuSPARSELt's fastest kernel.
 
         Args:
             x: (m, k), contiguous.
             weight: (n, k), contiguous, in the datatype's pattern.
+            search: try all algorithms for the fastest; if not, the default one is used.
 
         Returns:
             A call without arguments that returns (m, n), as `dense` does.
 
         Raises:
+            DeadContextError: an algorithm left CUDA unusable.
             RuntimeError: cuSPARSELt does not support this type or these sizes here.
         """
         compressed = torch._cslt_compress(weight)
         # PyTorch accepts an output type only where it may differ from the input's.
         output = None if self.output == self.dtype else self.output
-        algorithm: dict[str, Any] = search_algorithm(compressed, x.t(), output=output)
+        algorithm: dict[str, Any] = (
+            search_algorithm(compressed, x.t(), output=output) if search else {}
+        )
         return partial(
             torch._cslt_sparse_mm, compressed, x.t(), out_dtype=output, transpose_result=True,
             **algorithm,
@@ -166,6 +173,7 @@ def measure_gemms(
     datatypes: Sequence[str] | str | None = None,
     rounds: int = 10,
     seed: int = 0,
+    search: bool = True,
 ) -> pd.DataFrame:
     """Measure the product of activations and a weight, dense and sparse in turns, by size.
 
@@ -181,6 +189,7 @@ def measure_gemms(
         datatypes: names in `DATATYPES`, or one of them; all by default.
         rounds: in each, both products are timed in order and in reverse.
         seed: of the numbers and of the bootstrap.
+        search: let cuSPARSELt try all its algorithms; if not, its default one is measured.
 
     Returns:
         One row for each datatype and size: `datatype`, `m`, `n`, `k`, the medians `dense_ms`
@@ -192,17 +201,16 @@ def measure_gemms(
 
     Raises:
         InputError: there is no such datatype, or a size is not three positive numbers.
-        UnavailableError: a product broke the CUDA context, after which nothing can run in this
-            process.
+        DeadContextError: a product left CUDA unusable, after which nothing can run in this
+            process. `measure_gemm` lets a caller keep the rows before it.
     """
     names = [datatypes] if isinstance(datatypes, str) else datatypes
-    chosen = [datatype_named(name) for name in (DATATYPES if names is None else names)]
-    sizes = [_size(size) for size in sizes]
-    rows = []
-    products = [(datatype, size) for datatype in chosen for size in sizes]
-    for datatype, size in tqdm(products, desc="matrix products", leave=False):
-        rows.append(_measured_row(datatype, size, rounds, seed))
-        torch.cuda.empty_cache()
+    chosen = [datatype_named(name).name for name in (DATATYPES if names is None else names)]
+    products = [(_size(size), name) for name in chosen for size in sizes]
+    rows = [
+        measure_gemm(size, name, rounds, seed, search)
+        for size, name in tqdm(products, desc="matrix products", leave=False)
+    ]
     return pd.DataFrame(rows, columns=["datatype", "m", "n", "k", *MEASURED, "reason"])
 
 
@@ -218,26 +226,34 @@ def _size(size: Any) -> tuple[int, int, int]:
     return m, n, k
 
 
-def _measured_row(
-    datatype: Datatype, size: tuple[int, int, int], rounds: int, seed: int
+def measure_gemm(
+    size: tuple[int, int, int],
+    datatype: str,
+    rounds: int = 10,
+    seed: int = 0,
+    search: bool = True,
 ) -> dict[str, str | float]:
-    m, n, k = size
-    row: dict[str, str | float] = {"datatype": datatype.name, "m": m, "n": n, "k": k}
+    """Measure one product; the row of `measure_gemms`, whose arguments and errors are the same."""
+    m, n, k = _size(size)
+    row: dict[str, str | float] = {"datatype": datatype, "m": m, "n": n, "k": k}
     row |= dict.fromkeys(MEASURED, math.nan)
-    reason = why_not(datatype.name)
+    reason = why_not(datatype)
     if not reason:
         try:
-            row |= _measure(datatype, size, rounds, seed)
+            row |= _measure(datatype_named(datatype), (m, n, k), rounds, seed, search)
+        except DeadContextError:
+            raise
         except HelpersError as error:
             reason = str(error)
         except (RuntimeError, ValueError) as error:  # what PyTorch raises for its libraries
-            cuda_graphs.raise_if_context_is_broken(error)
+            cuda_graphs.raise_if_context_is_broken(error, f"the {datatype} product of {m}x{n}x{k}")
             reason = f"PyTorch does not run this product here: {first_line(error)}"
+        torch.cuda.empty_cache()
     return row | {"reason": reason}
 
 
 def _measure(
-    datatype: Datatype, size: tuple[int, int, int], rounds: int, seed: int
+    datatype: Datatype, size: tuple[int, int, int], rounds: int, seed: int, search: bool
 ) -> dict[str, float]:
     m, n, k = size
     products = PRODUCTS[datatype.name]
@@ -247,9 +263,17 @@ def _measure(
     values = torch.randn(n, k, device=device, generator=generator)
     # Masked, not multiplied: a negative weight times zero would be -0.0.
     pruned = products.operand(values.masked_fill(~mask_nm(values, *datatype.pattern), 0))
-    dense, sparse = products.dense(x, products.operand(values)), products.sparse(x, pruned)
-    _check_equal(datatype, sparse(), products.dense(x, pruned)())
-    times = cuda_graphs.time_calls([dense, sparse], rounds=rounds)
+    of = f"{datatype.name} product of {m}x{n}x{k}"
+    with cuda_graphs.named(f"the dense {of}"):
+        dense, expected = products.dense(x, products.operand(values)), products.dense(x, pruned)()
+        if x.is_cuda:  # its errors are not those of the sparse product
+            torch.cuda.synchronize()
+    with cuda_graphs.named(f"the sparse {of}, while its algorithms were tried,"):
+        sparse = products.sparse(x, pruned, search)
+    tried = {name: value for name, value in sparse.keywords.items() if name in ALGORITHM}
+    with cuda_graphs.named(f"the sparse {of} with {tried or 'the default algorithm'}"):
+        _check_equal(datatype, sparse(), expected)
+        times = cuda_graphs.time_calls([dense, sparse], rounds=rounds)
     dense_ms, sparse_ms = cuda_graphs.medians(times)
     dense_times, sparse_times = times
     ratio = bootstrap_ratio(dense_times, sparse_times, seed=seed)

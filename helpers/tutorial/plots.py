@@ -7,6 +7,7 @@ dense twin is blue.
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -477,7 +478,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     """Draw the rooflines of a GPU, dense and sparse, with products at their intensities.
 
     A filled point was measured; the legend counts those that did not run. An empty point is
-    the most that the datasheet allows, and the figure says so.
+    the most that the datasheet allows, and the figure says so. Numbers refer to the list of labels.
 
     Args:
         sheet: with peaks for the datatype.
@@ -494,7 +495,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
             f"The datasheet of the {sheet.gpu} has no peaks for {datatype}; it has them for "
             f"{', '.join(sheet.tflops)}."
         )
-    figure, (axis,) = _axes(8, 4.8)
+    figure, (axis,) = _axes(9, 4.8)
     peaks = dict(zip(COLOURS, sheet.tflops[datatype], strict=True))
     places = {
         name: _roofline_places(sheet, datatype, points, name, peak) for name, peak in peaks.items()
@@ -516,7 +517,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     axis.plot([], [], ":", color=DENSE, linewidth=1, label="same layer")
     lowest = np.nanmin([*dense.y, *sparse.y, reach[0] * sheet.bandwidth / 1000])
     axis.set(xscale="log", yscale="log", xlim=reach)
-    axis.set_ylim(lowest / 4, 2 * peaks["sparse"])  # room for the labels
+    axis.set_ylim(lowest / 2, 2 * peaks["sparse"])  # room for the numbers
     axis.set_xlabel("operations for each byte moved")
     axis.set_ylabel("TOP/s" if datatype.startswith("INT") else "TFLOP/s")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
@@ -524,9 +525,8 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     if not {f"{name}_tflops" for name in COLOURS} <= set(points):
         title += "\nempty points: what the datasheet allows, not measured"
     axis.set_title(title, fontsize=10)
-    figure.tight_layout()
     lower = dense.where(dense.y.notna(), sparse).assign(label=points.label.astype(str).to_numpy())
-    _label_below(axis, lower.dropna())
+    _number_points(figure, axis, lower.dropna())
     return figure
 
 
@@ -561,31 +561,45 @@ def _roofline_places(
     return pd.DataFrame({"x": x, "y": y})
 
 
-def _typographic(axis: Axes, places: pd.DataFrame) -> np.ndarray:
-    """Return where places are in the figure, in typographic points."""
-    return axis.transData.transform(places[["x", "y"]].to_numpy()) * 72 / axis.figure.dpi
+def _number_points(figure: Figure, axis: Axes, places: pd.DataFrame) -> None:
+    """Number points from left to right, and write their labels in a list beside the axis.
 
-
-def _label_below(axis: Axes, places: pd.DataFrame) -> None:
-    """Write each label from its point downwards to the right, away from the roofs.
-
-    Points that coincide share a label with all their names.
+    Points that are too close for a number each have them in a column below the lowest.
     """
-    apart = 14  # typographic points, so that slanted lines of text do not touch
-    columns, rows = np.round(_typographic(axis, places) / 6).T  # a dot is six points wide
-    join = {"x": "first", "y": "first", "label": ", ".join}
-    places = places.groupby([columns, rows], sort=False).agg(join)
-    across = _typographic(axis, places).sum(axis=1)
-    last = np.inf
-    for at in np.argsort(-across):
-        last = min(across[at], last - apart)
-        leader = {"arrowstyle": "-", "color": DENSE, "linewidth": 0.5, "relpos": (0, 1)}
+    places = places.sort_values("x", ignore_index=True)
+    rows = [f"{at + 1:>2}  {label}" for at, label in enumerate(places.label)]
+    axis.text(1.02, 1, "\n".join(rows), transform=axis.transAxes, va="top", fontsize=8)
+    figure.tight_layout()  # the list takes room from the axis, and moves the points
+    spots = axis.transData.transform(places[["x", "y"]].to_numpy()) * 72 / figure.dpi
+    for group in _too_close(spots, width=14, height=11):
+        lowest = places.loc[group, "y"].idxmin()
         axis.annotate(
-            places.label.iloc[at], places[["x", "y"]].iloc[at],
-            xytext=(3, last - across[at] - 4), textcoords="offset points", rotation=-45,
-            rotation_mode="anchor", ha="left", va="center", fontsize=8,
-            arrowprops=leader if last < across[at] else None,
+            "\n".join(str(at + 1) for at in group), (places.x[lowest], places.y[lowest]),
+            xytext=(0, -5), textcoords="offset points", ha="center", va="top", fontsize=8,
         )  # fmt: skip
+
+
+def _too_close(spots: np.ndarray, width: float, height: float) -> list[list[int]]:
+    """Return groups of spots whose columns of numbers below them would touch.
+
+    Args:
+        spots: (points, 2), in typographic points.
+        width: of a number.
+        height: of a line.
+    """
+    groups = [[at] for at in range(len(spots))]
+
+    def touch(one: list[int], other: list[int]) -> bool:
+        """Return whether two columns touch, each below the lowest of its spots."""
+        (x, top), (other_x, other_top) = (
+            spots[min(group, key=lambda at: float(spots[at, 1]))] for group in (one, other)
+        )
+        lines = len(one) if top > other_top else len(other)  # of the higher one
+        return abs(x - other_x) < width and abs(top - other_top) < height * lines
+
+    while pair := next((pair for pair in combinations(groups, 2) if touch(*pair)), None):
+        groups = [group for group in groups if group not in pair] + [sorted(pair[0] + pair[1])]
+    return groups
 
 
 def plot_fitted_gains(gains: pd.DataFrame, datatype: str, width: int) -> Figure:
