@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from helpers.errors import InputError
+from helpers.files import shown
 from helpers.sparsity.onnx_constants import quantises
 from helpers.sparsity.onnx_file import load_onnx
 
@@ -171,3 +173,38 @@ def _type_faults(node: NodeProto, graph: _Graph) -> Iterator[str]:
         values = numpy_helper.to_array(scale)
         if not (np.isfinite(values).all() and (values > 0).all()):
             yield f"The scale of {node.op_type} {node.name} is not positive and finite."
+
+
+def input_scales(path: Path) -> dict[str, float]:
+    """Return the scale of each quantised layer's input, for `helpers.training.qat`.
+
+    A layer is named as in the model that the file was exported from, so that `fc` is the layer
+    whose weight is `fc.weight`. A layer that the file multiplies by several times has the largest
+    of its scales.
+
+    Args:
+        path: a file of `quantize_for_tensorrt`, from a file of `export_onnx`.
+
+    Raises:
+        InputError: the file is missing or damaged, or no weight of it has such a name.
+    """
+    from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
+
+    graph = _Graph(load_onnx(path))
+    scales: dict[str, float] = {}
+    for node in graph.nodes:
+        if node.op_type not in PRODUCTS:
+            continue
+        if any(graph.written_by(name) != "DequantizeLinear" for name in node.input[:2]):
+            continue
+        input, weight = (graph.writer[name] for name in node.input[:2])
+        layer, dot, attribute = weight.input[0].rpartition(".")
+        if dot and attribute == f"weight{TENSOR_NAME_QUANT_SUFFIX}":
+            scale = float(numpy_helper.to_array(graph.constants[input.input[1]]))
+            scales[layer] = max(scale, scales.get(layer, 0.0))
+    if not scales:
+        raise InputError(
+            f"{shown(path)} has no quantised weight with a layer's name. Give a file of "
+            "quantize_for_tensorrt that was made from a file of export_onnx."
+        )
+    return scales

@@ -1,5 +1,7 @@
 """The steps of the case study as functions: what `python -m helpers` does without Jupyter.
 
+The step of retraining is in `retrain`.
+
 Each takes the artifacts of the step before it and leaves those that its notebook leaves.
 """
 
@@ -21,7 +23,7 @@ from helpers.inference.quantization import (
 )
 from helpers.inference.runners import OnnxRunner
 from helpers.measurement.benchmark import sweep
-from helpers.sparsity import masks_of, prune_2to4_, sparsity_report
+from helpers.sparsity import prune_2to4_, sparsity_report
 from helpers.sparsity.verify import verify_onnx
 from helpers.training import loop, networks
 from helpers.training.data import first_images
@@ -56,27 +58,6 @@ def prune(settings: Settings, rules: str) -> None:
     with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], facts) as path:
         networks.save_checkpoint(model, path, settings.model)
     print(f"pruned, {len(masks)} layers: {accuracy}")
-
-
-def retrain(settings: Settings) -> None:
-    """Repeat the original training with the zeros held; resumable (notebook 03)."""
-    artifacts = Artifacts(settings)
-    model = networks.load_checkpoint(artifacts.require("02_pruned.safetensors"))
-    rules = artifacts.facts("02_pruned.safetensors")["rules"]
-    splits = inputs.load_splits(settings)
-    history = loop.train(
-        model,
-        splits,
-        settings.recipe,
-        settings.seed,
-        masks=masks_of(model, rules),
-        progress_file=artifacts.path("03_progress.pt"),
-    )
-    accuracy = loop.evaluate(model, splits.test)
-    facts = {"test": accuracy, "recipe": settings.recipe, "history": history}
-    with artifacts.writing("03_retrained.safetensors", ["02_pruned.safetensors"], facts) as path:
-        networks.save_checkpoint(model, path, settings.model)
-    print(f"retrained: {accuracy}")
 
 
 def export(settings: Settings) -> None:
