@@ -383,7 +383,11 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self.stop.wait(self.every):
-            self.samples.append((time.monotonic() - self.start, memory_mib(self.pid)))
+            try:
+                mib = memory_mib(self.pid)
+            except psutil.NoSuchProcess:  # whoever looks at the server's process finds out why
+                return
+            self.samples.append((time.monotonic() - self.start, mib))
 
     def growth(self, after: float) -> float:
         """Return by what share the memory grew after some seconds.
@@ -415,8 +419,18 @@ def measure_soak(
     batch: int = 32,
     seconds: float = 600.0,
     probe_seconds: float = 10.0,
+    rate: float | None = None,
 ) -> dict[str, Any]:
-    """Send twice as many requests as the server can answer, and look at it during and after."""
+    """Send twice as many requests as the server can answer, and look at it during and after.
+
+    Args:
+        found: the server.
+        model: the one to load.
+        batch: images in each request.
+        seconds: for how long.
+        probe_seconds: of each measurement before and after.
+        rate: requests per second; else twice what eight clients reach just before.
+    """
     before = found.load(model, "grpc", batch, ClosedLoop(1), probe_seconds)
     most = found.load(model, "grpc", batch, ClosedLoop(8), probe_seconds).images_per_second / batch
     pid, starts = found.server.pid, found.server.starts
@@ -424,7 +438,7 @@ def measure_soak(
         raise RuntimeError("The server was not running when it was to be loaded.")
     with MemoryWatch(pid, every=min(1.0, seconds / 20)) as memory:
         load = found.load(
-            model, "grpc", batch, OpenLoop(2 * most, in_flight=2048), seconds, timeout=30.0
+            model, "grpc", batch, OpenLoop(rate or 2 * most, in_flight=2048), seconds, timeout=30.0
         )
     after = found.load(model, "grpc", batch, ClosedLoop(1), probe_seconds)
     settled = seconds_until_normal(after, before.percentile(50))
@@ -524,7 +538,8 @@ def draw_soak(soak: Mapping[str, Any]) -> plt.Figure:
     plt.close(figure)
     axis.plot(soak["memory_seconds"], soak["memory_mib"], color=PRUNED)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("seconds at twice the rate that the server can answer")
+    refused = 1 - soak["answered"] / soak["requests"]
+    axis.set_xlabel(f"seconds of overload; {refused:.0%} of the requests were refused")
     axis.set_ylabel("MiB of its processes")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -537,6 +552,10 @@ def main(
         list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; else all but locust")
     ] = None,
     minutes: Annotated[float, typer.Option(help="of the part soak")] = 10.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="requests/s of 32 images in the part soak; else twice what is sustained"),
+    ] = None,
     locust: Annotated[Path | None, typer.Option(help="locust's program")] = None,
 ) -> None:
     """Measure what serving with Triton costs on this machine."""
@@ -554,7 +573,7 @@ def main(
                 "curve": lambda: measure_curve(found),
                 "locust": lambda: measure_locust(found, locust or Path(), Path(name)),
                 "kill": lambda: measure_kill(found),
-                "soak": lambda: measure_soak(found, seconds=60 * minutes),
+                "soak": lambda: measure_soak(found, seconds=60 * minutes, rate=rate),
             }
             for part in chosen:
                 record |= {

@@ -1,5 +1,6 @@
 """`benchmarks/serving.py` for seconds, on a small network. No time is asserted."""
 
+import asyncio
 import os
 import re
 import urllib.request
@@ -41,6 +42,14 @@ def test_every_answer_is_the_bare_runners_own(found, protocol, arrivals):
     load = found.load("sparse", protocol, 8, arrivals, 1.0)
     assert load.answered > 0
     assert set(load.errors) <= REFUSED
+
+
+@pytest.mark.parametrize("protocol", serving.PROTOCOLS)
+def test_a_notebook_can_load_a_server_inside_its_own_event_loop(found, protocol):
+    async def cell() -> Load:
+        return found.load("dense", protocol, 1, ClosedLoop(2), 0.2)
+
+    assert asyncio.run(cell()).answered > 0
 
 
 def test_a_wrong_answer_is_not_overlooked(found, monkeypatch):

@@ -20,6 +20,7 @@ Send = Callable[[int], Awaitable[Tensors]]  # sends one of some prepared request
 
 PORTS = {"grpc": 8001, "http": 8000}  # Triton's own
 LARGEST_MESSAGE = 2**31 - 1  # bytes; gRPC's limit
+HTTP_CONNECTIONS = 512  # a loop that waits to the microsecond takes below 1024 files
 NO_CONNECTION = "no connection"
 # gRPC reports a broken connection with the status of a server that refuses; its words differ.
 BROKEN = re.compile(r"failed to connect|socket closed|connection re(set|fused)|broken pipe|recvmsg")
@@ -93,7 +94,9 @@ def _open_client(endpoint: Endpoint, connections: int) -> Any:
         if endpoint.protocol == "http":
             from tritonclient.http.aio import InferenceServerClient
 
-            return InferenceServerClient(endpoint.address, conn_limit=connections)
+            return InferenceServerClient(
+                endpoint.address, conn_limit=min(connections, HTTP_CONNECTIONS)
+            )
         from tritonclient.grpc.aio import InferenceServerClient
     except (ImportError, RuntimeError) as error:  # RuntimeError: without its gRPC or HTTP part
         raise UnavailableError(
@@ -156,7 +159,8 @@ async def connect(
     Args:
         endpoint: the model.
         requests: each with an array for each input; the first dimension is the batch.
-        connections: how many HTTP requests may be under way at a time; gRPC needs one.
+        connections: how many HTTP requests may be under way at a time, at most 512, beyond which
+            they wait for each other; gRPC needs one.
 
     Raises:
         UnavailableError: tritonclient is not installed.

@@ -179,19 +179,20 @@ def plot_layers(report: SparsityReport) -> Figure:
     return figure
 
 
-def plot_history(history: Sequence[Epoch], dense_top1: float) -> Figure:
+def plot_history(history: Sequence[Epoch], dense_top1: float | None = None) -> Figure:
     """Draw loss and validation accuracy over the epochs of a retraining.
 
     Args:
         history: as `helpers.training.loop.train` returns it.
-        dense_top1: accuracy of the dense model on the same validation images.
+        dense_top1: accuracy of the dense model on the same validation images, if known.
     """
     figure, (left, right) = _axes(9, 3, 2)
     epochs = [epoch.number for epoch in history]
     left.plot(epochs, [epoch.loss for epoch in history], "o-", color=SPARSE)
     left.set_ylabel("training loss")
     right.plot(epochs, [epoch.validation for epoch in history], "o-", color=SPARSE, label="2:4")
-    right.axhline(dense_top1, color=DENSE, linestyle="--", label="dense, before pruning")
+    if dense_top1 is not None:
+        right.axhline(dense_top1, color=DENSE, linestyle="--", label="dense, before pruning")
     best = max(history, key=lambda epoch: epoch.validation)
     right.plot(best.number, best.validation, "*", color=PRUNED, markersize=15, label="kept")
     right.set_ylabel("validation top-1, %")
