@@ -35,7 +35,17 @@ from helpers.files import write_json
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("gpu_worker.py")
-PARTS = ["probe", "tests", "products", "networks", "advice", "profile", "engines", "compiled"]
+PARTS = [
+    "probe",
+    "tests",
+    "products",
+    "networks",
+    "advice",
+    "int8",
+    "profile",
+    "engines",
+    "compiled",
+]
 PROBED = (128, 1024, 4096)  # sizes of the probe's products
 # The tests that need a GPU, in groups: one that breaks CUDA costs the rest of its group.
 TESTS = {
@@ -51,6 +61,7 @@ LIMITS = {
     "products": (300, 25),
     "network": (420, 45),
     "advice": (60, 15),
+    "int8": (420, 60),
     "profile": (180, 45),
     "engines": (1800, 60),
     "compiled": (1800, 90),
@@ -136,7 +147,7 @@ def title_of(job: Job) -> str:
             return f"products {job.datatype}"
         case "profile":
             return f"profile {job.networks[0]} {job.datatype} {job.model}"
-        case "network" | "engines" | "compiled":
+        case "network" | "int8" | "engines" | "compiled":
             return f"{job.part} {job.networks[0]} {job.datatype}"
     return job.part
 
@@ -294,6 +305,8 @@ def measure(session: Session, parts: Collection[str], datatypes: Sequence[str]) 
         measure_network(session, safe, name, base.batch_sizes, "network")
     if "advice" in parts:
         session.measure("advice")
+    if "int8" in parts:
+        measure_network(session, safe, base.networks[0], base.batch_sizes[:2], "int8")
     datatype, search = next(attempts(safe), ("BF16", False))
     own = {"networks": base.networks[:1], "datatype": datatype, "search": search}
     for model in ("dense", "sparse") if "profile" in parts else ():

@@ -13,6 +13,7 @@ from gpu_run import Run, earlier, network_file
 from helpers.errors import HelpersError, InputError, UnavailableError, first_line
 from helpers.files import write_json
 from helpers.inference import cuda_graphs
+from helpers.inference.cusparselt import why_no_sparse_gemms
 from helpers.inference.runners import Runner
 from helpers.inference.sparse_torch import SparseTorchRunner
 from helpers.measurement import roofline
@@ -24,7 +25,10 @@ from helpers.sparsity.eligibility import eligible_weights
 from helpers.training.networks import create_on_meta
 
 ENERGY_BATCH_SIZES = [256]  # where energy is measured too, for half a minute each
-TOLERANCES = {"FP16": 1e-2, "BF16": 5e-2}  # BF16 has three bits fewer
+# The largest maximum relative error; BF16 has three bits fewer.
+TOLERANCES = {"FP16": 1e-2, "BF16": 5e-2}
+INT8_TOLERANCE = 1e-1
+CALIBRATION_IMAGES = 64  # random, as the weights are
 
 
 def network(run: Run) -> None:
@@ -72,12 +76,39 @@ def compiled(run: Run) -> None:
     measure(run, runners)
 
 
-def measure(run: Run, runners: Mapping[str, SparseTorchRunner]) -> None:
+def int8(run: Run) -> None:
+    """Measure a network in INT8 and in FP16 or BF16, dense and sparse, all in turns.
+
+    Raises:
+        UnavailableError: cuSPARSELt may not search, and there are no INT8 kernels without.
+    """
+    (name,) = run.job.networks
+    if not run.job.search:
+        raise UnavailableError("The INT8 kernels take cuSPARSELt's search, which breaks CUDA here.")
+    run.begin(f"{name}: the model")
+    runners = run.runners(name)
+    images = torch.randn(CALIBRATION_IMAGES, *run.shape(name))
+    sparse = "dense_int8" if why_no_sparse_gemms() else "cusparselt_int8"
+    for label, kernels in (("dense", "dense_int8"), ("sparse", sparse)):
+        runners[f"{label}, INT8"] = SparseTorchRunner(
+            run.models(name)[label], kernels, runners[label].dtype,
+            run.cache / "kernels.json", calibration=images,
+        )  # fmt: skip
+    run.record |= {
+        "what": f"{name}, random weights: dense and sparse, with and without INT8 products, in "
+        "turns",
+        "network": name,
+    }
+    measure(run, runners, "sparse, INT8")
+
+
+def measure(run: Run, runners: Mapping[str, SparseTorchRunner], explained: str = "sparse") -> None:
     """Check and time runners over the batch sizes while there is time, and write each at once.
 
-    A batch size that the record has already is left out.
+    A batch size that the record has already is left out. Of one of the runners, the kernels and
+    the times of whole networks are written too.
     """
-    record, sparse = run.record, runners["sparse"]
+    record, sparse = run.record, runners[explained]
     record |= {"runner": sparse.name, "datatype": run.job.datatype}
     record["image_shape"] = list(run.shape(record["network"]))
     for key in ("max_relative_errors", "rows", "network_times", "kernel_choices"):
@@ -115,11 +146,11 @@ def add_rows(kept: list[dict[str, Any]], table: pd.DataFrame) -> None:
 def measure_batch(run: Run, runners: Mapping[str, SparseTorchRunner], batch: int) -> None:
     """Check and time runners at one batch size, and add the results to the record."""
     record = run.record
-    name, tolerance = record["network"], TOLERANCES[run.job.datatype]
-    errors = []
+    name, errors = record["network"], []
     for label, runner in runners.items():
         run.begin(f"{name}, {label}, batch {batch} in {run.job.datatype}: kernels and outputs")
         model = run.models(name)[label.partition(",")[0]]
+        tolerance = INT8_TOLERANCE if "INT8" in label else TOLERANCES[run.job.datatype]
         error = check_outputs(runner, model, run.shape(name), batch, tolerance)
         errors.append({"network": label, "batch": batch, "max_relative_error": error})
     run.begin(f"{name}, batch {batch} in {run.job.datatype}: times")

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from gpu_engines import engines
-from gpu_networks import advice, compiled, network, profile
+from gpu_networks import advice, compiled, int8, network, profile
 from gpu_products import probe, products
 from gpu_run import Job, Run, network_file
 from helpers.errors import HelpersError
@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "products": products,
     "network": network,
     "advice": advice,
+    "int8": int8,
     "profile": profile,
     "engines": engines,
     "compiled": compiled,

@@ -117,6 +117,18 @@ def test_a_batch_starts_only_if_the_shortest_so_far_would_fit(do, monkeypatch):
     assert record["missing"] == "no time was left from batch 1 on"
 
 
+def test_int8_is_measured_beside_fp16_dense_and_sparse(do):
+    _, record = do("int8", batch_sizes=[1])
+    labels = {"dense", "sparse", "dense, INT8", "sparse, INT8"}
+    assert {row["network"] for row in record["rows"]} == labels
+    errors = {row["network"]: row["max_relative_error"] for row in record["max_relative_errors"]}
+    assert errors["sparse"] < 1e-4 < errors["sparse, INT8"] < 0.1
+    assert "dense INT8 GEMM" in {row["kernel"] for row in record["kernel_choices"]}
+    status, record = do("int8", batch_sizes=[2], search=False)
+    assert status == STOPPED
+    assert "take cuSPARSELt's search" in record["stopped"]["FP16"]
+
+
 def test_products_that_need_a_gpu_are_recorded_with_the_reason(do):
     for datatype in gpu_run.DATATYPES:
         status, record = do("products", datatype=datatype)
@@ -373,7 +385,7 @@ def test_the_checks_come_first_then_what_tells_most(fake):
     assert order[16:quick] == [f"products {name}" for name in gpu_run.DATATYPES]
     assert order[quick + 1] == "advice"
     kinds = list(dict.fromkeys(each.split()[0] for each in order[quick + 2 :]))
-    assert kinds == ["products", "network", "advice", "profile", "engines", "compiled"]
+    assert kinds == ["products", "network", "advice", "int8", "profile", "engines", "compiled"]
     for each in files["session"]["ended"]:
         assert each["ended"].startswith("ended well after")
         assert each["seconds"] >= 0
