@@ -60,6 +60,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Delete what an `atomic_write` to `path` has left that was killed before it ended.
+
+    Nothing else may be writing to `path` at the time.
+    """
+    for part in Path(path).parent.glob(f".{Path(path).name}.*"):
+        part.unlink(missing_ok=True)
+
+
 def _cause(error: BaseException | None) -> str | None:
     """Return why a file could not be written and what to do; None for any other error."""
     if isinstance(error, WriteError):  # of a call inside this one, about a temporary file

@@ -4,7 +4,9 @@ Explained in `03_retrain.ipynb`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from torch import Tensor
 
@@ -94,6 +96,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(int((predictions(logits) == labels).sum()), len(labels))
 
 
+def compare_logits(first: Tensor, second: Tensor, labels: Tensor) -> Comparison:
+    """Compare two sets of logits (N, classes) for the same images against labels (N).
+
+    Raises:
+        InputError: the shapes do not match.
+    """
+    if first.shape != second.shape or first.dim() != 2 or labels.shape != first.shape[:1]:
+        raise InputError(
+            f"Logits of shape {tuple(first.shape)} and {tuple(second.shape)} and labels of shape "
+            f"{tuple(labels.shape)} are not of the same images."
+        )
+    one, other = (predictions(logits) == labels for logits in (first, second))
+    return Comparison(int((one & ~other).sum()), int((other & ~one).sum()), len(labels))
+
+
 def max_relative_error(logits: Tensor, reference: Tensor) -> float:
     """Return the largest difference from the reference, relative to its largest logit.
 
@@ -116,3 +133,73 @@ def max_relative_error(logits: Tensor, reference: Tensor) -> float:
     if scale == 0 and largest > 0:
         return math.inf
     return largest / scale if scale else largest  # 0 from zeros to zeros; NaN stays NaN
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of paired differences, and the interval that holds the true mean 95 times in 100."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    def __repr__(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}] over {self.pairs} pairs"
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> PairedDifference:
+    """Return how much larger the second values are, with an interval by Student's t.
+
+    Args:
+        first: values such as the accuracies of one procedure, one for each seed.
+        second: those of another procedure, for the same seeds in the same order.
+        confidence: how often such intervals hold the true mean, above 0 and below 1.
+
+    Returns:
+        The mean of second - first. The interval is unbounded for one pair.
+
+    Raises:
+        InputError: there are no values, or not as many of one as of the other, or the confidence
+            is out of its range.
+    """
+    if not first or len(first) != len(second):
+        raise InputError(
+            f"{len(first)} and {len(second)} values are no pairs. Give as many of both, at least "
+            "one."
+        )
+    if not 0 < confidence < 1:
+        raise InputError(f"The confidence is {confidence}; give a number above 0 and below 1.")
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    mean = fmean(differences)
+    if len(differences) == 1:
+        return PairedDifference(mean, -math.inf, math.inf, 1)
+    error = stdev(differences) / math.sqrt(len(differences))
+    reach = error * _student_t(confidence, len(differences) - 1)
+    return PairedDifference(mean, mean - reach, mean + reach, len(differences))
+
+
+def _student_t(confidence: float, freedom: int) -> float:
+    """Return the t that Student's distribution stays within, on both sides, with a probability."""
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """Return the probability that Student's t stays within tan(angle) * sqrt(freedom).
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(1, (freedom - odd) // 2 + 1):
+        total += term
+        term *= (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k)) * math.cos(angle) ** 2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total

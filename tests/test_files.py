@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from helpers.errors import InputError, WriteError
-from helpers.files import atomic_write, sha256, shown, write_json
+from helpers.files import atomic_write, remove_unfinished, sha256, shown, write_json
 from helpers.tutorial.settings import project_root
 
 
@@ -265,3 +265,16 @@ def test_a_folder_in_place_of_the_file_is_reported(tmp_path):
     with pytest.raises(WriteError, match="a folder of that name"):
         write_json(tmp_path / "name", {})
     assert names(tmp_path) == ["name"]
+
+
+def test_what_a_killed_write_has_left_is_deleted(tmp_path):
+    path = tmp_path / "file.pt"
+    writing = atomic_write(path)
+    writing.__enter__().write_text("half")  # and then it is killed
+    (tmp_path / ".file.json.abc").write_text("of another file")
+    remove_unfinished(path)
+    assert [each.name for each in tmp_path.iterdir()] == [".file.json.abc"]
+    with atomic_write(path) as part:
+        part.write_text("whole")
+    remove_unfinished(path)
+    assert path.read_text() == "whole"

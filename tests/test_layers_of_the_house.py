@@ -195,7 +195,8 @@ for each in pkgutil.walk_packages(helpers.__path__, "helpers."):
 def test_the_wheel_holds_every_module_and_says_that_it_is_typed(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json"), *PACKAGE.rglob("py.typed")]:
+    kept = ("*.py", "*.json", "*.yaml", "py.typed")
+    for path in [path for pattern in kept for path in PACKAGE.rglob(pattern)]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -213,6 +214,7 @@ def test_the_wheel_holds_every_module_and_says_that_it_is_typed(tmp_path):
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", installed, wheel)
     assert (installed / "helpers" / "py.typed").exists()
     assert (installed / "helpers" / "measurement" / "calibration.json").exists()
+    assert (installed / "helpers" / "tutorial" / "recipes" / "full.yaml").exists()
 
     here = {each.name for each in pkgutil.walk_packages(helpers.__path__, "helpers.")}
     imported = run("-I", "-c", IMPORT_EVERYTHING, installed).splitlines()

@@ -38,7 +38,7 @@ def scripted(monkeypatch, shares: list[int]) -> list[dict]:
     """Let `evaluate` say these per cent, one after the other; return the weights it saw."""
     seen: list[dict] = []
 
-    def fake(model: nn.Module, _: DataLoader) -> Accuracy:
+    def fake(model: nn.Module, *_: object) -> Accuracy:
         seen.append(weights_of(model))
         return Accuracy(shares[len(seen) - 1], 100)
 
@@ -203,6 +203,23 @@ def test_a_model_in_evaluation_mode_is_trained_as_a_whole(tiny_net, tiny_splits)
     assert not any(map(torch.equal, before, (norm.running_mean for norm in norms)))
 
 
+def test_the_images_come_in_the_order_of_the_recorded_trainings(monkeypatch, tiny_net, tiny_splits):
+    """The accuracies that the notebooks show depend on what was drawn before the first batch."""
+    states = []
+    real = loop._train_epoch
+
+    def spy(*args: object) -> object:
+        states.append(torch.get_rng_state())
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_train_epoch", spy)
+    train(tiny_net, tiny_splits, dataclasses.replace(RECIPE, epochs=2), seed=5)
+    for number, state in enumerate(states, 1):
+        torch.manual_seed(5 + number)
+        torch.empty((), dtype=torch.int64).random_()
+        assert torch.equal(state, torch.get_rng_state())
+
+
 def test_each_epoch_is_logged(monkeypatch, tiny_net, tiny_splits, caplog, capsys):
     caplog.set_level(logging.INFO, "helpers")
     scripted(monkeypatch, [50, 90, 70])
@@ -212,6 +229,20 @@ def test_each_epoch_is_logged(monkeypatch, tiny_net, tiny_splits, caplog, capsys
         for e in history
     ]
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_run_shows_is_given_after_each_epoch(tiny_net, tiny_splits, tmp_path):
+    given: list[list[loop.Epoch]] = []
+    file = tmp_path / "p.pt"
+    history = train(tiny_net, tiny_splits, RECIPE, 1, progress_file=file, on_epoch=given.append)
+    assert given == [history[:1], history[:2], history]
+    for epoch in history:
+        assert 0 <= epoch.training <= 100
+        assert epoch.images_per_second > 0
+        assert 0 <= epoch.waited < 1
+    assert history[-1].learning_rate == pytest.approx(0)
+    train(tiny_net, tiny_splits, RECIPE, 1, progress_file=file, on_epoch=given.append)
+    assert given[3:] == [history]
 
 
 # --- resuming ---------------------------------------------------------------------------
@@ -251,8 +282,9 @@ def test_an_interrupted_training_ends_in_the_same_bits(
     assert [(e.loss, e.validation) for e in one] == [(e.loss, e.validation) for e in two]
     # The best epoch may be an early one, so compare where both training runs ended, too.
     ends = [torch.load(tmp_path / f"{name}.pt") for name in ("straight", "stopped")]
-    assert same(ends[0]["model"], ends[1]["model"])
-    momenta = [[s["momentum_buffer"] for s in end["optimizer"]["state"].values()] for end in ends]
+    assert same(ends[0]["state"]["model"], ends[1]["state"]["model"])
+    optimizers = [end["state"]["optimizer"]["state"].values() for end in ends]
+    momenta = [[state["momentum_buffer"] for state in states] for states in optimizers]
     assert all(map(torch.equal, *momenta))
 
 
@@ -310,8 +342,17 @@ def test_the_progress_of_another_training_is_not_taken(
 
     train(fresh, tiny_splits, recipe, seed, masks, file)
     assert "progress.pt belongs to another training" in caplog.text
+    assert len(torch.load(tmp_path / "progress.old.pt")["history"]) == RECIPE.epochs
     train(alone, tiny_splits, recipe, seed, masks)
     assert same(fresh.state_dict(), alone.state_dict())
+
+
+def test_a_training_goes_on_with_another_way_to_compute_it(tiny_net, tiny_splits, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "helpers")
+    train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
+    other = dataclasses.replace(RECIPE, accumulation=2, channels_last=False)
+    train(tiny_net, tiny_splits, other, seed=1, progress_file=tmp_path / "p.pt")
+    assert "p.pt: continuing after epoch 3" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from helpers.errors import InputError
-from helpers.metrics import Accuracy, Comparison, accuracy, max_relative_error, predictions
+from helpers.metrics import (
+    Accuracy,
+    Comparison,
+    accuracy,
+    compare_logits,
+    max_relative_error,
+    paired_difference,
+    predictions,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -95,3 +103,55 @@ def test_logits_of_other_shapes_or_none_are_refused():
         max_relative_error(torch.ones(2, 1), torch.ones(2, 10))
     with pytest.raises(InputError, match=r"no logits to compare in shape \(0, 10\)"):
         max_relative_error(torch.ones(0, 10), torch.ones(0, 10))
+
+
+def test_the_interval_of_paired_differences_is_students():
+    # Mean 1, standard deviation 0.5, three pairs: the t of two degrees of freedom is 4.303.
+    difference = paired_difference([1, 2, 3], [2, 2.5, 4.5])
+    assert difference.mean == pytest.approx(1)
+    assert difference.high - 1 == pytest.approx(4.30265 * 0.5 / math.sqrt(3), rel=1e-5)
+    assert 1 - difference.low == pytest.approx(difference.high - 1)
+    assert repr(difference) == "+1.00 [-0.24, +2.24] over 3 pairs"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "confidence", "t"),
+    [(2, 0.95, 12.7062), (4, 0.95, 3.18245), (5, 0.95, 2.77645), (5, 0.99, 4.60409),
+     (10, 0.9, 1.83311), (31, 0.95, 2.04227)],
+)  # fmt: skip
+def test_the_reach_of_an_interval_is_the_printed_quantile_of_student(pairs, confidence, t):
+    values = [float(number % 2) for number in range(pairs)]
+    difference = paired_difference([0.0] * pairs, values, confidence)
+    error = torch.tensor(values).double().std() / math.sqrt(pairs)
+    assert difference.high - difference.mean == pytest.approx(t * float(error), rel=1e-5)
+
+
+def test_one_pair_has_no_bounded_interval():
+    difference = paired_difference([1.0], [3.0])
+    assert (difference.mean, difference.low, difference.high) == (2, -INF, INF)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "confidence", "complaint"),
+    [([], [], 0.95, "no pairs"), ([1], [1, 2], 0.95, "no pairs"), ([1], [1], 1, "confidence")],
+)
+def test_what_are_no_pairs_is_refused(first, second, confidence, complaint):
+    with pytest.raises(InputError, match=complaint):
+        paired_difference(first, second, confidence)
+
+
+def test_logits_are_compared_image_by_image():
+    labels = torch.tensor([0, 1, 0, 1])
+    first = torch.eye(2)[[0, 1, 1, 0]]  # right, right, wrong, wrong
+    second = torch.eye(2)[[0, 0, 0, 0]]  # right, wrong, right, wrong
+    assert compare_logits(first, second, labels) == Comparison(1, 1, 4)
+    second[0] = NAN
+    assert compare_logits(first, second, labels) == Comparison(2, 1, 4)
+    assert compare_logits(second, first, labels) == Comparison(1, 2, 4)
+
+
+def test_logits_of_other_images_are_not_compared():
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(3, 3), torch.ones(2))
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))

@@ -4,8 +4,9 @@ The work is done elsewhere: `steps` has the steps of the case study, `own_models
 any model. A command imports them when it is called, so that `--help` need not wait for PyTorch.
 """
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -60,8 +61,14 @@ class OneSentence(TyperGroup):
         except HelpersError as error:
             if context.params["debug"]:
                 raise
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            typer.echo(f"{_this_process()}{type(error).__name__}: {error}", err=True)
             raise typer.Exit(exit_status(error)) from None
+
+
+def _this_process() -> str:
+    """Return which of several processes this is, where torchrun has started them."""
+    rank = os.environ.get("RANK")
+    return "" if rank is None or os.environ.get("WORLD_SIZE") == "1" else f"[rank {rank}] "
 
 
 app = typer.Typer(
@@ -112,6 +119,9 @@ ImageSize = Annotated[
 ]
 
 
+_VALUES = "Values of the recipe, where they differ from its file"
+
+
 class Sparsity(StrEnum):
     """Whether an engine may use sparse kernels; trtexec's words."""
 
@@ -146,11 +156,14 @@ def _print_result(as_json: bool, work: Callable[..., "Result"], *arguments: Any)
         raise typer.Exit(NEGATIVE)
 
 
-def _only_for_files(context: typer.Context) -> None:
+_OF_BOTH = {"rules", "compute_capability"}  # options that the steps of the case study take too
+
+
+def _only_for_files(context: typer.Context, allowed: Collection[str] = _OF_BOTH) -> None:
     """Refuse options that act on a file of the user's where none was named."""
     for name in context.params:
         source = context.get_parameter_source(name)
-        if name in ("rules", "compute_capability") or source is None or source.name == "DEFAULT":
+        if name in allowed or source is None or source.name == "DEFAULT":
             continue
         (option, *_) = next(each for each in context.command.params if each.name == name).opts
         raise InputError(f"{option} is for a file of your own: name the file first.")
@@ -214,11 +227,157 @@ def prune(
 
 
 @app.command(rich_help_panel=STEPS)
-def retrain() -> None:
-    """Repeat the original training with the zeros held; resumable (notebook 03)."""
-    from helpers.tutorial import steps
+def retrain(
+    context: typer.Context,
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="a pruned .safetensors file of your own"),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the retrained copy to write")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="a folder with train/ and val/, and in each a folder for every class"),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="a YAML file; else that of the preset, or of `full`")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="passes over the training images", rich_help_panel=_VALUES)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="images of one step, over all processes", rich_help_panel=_VALUES),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="at its highest", rich_help_panel=_VALUES)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="of SGD", rich_help_panel=_VALUES)
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="of SGD", rich_help_panel=_VALUES)] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option(
+            help="share of all steps in which the learning rate rises", rich_help_panel=_VALUES
+        ),
+    ] = None,
+    step_epochs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INTEGER|none",
+            help="epochs between falls of the learning rate by ten; none: a cosine",
+            rich_help_panel=_VALUES,
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        typer.Option(help="share of each label that goes to all classes", rich_help_panel=_VALUES),
+    ] = None,
+    ema_decay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT|none",
+            help="average the weights over the steps, such as 0.999",
+            rich_help_panel=_VALUES,
+        ),
+    ] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(
+            help="share of the loss that compares with the --teacher", rich_help_panel=_VALUES
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="of the distillation", rich_help_panel=_VALUES)
+    ] = None,
+    amp: Annotated[
+        str | None,
+        typer.Option(metavar="bf16|fp16|none", help="mixed precision", rich_help_panel=_VALUES),
+    ] = None,
+    sync_batch_norm: Annotated[
+        bool | None,
+        typer.Option(help="statistics over all processes, on GPUs", rich_help_panel=_VALUES),
+    ] = None,
+    accumulation: Annotated[
+        int | None,
+        typer.Option(
+            help="parts of a batch that are computed one after the other", rich_help_panel=_VALUES
+        ),
+    ] = None,
+    channels_last: Annotated[
+        bool | None, typer.Option(help="layout of images and weights", rich_help_panel=_VALUES)
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="use torch.compile", rich_help_panel=_VALUES),
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="the dense checkpoint, for --distillation")
+    ] = None,
+    model: Network = None,
+    rules: Rules = "tensorrt",
+    include: Include = None,
+    exclude: Exclude = None,
+    validation_images: Annotated[
+        int | None, typer.Option(help="held out of train/; else one in twenty")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="height and width in pixels")] = 224,
+    workers: Annotated[int, typer.Option(help="processes that load images, for each GPU")] = 4,
+    seed: Annotated[int, typer.Option(help="of the order and the augmentation")] = 2024,
+    run: Annotated[
+        Path | None, typer.Option(help="folder for progress, metrics and curves; else COPY's")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Repeat the original training with the zeros held; resumable (notebook 03), or on your files.
 
-    steps.retrain(Settings.load())
+    Start it with `torchrun -m helpers retrain` for several GPUs or nodes; docs/retraining.md has
+    examples.
+    """
+    from helpers.tutorial import retrain as retraining
+
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "warmup": warmup,
+        "step_epochs": step_epochs,
+        "label_smoothing": label_smoothing,
+        "ema_decay": ema_decay,
+        "distillation": distillation,
+        "temperature": temperature,
+        "amp": amp,
+        "sync_batch_norm": sync_batch_norm,
+        "accumulation": accumulation,
+        "channels_last": channels_last,
+        "compile": compile_,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = Settings.load()
+    if source is None:
+        _only_for_files(context, {*given, "compile_", "recipe"})
+        chosen = retraining.choose_recipe(settings.recipe, recipe, changes)
+        retraining.retrain_preset(settings, chosen)
+        return
+    if target is None or images is None:
+        raise InputError("Name the retrained copy to write after the file, and the --images.")
+    chosen = retraining.choose_recipe(Settings.load("full").recipe, recipe, changes)
+    retraining.retrain_file(
+        source,
+        target,
+        retraining.OwnImages(images, validation_images, image_size, workers),
+        chosen,
+        seed,
+        retraining.Pruning(rules, include or [], exclude or []),
+        model,
+        teacher,
+        run,
+        overwrite,
+    )
 
 
 @app.command(rich_help_panel=STEPS)
@@ -227,6 +386,71 @@ def export() -> None:
     from helpers.tutorial import steps
 
     steps.export(Settings.load())
+
+
+@app.command(rich_help_panel=STEPS)
+def quantize(
+    context: typer.Context,
+    source: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="an .onnx file of your own")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the copy in INT8 to write")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="a folder of pictures, or an .npz with an array for each input"),
+    ] = None,
+    runs_on: Annotated[str, typer.Option("--for", help="tensorrt or cpu")] = "tensorrt",
+    count: Annotated[int, typer.Option(min=1, help="how many images to take at most")] = 512,
+    percentile: Annotated[
+        float | None,
+        typer.Option(help="of the numbers that a range has to contain, such as 99.99; else all"),
+    ] = None,
+    image_size: ImageSize = None,
+    mean: Annotated[
+        str, typer.Option(help="of each channel of the pictures; else ImageNet's")
+    ] = "",
+    std: Annotated[str, typer.Option(help="of each channel of the pictures; else ImageNet's")] = "",
+    exclude: Exclude = None,
+    first: Annotated[
+        bool, typer.Option("--first/--no-first", help="quantise the first product too")
+    ] = True,
+    last: Annotated[
+        bool, typer.Option("--last/--no-last", help="quantise the last product too")
+    ] = True,
+    expect_sparse: Annotated[
+        bool, typer.Option("--expect-sparse", help="refuse a file that is not 2:4")
+    ] = False,
+    reduce_range: Annotated[
+        bool,
+        typer.Option("--reduce-range", help="weights of 7 bits, for processors without VNNI"),
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise the exported ONNX files to INT8 (notebook 08), or write a copy of yours in INT8."""
+    if source is None:
+        from helpers.tutorial import steps
+
+        _only_for_files(context)
+        steps.quantize(Settings.load())
+        return
+    if target is None or calibration is None:
+        raise InputError("Name the copy to write after the file, and --calibration.")
+    from helpers.tutorial import own_models
+
+    _print_result(
+        as_json,
+        own_models.quantize,
+        source,
+        target,
+        own_models.Calibration(calibration, count, percentile, image_size, mean, std),
+        own_models.QuantizeOptions(
+            runs_on, exclude or [], first, last, expect_sparse, reduce_range
+        ),
+        overwrite,
+    )
 
 
 @app.command(rich_help_panel=STEPS)

@@ -2,7 +2,8 @@
 
 `Settings.load()` reads the environment once; everything else takes what it needs
 from the frozen result, so the same code serves a laptop and a GPU server. To
-change an experiment, change `PRESETS`. Explained in `00_check_your_setup.ipynb`.
+change an experiment, change `PRESETS`, or the recipe of its training in `recipes/`.
+Explained in `00_check_your_setup.ipynb`.
 """
 
 import os
@@ -10,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers.training.recipe import Recipe
+from helpers.training.recipe import Recipe, read_recipe
 from helpers.tutorial.checks import TutorialError
+
+RECIPES = Path(__file__).with_name("recipes")  # how each preset trains
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,13 +107,7 @@ _FULL = Settings(
     num_classes=1000,
     image_shape=(3, 224, 224),
     validation_images=25_000,
-    recipe=Recipe(
-        epochs=100,
-        batch_size=256,
-        learning_rate=0.1,
-        weight_decay=1e-4,
-        step_epochs=30,
-    ),
+    recipe=read_recipe(RECIPES / "full.yaml"),
     batch_sizes=(1, 8, 32, 64, 128, 256),
     best_batch_size=256,
     seconds_per_batch_size=3.0,
@@ -126,13 +123,7 @@ PRESETS = {
         num_classes=10,
         image_shape=(1, 28, 28),
         validation_images=5_000,
-        recipe=Recipe(
-            epochs=4,
-            batch_size=128,
-            learning_rate=0.1,
-            weight_decay=5e-4,
-            warmup=0.2,
-        ),
+        recipe=read_recipe(RECIPES / "quick.yaml"),
         batch_sizes=(1, 8, 32, 128),
         best_batch_size=128,
         seconds_per_batch_size=1.0,
@@ -145,13 +136,7 @@ PRESETS = {
         dataset="Imagenette",
         num_classes=10,
         validation_images=1_000,
-        recipe=Recipe(
-            epochs=5,
-            batch_size=64,
-            learning_rate=0.005,
-            weight_decay=1e-4,
-            warmup=0.1,
-        ),
+        recipe=read_recipe(RECIPES / "workshop.yaml"),
     ),
     "full": _FULL,
 }

@@ -1,20 +1,29 @@
 """The steps of the case study as functions: what `python -m helpers` does without Jupyter.
 
+The step of retraining is in `retrain`.
+
 Each takes the artifacts of the step before it and leaves those that its notebook leaves.
 """
 
 import json
 import time
+from collections.abc import Callable
 
 import torch
 
 from helpers import machine, metrics
 from helpers.files import atomic_write, sha256, write_json
+from helpers.inference.activation_ranges import activation_ranges
 from helpers.inference.engine import build_engine
 from helpers.inference.export import export_onnx
+from helpers.inference.quantization import (
+    QuantizedFile,
+    quantize_for_cpu,
+    quantize_for_tensorrt,
+)
 from helpers.inference.runners import OnnxRunner
 from helpers.measurement.benchmark import sweep
-from helpers.sparsity import masks_of, prune_2to4_, sparsity_report
+from helpers.sparsity import prune_2to4_, sparsity_report
 from helpers.sparsity.verify import verify_onnx
 from helpers.training import loop, networks
 from helpers.training.data import first_images
@@ -24,6 +33,8 @@ from helpers.tutorial.backends import find_controls, find_runners
 from helpers.tutorial.checks import check
 from helpers.tutorial.settings import Settings, relative
 from helpers.tutorial.summary import describe_gain, save_benchmark
+
+CALIBRATION_IMAGES = 512
 
 
 def evaluate(settings: Settings) -> None:
@@ -49,27 +60,6 @@ def prune(settings: Settings, rules: str) -> None:
     print(f"pruned, {len(masks)} layers: {accuracy}")
 
 
-def retrain(settings: Settings) -> None:
-    """Repeat the original training with the zeros held; resumable (notebook 03)."""
-    artifacts = Artifacts(settings)
-    model = networks.load_checkpoint(artifacts.require("02_pruned.safetensors"))
-    rules = artifacts.facts("02_pruned.safetensors")["rules"]
-    splits = inputs.load_splits(settings)
-    history = loop.train(
-        model,
-        splits,
-        settings.recipe,
-        settings.seed,
-        masks=masks_of(model, rules),
-        progress_file=artifacts.path("03_progress.pt"),
-    )
-    accuracy = loop.evaluate(model, splits.test)
-    facts = {"test": accuracy, "recipe": settings.recipe, "history": history}
-    with artifacts.writing("03_retrained.safetensors", ["02_pruned.safetensors"], facts) as path:
-        networks.save_checkpoint(model, path, settings.model)
-    print(f"retrained: {accuracy}")
-
-
 def export(settings: Settings) -> None:
     """Export dense and sparse networks to ONNX, FP32 and FP16 (notebook 04)."""
     artifacts = Artifacts(settings)
@@ -90,6 +80,26 @@ def export(settings: Settings) -> None:
     eligible = table[table.eligible]
     check(table.judged.all(), "every product of the ONNX file was judged")
     check(eligible.is_2to4.all(), f"all {len(eligible)} eligible weights of the ONNX file are 2:4")
+
+
+def quantize(settings: Settings) -> None:
+    """Write the exported networks in INT8, for TensorRT and for the CPU (notebook 08)."""
+    artifacts = Artifacts(settings)
+    images, _ = first_images(inputs.load_splits(settings).validation, CALIBRATION_IMAGES)
+    for name in NETWORKS:
+        full, half = (f"04_{name}_{precision}.onnx" for precision in ("fp32", "fp16"))
+        ranges = activation_ranges(artifacts.require(full), images)
+        works: tuple[tuple[str, str, Callable[..., QuantizedFile]], ...] = (
+            (f"08_{name}_int8.onnx", half, quantize_for_tensorrt),
+            (f"08_{name}_int8_cpu.onnx", full, quantize_for_cpu),
+        )
+        for file, parent, work in works:
+            facts: dict[str, object] = {}
+            source = artifacts.require(parent)
+            with artifacts.writing(file, [parent], facts) as path:
+                written = work(source, path, ranges, expect_sparse=name == "sparse")
+                facts.update(written.facts())
+            print(f"{file}: {written}")
 
 
 def build(settings: Settings, compute_capability: str | None) -> None:
