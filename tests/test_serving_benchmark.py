@@ -1,6 +1,7 @@
 """`benchmarks/serving.py` for seconds, on a small network. No time is asserted."""
 
 import asyncio
+import json
 import os
 import re
 import urllib.request
@@ -162,3 +163,12 @@ def test_the_verdicts_follow_the_figures():
     }
     assert list(serving.verdicts(record).values()) == [True, False, True, True, False]
     assert serving.verdicts({}) == {}
+
+
+def test_the_record_has_the_verdicts_of_its_figures():
+    record = json.loads(serving.RESULT.read_text())
+    assert record["verdicts"] == serving.verdicts(record)
+    assert {"kill", "locust", "soak"} <= set(record)
+    for part in (record["kill"], record["soak"]):
+        assert "wrong answer" not in part["errors"]
+        assert part["answered"] + sum(part["errors"].values()) == part["requests"]
