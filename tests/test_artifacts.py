@@ -236,7 +236,7 @@ def test_an_artifact_without_room_for_its_sidecar_is_refused(chain, monkeypatch)
 # The name says which notebook makes an artifact.
 
 
-@pytest.mark.parametrize("name", ["report.json", "08_report.json", "", "1_dense.safetensors"])
+@pytest.mark.parametrize("name", ["report.json", "99_report.json", "", "1_dense.safetensors"])
 def test_a_name_without_the_number_of_a_notebook_is_refused_before_the_work(artifacts, name):
     with (
         pytest.raises(ArtifactError, match="begin it with the two digits of the notebook"),
