@@ -28,7 +28,7 @@ import torch
 import typer
 from onnx import numpy_helper
 
-from gpu import random_model
+from gpu_run import random_model
 from helpers import machine
 from helpers.files import write_json
 from helpers.inference.activation_ranges import activation_ranges
