@@ -7,6 +7,7 @@ import concurrent.futures
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -43,6 +44,7 @@ from helpers.serving.repository import (
 )
 from helpers.serving.server import TritonServer, free_ports
 from helpers.serving.triton_binary import find_triton
+from helpers.tutorial.settings import project_root
 
 CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 GREY = Preprocessing([0.286], [0.353], resize=28, crop=28)
@@ -188,6 +190,18 @@ def test_a_client_can_ask_for_the_best_classes_by_name(client, runners, protocol
     expected = runners["sparse"](torch.from_numpy(own)).argmax(1).tolist()
     named = [text.decode().split(":")[1:] for text in found[:, 0]]
     assert named == [[str(number), NAMES[number]] for number in expected]
+
+
+def test_the_example_of_the_readme_asks_the_server(server, runners, capsys):
+    readme = (project_root() / "README.md").read_text()
+    (example,) = re.findall(r"```py\n(.*?)```", readme, re.S)
+    assert example.count("127.0.0.1:8001") == 1
+    assert len(example.splitlines()) == 5
+    names: dict = {}
+    exec(example.replace("127.0.0.1:8001", server.grpc_address), names)
+    names["client"].close()
+    logits = runners["sparse"](torch.zeros(1, 1, 28, 28)).numpy()
+    assert capsys.readouterr().out == f"{logits}\n"
 
 
 # --- bad input -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ NOTEBOOKS = {
     "06": "06_infer_and_benchmark.ipynb",
     "07": "07_sparse_tensor_cores.ipynb",
     "08": "08_int8.ipynb",
+    "09": "09_serve_with_triton.ipynb",
 }
 
 # The networks that are exported, built and measured, and their checkpoints.
