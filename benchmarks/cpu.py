@@ -23,7 +23,6 @@ done. Later runs into the same file replace what they measure again and keep the
 """
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +59,7 @@ from helpers.measurement.benchmark import (
 from helpers.metrics import max_relative_error
 from helpers.sparsity import prune_2to4_
 from helpers.tutorial.plots import PRUNED, SPARSE, save
+from records import earlier_lists
 
 NETWORKS = ["resnet50", "resnext101_32x8d", "vit_b_16", "resnext14_8x1d"]
 QUICK = "resnext14_8x1d"  # the network of the quick preset: 28x28 grey images, ten classes
@@ -105,23 +105,7 @@ class Record:
     @classmethod
     def open(cls, path: Path) -> "Record":
         """Return what earlier runs on this machine, with these versions, left in a file."""
-        if not path.exists():
-            return cls(path)
-        try:
-            earlier = json.loads(path.read_text())
-            lists = {name: list(earlier[name]) for name in cls.LISTS}
-            where = earlier["machine"], earlier["versions"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path.name} does not hold a record of this script ({error}). Delete it, or "
-                "pass another file as --out."
-            ) from error
-        if where != (machine.describe(), machine.versions()):
-            raise InputError(
-                f"{path.name} holds the results of another machine or of other versions. Pass "
-                "another file as --out."
-            )
-        return cls(path, **lists)
+        return cls(path, *earlier_lists(path, cls.LISTS))
 
     def replace(self, case: "Case", **new: list[dict[str, Any]]) -> None:
         """Put new entries of one case in place of its earlier ones, and write the file."""

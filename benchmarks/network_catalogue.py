@@ -171,6 +171,8 @@ _DETECTOR = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_f
              "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
              "num_queries": 10, "num_labels": 8}  # fmt: skip
 _STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [32, 32, 64, 64]}
+_SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2],
+         "num_heads": [1, 2], "window_size": 4}  # fmt: skip
 
 
 def _ids() -> Inputs:
@@ -418,30 +420,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "siglip": ("SiglipModel", {"text_config": _TEXT, "vision_config": _VISION}, _clip),
     "squeezebert": ("SqueezeBertForMaskedLM", {**_TEXT, "embedding_size": 64}, _ids),
-    "swin": (
-        "SwinForImageClassification",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 32,
-            "depths": [2, 2],
-            "num_heads": [1, 2],
-            "window_size": 4,
-        },
-        _pixels,
-    ),
-    "swinv2": (
-        "Swinv2ForImageClassification",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 32,
-            "depths": [2, 2],
-            "num_heads": [1, 2],
-            "window_size": 4,
-        },
-        _pixels,
-    ),
+    "swin": ("SwinForImageClassification", _SWIN, _pixels),
+    "swinv2": ("Swinv2ForImageClassification", _SWIN, _pixels),
     "switch-transformers": (
         "SwitchTransformersForConditionalGeneration",
         {

@@ -21,11 +21,10 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.errors import HelpersError, first_line, root_cause
-from helpers.inference.export import export_onnx
+from helpers.inference.export import export_onnx, program_of_products
 from helpers.sparsity import (
     hold_masks,
     load_compressed,
@@ -448,18 +447,14 @@ def export(trial: Trial) -> str:
             refusal = f"; export_onnx: {stop.reason}"
     with theirs():
         try:
-            _export_by_torch(trial, path)
+            program = torch.onnx.export(trial.model, trial.inputs, dynamo=True, verbose=False)
         except Exception:  # as in export_onnx
-            with sdpa_kernel(SDPBackend.MATH):
-                _export_by_torch(trial, path)
+            products = program_of_products(trial.model, trial.inputs)
+            program = torch.onnx.export(products, dynamo=True, verbose=False)
+        assert program is not None
+        program.save(path)
     trial.file = path
     return f"by torch.onnx.export, {path.stat().st_size / 1e6:.1f} MB{refusal}"
-
-
-def _export_by_torch(trial: Trial, path: Path) -> None:
-    program = torch.onnx.export(trial.model, trial.inputs, dynamo=True, verbose=False)
-    assert program is not None
-    program.save(path)
 
 
 def verify_the_file(trial: Trial) -> str:

@@ -28,7 +28,6 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -43,6 +42,7 @@ from helpers.errors import InputError
 from helpers.files import write_json
 from network_catalogue import Network, catalogue
 from network_steps import FAULTS, LIMIT, RAW_ERROR, SKIPPED, STEPS
+from records import earlier_lists
 
 RESULT = Path(__file__).parent / "results" / "networks.json"
 # What the steps import; all that is slow to import.
@@ -52,17 +52,6 @@ SLOW = (
     "torch.export", "torch.onnx._internal.exporter._compat",
 )  # fmt: skip
 PACKAGES = ("timm", "transformers", "ultralytics", "diffusers", "segmentation_models_pytorch")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the project's packages and of the networks'."""
-    found = dict(machine.versions())
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass
@@ -75,22 +64,7 @@ class Record:
     @classmethod
     def open(cls, path: Path) -> "Record":
         """Return what earlier runs on this machine, with these versions, left in a file."""
-        if not path.exists():
-            return cls(path)
-        try:
-            earlier = json.loads(path.read_text())
-            rows, where = list(earlier["rows"]), (earlier["machine"], earlier["versions"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path.name} does not hold a record of this script ({error}). Delete it, or "
-                "pass another file as --out."
-            ) from error
-        if where != (machine.describe(), versions()):
-            raise InputError(
-                f"{path.name} was made on another machine or with other versions. Pass another "
-                "file as --out."
-            )
-        return cls(path, rows)
+        return cls(path, *earlier_lists(path, ["rows"], *PACKAGES))
 
     def has(self, network: Network) -> bool:
         return any(_is_of(row, network) for row in self.rows)
@@ -106,8 +80,7 @@ class Record:
                 "what": "networks with random weights through every step; each verdict is checked "
                 "by an oracle that looks at the numbers that are multiplied",
                 "command": "python benchmarks/networks.py",
-                **machine.provenance(),
-                "versions": versions(),
+                **machine.provenance(*PACKAGES),
                 "networks": self._sizes(),
                 "faults": sum(row["verdict"] in FAULTS for row in self.rows),
                 "rows": self.rows,

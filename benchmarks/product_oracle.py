@@ -211,7 +211,7 @@ class FileWeight:
     side: int
     is_2to4: bool
     eligible: bool  # an ungrouped product whose channels come in fours
-    computed: bool  # by another product: an activation, not a weight
+    computed: bool  # by another product, or keys of attention: an activation, not a weight
 
 
 def file_weights(path: Path, inputs: Mapping[str, np.ndarray]) -> list[FileWeight]:
@@ -239,7 +239,43 @@ def file_weights(path: Path, inputs: Mapping[str, np.ndarray]) -> list[FileWeigh
             from_product.update(node.output)
     names = sorted({node.input[side] for node, side in constant})
     values = _evaluate(model, names, stored, inputs)
-    return [_file_weight(node, side, values, from_product) for node, side in constant]
+    keys = _constant_keys(graph, constant)
+    return [_file_weight(node, side, values, from_product | keys) for node, side in constant]
+
+
+def _constant_keys(
+    graph: onnx.GraphProto, constant: Sequence[tuple[onnx.NodeProto, int]]
+) -> set[str]:
+    """Return the constants that take the place of keys: the positions of relative attention.
+
+    The scores of a softmax are a sum; one of its terms is a product of the same queries with
+    other activations, and none lies between these products and the softmax.
+    """
+    below: dict[str, set[str]] = {}  # the softmaxes that a tensor reaches without a product
+    above: dict[str, set[str]] = {}  # the products that a tensor comes from without another one
+    for node in graph.node:
+        summed = node.op_type in _SUMMED
+        found = {node.output[0]} if summed else set()
+        for name in () if summed else node.input:
+            found |= above.get(name, set())
+        above.update(dict.fromkeys(node.output, found))
+    for node in reversed(graph.node):
+        found = {node.output[0]} if node.op_type == "Softmax" else set()
+        for name in () if found else node.output:
+            found = found | below.get(name, set())
+        if node.op_type not in _SUMMED:
+            for name in node.input:
+                below[name] = below.get(name, set()) | found
+    fixed = {id(node) for node, _ in constant}
+    scores = [node for node in graph.node if node.op_type == "MatMul" and id(node) not in fixed]
+    return {
+        node.input[1]
+        for node, side in constant
+        if side == 1
+        for score in scores
+        if above.get(node.input[0], set()) & above.get(score.input[0], set())
+        and below.get(node.output[0], set()) & below.get(score.output[0], set())
+    }
 
 
 def _evaluate(

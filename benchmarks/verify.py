@@ -3,13 +3,15 @@
 The file is ResNeXt-101 32x8d in FP16, random weights pruned 2:4. The peer of the
 verifier is `polygraphy inspect sparsity` (PyPI: polygraphy), stopped after `LIMIT`
 seconds; that of the compressed form is PyTorch's conversion for CUTLASS, on the
-weights that it accepts. Writes `benchmarks/results/verify_cpu.json`.
+weights that it accepts. The dense file in FP32 is verified and pruned too. Writes
+`benchmarks/results/verify_cpu.json`.
 """
 
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from helpers.sparsity import (
     verify_model,
     verify_onnx,
 )
+from helpers.sparsity.onnx_prune import prune_onnx
 from helpers.training import networks
 from turns import medians
 
@@ -60,10 +63,10 @@ def time_polygraphy(path: Path) -> dict[str, float | bool]:
     return {"seconds": round(clock, 1), "cpu_seconds": round(cpu, 1), "finished": finished}
 
 
-def time_verifier(path: Path) -> dict[str, float]:
-    """Return `verify_onnx`'s seconds: the median by wall clock, the mean of the CPU."""
+def seconds(way: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds of a call: the median by wall clock, the mean of the CPU."""
     cpu = time.process_time()
-    clock = medians({"verify": lambda: verify_onnx(path)}, ROUNDS)["verify"]
+    clock = medians({"way": way}, ROUNDS)["way"]
     return {
         "seconds": round(clock, 3),
         "cpu_seconds": round((time.process_time() - cpu) / (ROUNDS + 1), 3),
@@ -116,11 +119,19 @@ def main() -> None:
     """Measure and write the result."""
     torch.manual_seed(0)
     model = networks.create_model("resnext101_32x8d", num_classes=1000)
-    prune_2to4_(model)
     with tempfile.TemporaryDirectory() as folder:
+        large = export.export_onnx(model, Path(folder) / "dense.onnx", (3, 224, 224))
+        large_file = {
+            "megabytes": round(large.stat().st_size / 1e6, 1),
+            "verify": seconds(lambda: verify_onnx(large)),
+            "prune": seconds(lambda: prune_onnx(large, Path(folder) / "pruned.onnx")),
+        }
+        print("dense, FP32", large_file)
+
+        prune_2to4_(model)
         path = export.export_onnx(model, Path(folder) / "sparse.onnx", (3, 224, 224), True)
         table = verify_onnx(path)
-        ours = time_verifier(path)
+        ours = seconds(lambda: verify_onnx(path))
         print("verify_onnx", ours)
 
         model.half()
@@ -148,6 +159,7 @@ def main() -> None:
         "ratio_of_cpu_seconds": round(peer["cpu_seconds"] / ours["cpu_seconds"], 1),
         "eligible_weights": int(table.eligible.sum()),
         "all_eligible_2to4": bool(table[table.eligible].is_2to4.all()),
+        "dense_fp32_file": large_file,
         "compressed": compressed,
         "megabytes": {name: round(value, 1) for name, value in size.items()},
         "polygraphy_version": metadata.version("polygraphy"),

@@ -4,12 +4,15 @@ A parametrization, a hook or the layer's own `forward` may stand between the par
 product. Weight norm scales each output, so zeros remain; weight standardisation subtracts a
 mean, so none does. `find_source` tells by running the layer alone on random numbers.
 
+A module may also compute with the weight of a layer inside of it. Only a run of the model shows
+that: `find_lost` tells.
+
 Used by the table of layers (`01_load_pretrained.ipynb`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from helpers.products import Product, watch_products
 COMPUTED = "computed from other parameters"
 ZEROS_ARE_LOST = "computed before each product: zeros do not stay zero"
 OTHER_DIMENSION = "not summed over along its input channels"
+LOST_OUTSIDE = "computed with outside of its layer: zeros do not stay zero"
+UNKNOWN_OUTSIDE = "computed with outside of its layer: unknown whether zeros stay zero"
 
 Shape = tuple[int, ...]
 
@@ -107,6 +112,56 @@ def used_weight(
             if factor.weight is not None:
                 return factor.weight
     return held if held is not None else getattr(layer, attribute)
+
+
+def find_lost(
+    model: nn.Module,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    weights: Mapping[str, tuple[Tensor, int]],
+) -> dict[str, str]:
+    """Return by name the weights whose zeros may not reach a product of the model, and why.
+
+    The model runs once, in the mode that it is in, with the parameters replaced by random numbers
+    of which half are zero. Whatever the run changes is put back, except numbers in buffers.
+
+    Args:
+        model: the model.
+        inputs: its positional and its named arguments.
+        weights: parameters of the model with their dimension of input channels, by any names.
+    """
+    lost: dict[str, str] = {}
+    numbers: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, (parameter, _) in weights.items():
+        if _is_plain(parameter) and not parameter.is_meta:
+            numbers[name] = _random_like(parameter, parameter.shape, generator)
+        else:
+            lost[name] = UNKNOWN_OUTSIDE
+    if not numbers:
+        return lost
+    removed = {name: each == 0 for name, each in numbers.items()}
+
+    def see(product: Product) -> None:
+        for name in product.computed_from:
+            weight = _in_shape(product, numbers[name].shape, weights[name][1])
+            if weight is None or bool(weight[removed[name]].any()):
+                lost[name] = LOST_OUTSIDE
+
+    names = {id(weights[name][0]): name for name in numbers}
+    given = {
+        path: numbers[names[id(parameter)]]
+        for path, parameter in model.named_parameters()
+        if id(parameter) in names
+    }
+    args, kwargs = inputs
+    with (
+        attributes_restored(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        watch_products(numbers, see, model.buffers()),
+    ):
+        functional_call(model, given, args, kwargs)
+    return lost
 
 
 def _is_plain(parameter: Tensor) -> bool:

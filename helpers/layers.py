@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from helpers.computed_weights import Shape, find_source, used_weight
+from helpers.computed_weights import Shape, find_lost, find_source, used_weight
 from helpers.errors import InputError
 from helpers.parameters import (
     checked_weight,
@@ -372,13 +372,15 @@ class MacCount:
     `sparse` those of them that sum over the weight's input channels, and so could skip its
     zeros. `parameters` counts products with other parameters of the model, such as the experts
     of a mixture, and `without_weight` the products of two activations, such as the scores of
-    attention, and of whatever else the model computes.
+    attention, and of whatever else the model computes. `lost` says of weights that a module
+    outside of their layer computes with, by name, why their zeros may not reach a product.
     """
 
     layers: Counter[str]
     sparse: Counter[str]
     parameters: Counter[str]
     without_weight: int
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -392,13 +394,16 @@ def count_macs(
     """Count the multiply-accumulates of a model for some inputs.
 
     Args:
-        model: any model; it runs once, in evaluation mode, and gets its mode back.
+        model: any model; it runs in evaluation mode, and gets its mode back. It runs twice if a
+            module computes with the weight of a layer inside of it.
         inputs: what `model_inputs` returned.
         weights: what `layer_weights(model)` returned.
     """
     model = unwrapped(model)
     count = MacCount(Counter(), Counter(), Counter(), 0)
     watched: dict[str, Tensor] = {}
+    outside: dict[str, tuple[Tensor, int]] = {}
+    lost: dict[str, str] = {}
     without_weight = 0
 
     def add(product: Product) -> None:
@@ -410,6 +415,8 @@ def count_macs(
             count.layers[name] += product.macs
             if product.sums_over(watched[name], weight.input_dim):
                 count.sparse[name] += product.macs
+            if not product.weight and not weight.is_computed:
+                outside[name] = watched[name], weight.input_dim
         elif names:
             count.parameters[names[0]] += product.macs
         else:
@@ -426,7 +433,11 @@ def count_macs(
                 require_numbers(watched[name], name)
         with watch_products(watched, add, model.buffers()):
             model(*args, **kwargs)
-    return replace(count, without_weight=without_weight)
+        if outside:
+            lost = find_lost(model, inputs, outside)
+    for name in lost:
+        del count.sparse[name]
+    return replace(count, without_weight=without_weight, lost=lost)
 
 
 def layer_table(

@@ -21,12 +21,15 @@ CUSPARSELT = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of those `PACKAGES` that are installed.
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed.
 
     With a GPU also those of CUDA and cuSPARSELt that PyTorch uses.
+
+    Args:
+        others: packages besides `PACKAGES`.
     """
-    found = {"python": platform.python_version(), **_installed(*PACKAGES)}
+    found = {"python": platform.python_version(), **_installed(*PACKAGES, *others)}
     return found | cuda_versions() if torch.cuda.is_available() else found
 
 
@@ -66,10 +69,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Return the date, the machine and the versions, to be recorded with a result."""
+def provenance(*others: str) -> dict[str, Any]:
+    """Return the date, the machine and the versions, to be recorded with a result.
+
+    Args:
+        others: packages whose versions matter to the result, besides `PACKAGES`.
+    """
     date = datetime.now(UTC).date().isoformat()
-    return {"date": date, "machine": describe(), "versions": versions()}
+    return {"date": date, "machine": describe(), "versions": versions(*others)}
 
 
 def cpu_name() -> str:

@@ -96,6 +96,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(int((predictions(logits) == labels).sum()), len(labels))
 
 
+def compare_logits(first: Tensor, second: Tensor, labels: Tensor) -> Comparison:
+    """Compare two sets of logits (N, classes) for the same images against labels (N).
+
+    Raises:
+        InputError: the shapes do not match.
+    """
+    if first.shape != second.shape or first.dim() != 2 or labels.shape != first.shape[:1]:
+        raise InputError(
+            f"Logits of shape {tuple(first.shape)} and {tuple(second.shape)} and labels of shape "
+            f"{tuple(labels.shape)} are not of the same images."
+        )
+    one, other = (predictions(logits) == labels for logits in (first, second))
+    return Comparison(int((one & ~other).sum()), int((other & ~one).sum()), len(labels))
+
+
 def max_relative_error(logits: Tensor, reference: Tensor) -> float:
     """Return the largest difference from the reference, relative to its largest logit.
 

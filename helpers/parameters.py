@@ -168,10 +168,7 @@ def checked_weight(weight: object, name: str) -> Tensor:
             f"{name} is no tensor, but of type {type(weight).__name__}. Leave its layer out with "
             "`exclude`, or give the model from before it was converted."
         )
-    if is_lazy(weight):
-        raise InputError(
-            f"{name} has no shape yet, because its layer is lazy. Run the model once first."
-        )
+    _require_shape(weight, name)
     if weight.dim() < 2:
         raise _elsewhere(weight, name)
     local = local_part(weight)
@@ -182,6 +179,13 @@ def checked_weight(weight: object, name: str) -> Tensor:
             "before the weights are converted, or leave this one out with `exclude`."
         )
     return weight
+
+
+def _require_shape(parameter: Tensor, name: str) -> None:
+    if is_lazy(parameter):
+        raise InputError(
+            f"{name} has no shape yet, because its layer is lazy. Run the model once first."
+        )
 
 
 def require_no_placeholder(parameter: Tensor, name: str) -> None:
@@ -237,10 +241,7 @@ def require_runnable(parameters: Mapping[str, Tensor], inputs: Iterable[Tensor])
     """
     with_numbers = any(not each.is_meta for each in inputs)
     for name, parameter in parameters.items():
-        if is_lazy(parameter):
-            raise InputError(
-                f"{name} has no shape yet, because its layer is lazy. Run the model once first."
-            )
+        _require_shape(parameter, name)
         if is_freed(parameter) or (parameter.is_meta and with_numbers):
             raise InputError(
                 f"{name} has no numbers, and so the model cannot run: it is on the device `meta`, "

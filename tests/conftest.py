@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import json
 import logging
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -241,3 +242,15 @@ def gpu_clock(monkeypatch) -> list[float]:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     return now
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Write a record of a GPU that nobody has, and return its path."""
+
+    def write(*rows, **more):
+        record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 2000.0, "rows": rows} | more
+        (tmp_path / "gpu.json").write_text(json.dumps(record))
+        return tmp_path / "gpu.json"
+
+    return write

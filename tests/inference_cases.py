@@ -67,7 +67,8 @@ def prepared(model: nn.Module, images: Tensor) -> nn.Module:
 class FakeCusparselt:
     """PyTorch's binding of cuSPARSELt, on the CPU and with its contract.
 
-    It knows the dense matrix by its memory and by whether it is contiguous, and no strides.
+    It knows the dense matrix by its memory and by whether it is contiguous, and no strides. INT8
+    it multiplies as whole numbers; `alpha` and another type of the output come with INT8 alone.
     """
 
     algorithm = (5, 2, 1)
@@ -83,7 +84,8 @@ class FakeCusparselt:
     def compress(self, weight: Tensor) -> Tensor:
         assert weight.is_contiguous()
         assert is_2to4(weight)
-        assert all(size % 16 == 0 for size in weight.shape)
+        step = 32 if weight.dtype == torch.int8 else 16
+        assert all(size % step == 0 for size in weight.shape)
         return weight.clone()
 
     def sparse_mm(
@@ -91,19 +93,32 @@ class FakeCusparselt:
         compressed: Tensor,
         dense: Tensor,
         bias: Tensor | None = None,
+        alpha: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
         transpose_result: bool = False,
         **algorithm: int,
     ) -> Tensor:
         self.calls.append(algorithm)
+        assert compressed.dtype == dense.dtype
         if self.refuses and self.refuses.items() <= algorithm.items():
             raise RuntimeError(f"cuSPARSELt does not take {self.refuses}")
         k, n = dense.shape
-        assert k % 8 == n % 8 == 0
         if dense.is_contiguous():
             seen = dense.as_strided((k, n), (n, 1))
         else:
             seen = dense.as_strided((n, k), (k, 1)).t()
-        product = compressed @ seen
+        if dense.dtype == torch.int8:
+            assert k % 16 == n % 16 == 0
+            assert bias is None
+            assert out_dtype in (torch.float16, torch.bfloat16)
+            assert alpha is not None
+            assert alpha.dtype == torch.float32
+            assert alpha.shape == compressed.shape[:1]
+            product = (compressed.int() @ seen.int() * alpha[:, None]).to(out_dtype)
+        else:
+            assert alpha is out_dtype is None
+            assert k % 8 == n % 8 == 0
+            product = compressed @ seen
         if bias is not None:
             product += bias[:, None]
         return product.t().contiguous() if transpose_result else product
@@ -113,11 +128,11 @@ class FakeCusparselt:
         compressed: Tensor,
         dense: Tensor,
         bias: Tensor | None,
-        alpha: None,
-        out_dtype: None,
+        alpha: Tensor | None,
+        out_dtype: torch.dtype | None,
         transpose_result: bool,
     ) -> tuple[int, int, int, int]:
-        self.sparse_mm(compressed, dense, bias, transpose_result)
+        self.sparse_mm(compressed, dense, bias, alpha, out_dtype, transpose_result)
         return (*self.algorithm, 40)
 
 

@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -7,17 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rates_cases import A100, LARGE, SMALL, product
 from torch import nn
 
 from helpers.errors import InputError
 from helpers.measurement.advice import advise, advise_batches
 from helpers.measurement.rates import AdviceError, Rates
-from helpers.measurement.roofline import DATASHEETS, DATATYPES
+from helpers.measurement.roofline import DATATYPES
 from helpers.sparsity import sparsity_report
 from helpers.sparsity.eligibility import why_not_cusparselt
 from helpers.training.networks import create_model
 
-A100 = Rates.from_datasheet(DATASHEETS["a100"])
 IMAGE = (3, 224, 224)
 
 
@@ -30,26 +29,6 @@ def on_meta(name):
 @pytest.fixture
 def resnext():
     return on_meta("resnext101_32x8d")
-
-
-def product(m, n, k, dense_ms, sparse_ms, datatype="FP16"):
-    row = {"datatype": datatype, "m": m, "n": n, "k": k, "reason": ""}
-    return row | {"dense_ms": dense_ms, "sparse_ms": sparse_ms}
-
-
-SMALL, LARGE = product(64, 512, 512, 0.004, 0.005), product(4096, 512, 512, 0.02, 0.0125)
-
-
-@pytest.fixture
-def recorded(tmp_path):
-    """Write a record of a GPU that nobody has, and return its path."""
-
-    def write(*rows, **more):
-        record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 2000.0, "rows": rows} | more
-        (tmp_path / "gpu.json").write_text(json.dumps(record))
-        return tmp_path / "gpu.json"
-
-    return write
 
 
 @pytest.fixture
@@ -82,32 +61,6 @@ def test_layer_outputs_have_the_width_of_their_inputs(name):
 def sizes(model, image_shape, batch=1):
     layers = advise(model, A100, image_shape, batch=batch).layers
     return layers.set_index("layer")[["m", "n", "k", "groups"]].T.to_dict("list")
-
-
-def rest_numbers(model, example):
-    """Return how many numbers are read and written outside of layers."""
-    return pytest.approx(advise(model, A100, example=example).rest_ms * 2039e6 / 2)
-
-
-IMAGES = torch.zeros(2, 16, 8, 8)
-
-
-class Behind(nn.Module):
-    """A layer behind something that was computed in an unusual way."""
-
-    def __init__(self, way) -> None:
-        super().__init__()
-        self.lstm, self.head, self.way = nn.LSTM(64, 64, batch_first=True), nn.Linear(64, 64), way
-
-    def forward(self, x):
-        return self.head(self.way(self, x))
-
-
-def in_a_buffer(own: Behind, x: torch.Tensor) -> torch.Tensor:
-    buffer = torch.zeros(len(x), 4, 64)  # on no particular device
-    for place in range(4):
-        buffer[:, place] = x[:, place].relu()
-    return buffer
 
 
 def test_the_model_is_unchanged():

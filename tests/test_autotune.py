@@ -52,6 +52,28 @@ def test_a_gemm_is_chosen_only_where_it_is_faster_by_more_than_noise(layer, dens
     assert choice.milliseconds == {"dense layer": dense, "dense GEMM": gemm}
 
 
+def test_a_kernel_that_rounds_is_compared_with_what_its_rounding_makes(layer):
+    x = random(8, 16)
+
+    class Rounded(DenseGemm):
+        name = "rounded GEMM"
+        promised = 1.0
+
+        def multiply(self, rows: Tensor, **algorithm: int) -> Tensor:
+            return super().multiply(rows).round()
+
+        def expected(self, input: Tensor, reference: Tensor) -> Tensor:
+            return self.promised * reference.round()
+
+    with torch.inference_mode():
+        rounded = Rounded(layer)
+        choice = Autotuner(FakeTimer(2.0, 1.0)).choose("fc", [DenseLayer(layer), rounded], x)
+        assert choice.kernel == "rounded GEMM"
+        rounded.promised = 1.1
+        with pytest.raises(RunnerError, match="the rounded GEMM does not return the numbers"):
+            Autotuner(FakeTimer(2.0, 1.0)).choose("fc", [DenseLayer(layer), rounded], x)
+
+
 def test_the_same_shape_is_measured_once_and_another_one_again(layer):
     timer = FakeTimer(2.0, 1.0)
     autotuner = Autotuner(timer)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer.main
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torchvision.models.resnet import Bottleneck, ResNet
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ from helpers.tutorial.settings import project_root
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
     "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "load-test",
+    "quantize",
 ]  # fmt: skip
 
 
@@ -490,6 +492,34 @@ def test_the_case_studys_files_from_report_to_benchmark(run, case_study, tmp_pat
     )
 
 
+def test_a_file_is_quantised_with_pictures_or_arrays(run, case_study, tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(10):
+        pixels = generator.integers(0, 256, (50, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    sparse, target = case_study["sparse"], tmp_path / "int8.onnx"
+    status, said, errors = run(
+        "quantize", sparse, target, "--calibration", tmp_path / "pictures", "--image-size", 32,
+        "--expect-sparse", "--no-first",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert "17 of 18 products in INT8 for TensorRT, calibrated by min-max on 10 images" in said
+    assert "in floating point: the first product" in said
+    assert run("verify", target)[0] == 0
+
+    images = generator.standard_normal((16, 3, 32, 32), dtype=np.float32)
+    np.savez(tmp_path / "images.npz", input_1=images)
+    facts = as_json(
+        run, "quantize", sparse, target, "--calibration", tmp_path / "images.npz", "--overwrite",
+        "--for", "cpu", "--percentile", 99.9, "--count", 12,
+    )  # fmt: skip
+    assert (facts["runs_on"], facts["images"]) == ("CPU", 12)
+    assert facts["calibration"] == "percentile 99.9"
+    assert facts["widened"]
+    assert facts["quantised"] == str(target)
+
+
 def as_json(run, *arguments):
     status, said, errors = run(*arguments, "--json")
     assert status in (0, 1), errors
@@ -577,6 +607,7 @@ def test_an_engine_is_built_for_a_range_of_shapes(run, case_study, tmp_path):
 
 
 SHAPE = ("--shape", "1x3x32x32")
+IMAGES = ("--calibration", "{images}.npz")
 
 
 @pytest.mark.parametrize(
@@ -601,6 +632,22 @@ SHAPE = ("--shape", "1x3x32x32")
         (("prune", "{dense}", "{none}.onnx", "--include", "nothing"), 2, "matches 'nothing'"),
         (("prune", "{dense}", "{none}.onnx", "--model", "resnet50"), 2, "leave it out"),
         (("prune", "--overwrite"), 2, "--overwrite is for a file of your own"),
+        (("quantize", "{dense}"), 2, "Name the copy to write after the file, and --calibration."),
+        (("quantize", "{dense}", "{dense}", *IMAGES), 2, "is the file to read"),
+        (("quantize", "{dense}", "{sparse}", *IMAGES), 2, "exists. Name another file, or add"),
+        (("quantize", "{dense}", "q.engine", *IMAGES), 2, "does not end in .onnx"),
+        (("quantize", "{cut}", "{none}.onnx", *IMAGES), 2, "is not a valid ONNX model"),
+        (
+            ("quantize", "{dense}", "{none}.onnx", *IMAGES, "--expect-sparse"),
+            2,
+            "was expected to be 2:4",
+        ),
+        (("quantize", "{dense}", "{none}.onnx", *IMAGES, "--for", "tpu"), 2, "no --for 'tpu'"),
+        (("quantize", "{dense}", "{none}.onnx", *IMAGES, "--reduce-range"), 2, "add --for cpu"),
+        (("quantize", "{dense}", "{none}.onnx", *IMAGES, "--exclude", "x"), 2, "matches 'x'"),
+        (("quantize", "{dense}", "{none}.onnx", *IMAGES, "--count", 1), 2, "is 1 calibration"),
+        (("quantize", "{dense}", "{none}.onnx", "--calibration", "no"), 2, "is neither a folder"),
+        (("quantize", "--count", 9), 2, "--count is for a file of your own"),
         (("build", "{none}.onnx"), 2, "cannot be read: No such file"),
         (("build", "{dense}"), 2, "leaves the shape of its input input_1"),
         (("build", "{cut}", *SHAPE), 2, "is not a valid ONNX model"),
@@ -640,6 +687,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     for node in model.graph.node:
         node.input[:] = ["another" if name == "input_1" else name for name in node.input]
     onnx.save(model, files["other"])
+    files["images"] = tmp_path / "images"
+    pictures = np.random.default_rng(0).standard_normal((16, 3, 32, 32), dtype=np.float32)
+    np.savez(tmp_path / "images.npz", input_1=pictures)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     found, _, errors = run(*(str(each).format(**files) for each in arguments))
     assert (found, len(errors.strip().splitlines())) == (status, 1), errors
@@ -669,8 +719,8 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     artifacts = Artifacts(tiny_settings)
     said = {}
     for command in (
-        "setup", "pretrain", "evaluate", "prune", "retrain", "dense-control", "export", "build",
-        "benchmark", "summary", "save-reference",
+        "setup", "pretrain", "evaluate", "prune", "retrain", "dense-control", "export", "quantize",
+        "build", "benchmark", "summary", "save-reference",
     ):  # fmt: skip
         status, said[command], errors = run(command)
         assert status == 0, errors
@@ -694,7 +744,12 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     assert "all 12 eligible weights of the ONNX file are 2:4" in said["export"]
     retrained = load_checkpoint(artifacts.require("03_retrained.safetensors"))
     assert all(map(is_2to4, eligible_weights(retrained).values()))
+    assert said["quantize"].count("17 of 17 products in INT8 for TensorRT") == 2
+    assert said["quantize"].count("17 of 17 products in INT8 for CPU") == 2
     for name in ("dense", "sparse"):
+        facts = artifacts.facts(f"08_{name}_int8_cpu.onnx")
+        assert len(facts["widened"]) == 3
+        assert artifacts.require(f"08_{name}_int8.onnx").is_file()
         assert artifacts.facts(f"04_{name}_fp32.onnx")["max_relative_error"] < 1e-4
     for name in ("dense", "sparse"):
         assert artifacts.facts(f"05_{name}.engine")["sparse_flag"]

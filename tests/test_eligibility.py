@@ -511,6 +511,62 @@ def test_a_standardised_weight_is_refused_and_still_counted():
     assert verify_model(model).eligible.tolist() == [False, True]
 
 
+class Outer(nn.Module):
+    """Multiplies by what it computes from the weight of a layer inside of it."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.inner, self.last, self.compute = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), compute
+
+    def forward(self, x):
+        return self.last(nn.functional.conv2d(x, self.compute(self.inner.weight)))
+
+
+def standardised(weight):
+    return weight - weight.mean(1, keepdim=True)
+
+
+X = torch.ones(2, 16, 4, 4)
+
+
+def test_a_weight_that_is_standardised_outside_of_its_layer_is_refused_where_a_run_shows_it():
+    model = Outer(standardised)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    report = sparsity_report(model, example=X)
+    assert report.layers.reason.tolist() == [
+        "computed with outside of its layer: zeros do not stay zero", ""
+    ]  # fmt: skip
+    assert report.macs_share == 50
+    assert model.training and all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert list(eligible_weights(model, example=X)) == ["last.weight"]
+    assert list(masks_2to4(model, example=X)) == ["last.weight"]
+    assert list(prune_2to4_(model, example=X)) == ["last.weight"]
+    assert list(masks_of(model, example=X)) == ["last.weight"]
+    table = verify_model(model, example=X)
+    assert table.eligible.tolist() == [False, True]
+    assert table.reason.tolist() == report.layers.reason.tolist()
+    # No run, no sign of it.
+    assert list(masks_2to4(model)) == ["inner.weight", "last.weight"]
+
+
+@pytest.mark.parametrize(
+    "compute", [lambda weight: 2 * weight, lambda weight: weight * weight.norm(dim=1, keepdim=True)]
+)
+def test_a_weight_that_is_scaled_outside_of_its_layer_is_eligible(compute):
+    model = Outer(compute)
+    assert sparsity_report(model, example=X).macs_share == 100
+    assert len(prune_2to4_(model, example=X)) == 2
+    assert verify_model(model, example=X).is_2to4.all()
+
+
+def test_without_numbers_it_is_unknown_what_is_computed_outside_of_a_layer():
+    report = sparsity_report(Outer(standardised).to("meta"), example=X.to("meta"))
+    assert report.layers.reason.tolist() == [
+        "computed with outside of its layer: unknown whether zeros stay zero", ""
+    ]  # fmt: skip
+    assert report.macs_share == 50
+
+
 @pytest.mark.parametrize(
     "example", [{"x": torch.zeros(2, 4), "mask": None}, (torch.zeros(2, 4), None)]
 )

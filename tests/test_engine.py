@@ -1,4 +1,5 @@
 import ast
+import copy
 import importlib
 import inspect
 import json
@@ -25,8 +26,10 @@ from helpers.inference.engine import (
     build_with_controls,
     find_builder,
 )
+from helpers.inference.engine_log import product_sizes
 from helpers.inference.errors import EngineError
 from helpers.inference.export import export_onnx
+from helpers.inference.quantization import quantize_for_tensorrt
 
 SHAPE, BATCHES = (1, 28, 28), (1, 2, 8)
 
@@ -148,6 +151,35 @@ def test_a_network_of_products_builds_too(rtx, exported, tmp_path):
     rewrite_1x1_as_matmul(exported[1]["fp16"], tmp_path / "products.onnx", SHAPE)
     build_engine(tmp_path / "products.onnx", tmp_path / "e", SHAPE, BATCHES, builder=rtx)
     assert (tmp_path / "e").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def int8_files(exported, tmp_path_factory):
+    """The INT8 files of the tiny network and of its dense control."""
+    folder = tmp_path_factory.mktemp("int8")
+    torch.manual_seed(0)
+    images = torch.randn(16, *SHAPE)
+    model, files = exported
+    dense = copy.deepcopy(model)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter)
+    sources = {
+        "sparse": files["fp16"],
+        "dense": export_onnx(dense, folder / "dense_fp16.onnx", SHAPE, half=True),
+    }
+    for name, source in sources.items():
+        quantize_for_tensorrt(source, folder / f"{name}.onnx", images)
+    return {name: folder / f"{name}.onnx" for name in sources}
+
+
+def test_int8_files_are_built_with_their_controls(rtx, int8_files, tmp_path):
+    reports = build_with_controls(
+        int8_files["dense"], int8_files["sparse"], tmp_path, SHAPE, BATCHES
+    )
+    assert [report.sparse_flag for report in reports.values()] == [True, True, False]
+    assert {report.builder for report in reports.values()} == {"TensorRT-RTX"}
+    assert all((tmp_path / f"{name}.engine").stat().st_size > 0 for name in reports)
+    assert all(report.eligible_count is None for report in reports.values())
 
 
 @pytest.mark.parametrize(
@@ -498,6 +530,22 @@ def test_the_controls_are_built_like_the_sparse_engine(tensorrt, gpu, exported, 
     assert {report.optimization_level for report in reports.values()} == {1}
     sizes = {name: (tmp_path / f"{name}.engine").stat().st_size for name in reports}
     assert sizes["sparse"] == sizes["sparse_without_flag"] < sizes["dense"]
+
+
+def test_the_report_of_an_int8_file_tells_which_layer_leaves_int8(
+    tensorrt, gpu, int8_files, tmp_path
+):
+    *_, conv, last = product_sizes(int8_files["sparse"])
+    gpu.log = [
+        f"(Sparsity) Found 2 layer(s) eligible to use sparse tactics: {conv} + relu, {last}",
+        "(Sparsity) Chose 0 layer(s) using sparse tactics",
+    ]
+    reports = build_with_controls(
+        int8_files["dense"], int8_files["sparse"], tmp_path, SHAPE, BATCHES, builder=tensorrt
+    )
+    reasons = reports["sparse"].layers().reason
+    assert reasons[0].startswith("small: 16 outputs")
+    assert reasons[1].startswith("its result is not quantised")
 
 
 @pytest.mark.gpu

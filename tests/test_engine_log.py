@@ -1,7 +1,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from conftest import SHAPE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +13,7 @@ from helpers.inference.engine_log import (
     ELIGIBLE,
     kernel_times,
     last_report,
+    leaving_int8,
     product_sizes,
     read_sparsity,
     read_tactics,
@@ -18,6 +21,7 @@ from helpers.inference.engine_log import (
     sparse_layers,
     why_dense,
 )
+from helpers.inference.quantization import quantize_for_tensorrt
 from helpers.sparsity.verify import verify_onnx
 
 REPORT = [
@@ -175,6 +179,31 @@ def test_the_sizes_of_products_are_read_from_the_shapes_alone(exported, tmp_path
         assert len(expected) == 2
         sizes = product_sizes(file)
         assert {node: sizes[node] for node in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def quantised(resnext_files, tmp_path_factory):
+    """The FP16 file of the pruned ResNeXt, and the INT8 file made from it."""
+    path = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    images = np.random.default_rng(0).standard_normal((8, *SHAPE), np.float32)
+    quantize_for_tensorrt(resnext_files["fp16"], path, images)
+    return resnext_files["fp16"], path
+
+
+def test_a_quantised_file_has_the_sizes_of_its_source(quantised):
+    source, int8 = map(product_sizes, quantised)
+    assert len(source) > 10
+    assert int8 == source
+
+
+def test_only_the_last_layer_of_a_quantised_network_leaves_int8(quantised):
+    source, int8 = quantised
+    *convs, last = product_sizes(int8)
+    assert leaving_int8(int8) == {last}
+    assert leaving_int8(source) == set()
+    reasons = why_dense((f"{convs[-1]} + relu", last), {}, int8)
+    assert list(reasons.values())[1].startswith("its result is not quantised")
+    assert "its result" not in next(iter(reasons.values()))
 
 
 def test_the_last_report_is_read_with_the_layers_that_stay_dense():

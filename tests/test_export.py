@@ -141,3 +141,23 @@ def test_attention_with_a_learned_bias_is_exported(tmp_path):
     (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": images(3).numpy()})
     with torch.inference_mode():
         assert max_relative_error(torch.from_numpy(logits), model(images(3))) < 1e-5
+
+
+class WindowedAttention(nn.Module):  # as in Hiera and Twins
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(28, 96)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(-1, 4, 7, 3, 4, 8).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(-1, 28, 32)
+
+
+def test_attention_with_five_dimensions_is_exported_with_any_batch(tmp_path):
+    model = WindowedAttention().eval()
+    path = export_onnx(model, tmp_path / "model.onnx", SHAPE)
+    for batch in (1, 3):
+        x = images(batch)
+        (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": x.numpy()})
+        with torch.inference_mode():
+            assert max_relative_error(torch.from_numpy(logits), model(x)) < 1e-5

@@ -570,6 +570,80 @@ def test_an_auxiliary_head_that_only_training_uses_moves_too():
     assert model.training
 
 
+class Tokens(nn.Module):
+    """A class token before as many others as there are channels, at learned positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first, self.last = nn.Linear(8, WIDE), nn.Linear(WIDE, 8), nn.Linear(8, 3)
+        self.token = nn.Parameter(torch.zeros(1, 1, WIDE))
+        self.positions = nn.Parameter(torch.zeros(1, WIDE, WIDE))
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+        return self.last(self.first(x + self.positions).mean(1))
+
+
+def test_channels_behind_a_class_token_move_with_the_positions_of_all_tokens():
+    model = randomise_(Tokens())
+    groups, _, error = shuffle_every_set(model, torch.randn(2, WIDE - 1, 8).double())
+    assert error < 1e-12
+    assert free_inputs(groups, model.first.weight) == WIDE
+    along_tokens = groups.placements[id(model.positions)].axes[1]
+    assert (groups.interchangeable_set[along_tokens] == -1).all()
+
+
+class Experts(nn.Module):
+    """As many experts as make their number a dimension of channels, all of them used."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.embed, self.last = nn.Linear(8, WIDE), nn.Linear(WIDE, 3)
+        self.up = nn.Parameter(torch.zeros(8, WIDE, hidden))
+        self.down = nn.Parameter(torch.zeros(8, hidden, WIDE))
+
+    def forward(self, x):
+        return self.last(((self.embed(x) @ self.up).relu() @ self.down).sum(0))
+
+
+@pytest.mark.parametrize("hidden", [6, 16])
+def test_what_multiplies_the_weights_of_all_experts_moves(hidden):
+    model = randomise_(Experts(hidden))
+    groups, moves, error = shuffle_every_set(model, torch.randn(5, 8).double())
+    assert error < 1e-12 and moves
+    assert free_inputs(groups, model.last.weight) == WIDE
+
+
+class FromOneValue(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.start = start
+        self.embed, self.first, self.last = nn.Linear(8, WIDE), nn.Linear(WIDE, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.last(self.first(self.start(x) + x))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [torch.zeros_like, lambda x: torch.full(x.shape, 2.0), lambda x: x.new_ones(x.shape[1:])],
+)
+def test_channels_that_meet_one_value_everywhere_move(start):
+    model = randomise_(FromOneValue(start))
+    groups, _, error = shuffle_every_set(model, torch.randn(2, 5, 8).double())
+    assert error < 1e-12
+    assert free_inputs(groups, model.first.weight) == WIDE
+
+
+def test_channels_that_meet_a_count_of_one_value_stay():
+    model = randomise_(FromOneValue(lambda x: torch.ones_like(x).cumsum(-1)))
+    groups, _, error = shuffle_every_set(model, torch.randn(2, 5, 8).double())
+    assert error < 1e-12
+    assert free_inputs(groups, model.first.weight) == 0
+
+
 class Attention(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()

@@ -73,6 +73,12 @@ def test_a_build_for_cpus_has_neither_cuda_nor_cusparselt(monkeypatch):
     assert machine.cuda_versions() == {}
 
 
+def test_versions_of_other_packages_are_added():
+    found = machine.versions("numpy", "no-such-package")
+    assert found == machine.versions() | {"numpy": metadata.version("numpy")}
+    assert machine.provenance("numpy")["versions"] == found
+
+
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     hide(monkeypatch, "onnx", "tensorrt", "pycuda")
     found = machine.versions()

@@ -8,6 +8,7 @@ from helpers.metrics import (
     Accuracy,
     Comparison,
     accuracy,
+    compare_logits,
     max_relative_error,
     paired_difference,
     predictions,
@@ -137,3 +138,20 @@ def test_one_pair_has_no_bounded_interval():
 def test_what_are_no_pairs_is_refused(first, second, confidence, complaint):
     with pytest.raises(InputError, match=complaint):
         paired_difference(first, second, confidence)
+
+
+def test_logits_are_compared_image_by_image():
+    labels = torch.tensor([0, 1, 0, 1])
+    first = torch.eye(2)[[0, 1, 1, 0]]  # right, right, wrong, wrong
+    second = torch.eye(2)[[0, 0, 0, 0]]  # right, wrong, right, wrong
+    assert compare_logits(first, second, labels) == Comparison(1, 1, 4)
+    second[0] = NAN
+    assert compare_logits(first, second, labels) == Comparison(2, 1, 4)
+    assert compare_logits(second, first, labels) == Comparison(1, 2, 4)
+
+
+def test_logits_of_other_images_are_not_compared():
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(3, 3), torch.ones(2))
+    with pytest.raises(InputError, match="are not of the same images"):
+        compare_logits(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))

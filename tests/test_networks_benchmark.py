@@ -46,6 +46,12 @@ def test_two_networks_pass_every_step_in_processes_of_their_own(tmp_path):
     # What the file has is not tried again.
     assert "0 faults" in CliRunner().invoke(app, arguments).output
     assert json.loads(out.read_text()) == record
+    out.write_text(json.dumps(record | {"versions": record["versions"] | {"timm": "0"}}))
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "another machine or of other versions" in " ".join(
+        refused.output.replace("│", " ").split()
+    )
 
 
 def test_a_network_that_is_killed_leaves_the_steps_that_it_had_done():
@@ -167,3 +173,31 @@ def test_a_constant_that_a_product_has_computed_is_no_weight(tmp_path):
     assert found["scores"].computed
     assert not found["weights"].computed
     assert found["weights"].is_2to4
+
+
+def test_a_table_that_queries_are_multiplied_by_takes_the_place_of_keys(tmp_path):
+    rng = np.random.default_rng(0)
+    stored = {name: rng.standard_normal((8, 8)).astype("f4") for name in ("q", "k", "table", "v")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "q"], ["queries"], "queries"),
+        helper.make_node("MatMul", ["x", "k"], ["keys"], "keys"),
+        helper.make_node("Transpose", ["keys"], ["turned"], "turn", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["queries", "turned"], ["scores"], "scores"),
+        helper.make_node("MatMul", ["queries", "table"], ["positions"], "positions"),
+        helper.make_node("Add", ["scores", "positions"], ["sum"], "sum"),
+        helper.make_node("Softmax", ["sum"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "v"], ["y"], "weights"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 8])],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    found = file_weights(path, {"x": np.ones((1, 8, 8), "f4")})
+    assert {each.node: each.computed for each in found} == {
+        "queries": False, "keys": False, "positions": True, "weights": False,
+    }  # fmt: skip

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import onnx
@@ -8,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from helpers.errors import InputError
 from helpers.files import json_text
 from helpers.inference.export import export_onnx
-from helpers.sparsity import prune_2to4_, sparsity_report
+from helpers.sparsity import prune_2to4_, sparsity_report, verify_onnx
+from helpers.sparsity.onnx_prune import prune_onnx
 from helpers.sparsity.onnx_report import onnx_report
 from helpers.training import networks
 
@@ -139,3 +141,34 @@ def test_a_file_without_products_has_an_empty_report(tmp_path):
     assert report.weights.empty
     assert (report.macs, report.eligible_share, report.ceiling) == (0, 0, 1)
     assert repr(report).startswith("0 of 0 products can be sparse")
+
+
+@pytest.mark.parametrize("channels", [6, 8])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_report_prune_and_verify_give_the_same_reason(tmp_path, channels, groups):
+    nodes = [
+        node("DequantizeLinear", "w s z", "shifted"),
+        node("Conv", "x shifted", "by zero point", group=groups),
+        helper.make_node("Unpack", ["w"], ["hidden"], domain="acme"),
+        node("Conv", "x hidden", "by plugin", group=groups),
+        node("Conv", "x v", "v", group=groups),
+    ]
+    shape = (8, channels, 1, 1)
+    tensors = {
+        "w": np.ones(shape, np.int8), "s": np.float32(1), "z": np.int8(3), "v": ones(*shape),
+    }  # fmt: skip
+    inputs = [("x", TensorProto.FLOAT, [1, groups * channels, 4, 4])]
+    nodes[-1].output[0] = "y"
+    path = save(tmp_path / "net.onnx", nodes, tensors, inputs)
+    table, report = verify_onnx(path), onnx_report(path).weights
+    assert len(table) == 3
+    assert report.reason.tolist() == table.reason.tolist()
+    assert report.eligible.tolist() == table.eligible.tolist()
+    can_be_sparse = groups == 1 and channels == 8
+    assert table.judged.tolist() == [not can_be_sparse, groups > 1, True]
+    if can_be_sparse:
+        pruned = prune_onnx(path, tmp_path / "pruned.onnx").weights
+        assert pruned.reason.tolist() == table.reason.tolist()
+    else:
+        with pytest.raises(InputError, match=re.escape(table.reason[0])):
+            prune_onnx(path, tmp_path / "pruned.onnx")

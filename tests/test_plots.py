@@ -157,6 +157,35 @@ def test_accuracies_are_bars_with_twice_their_standard_error():
     assert (low, high) == pytest.approx((40, 60))
 
 
+def test_networks_in_int8_show_accuracy_size_and_latency():
+    rows = pd.DataFrame(
+        {
+            "is_2to4": [False, True],
+            "top1": [92.0, 91.5],
+            "difference": [0.0, -0.5],
+            "standard_error": [0.0, 0.1],
+            "megabytes": [8.0, 2.0],
+            "compressed": [8.0, 1.25],
+            "p50": [6.0, 2.0],
+            "speedup": [1.0, 3.0],
+            "speedup_low": [1.0, 2.5],
+            "speedup_high": [1.0, 4.0],
+        },
+        index=["dense FP32", "sparse INT8"],
+    )
+    accuracy, size, latency = plots.plot_int8(rows).axes
+    assert labels(accuracy.get_yticklabels()) == list(rows.index)
+    assert texts(accuracy) == ["92.00 %", "91.50 %"]
+    spread = accuracy.collections[1].get_segments()[0][:, 0]
+    assert list(spread) == pytest.approx([-0.7, -0.3])
+    assert [bar.get_width() for bar in size.patches] == [8, 2, 8, 1.25]
+    assert texts(size) == ["8.00 MB", "1.25 MB"]
+    assert [bar.get_width() for bar in latency.patches] == [6, 2]
+    assert texts(latency) == ["6.00 ms", "2.00 ms, 3.00x"]
+    spread = latency.collections[0].get_segments()[1][:, 0]
+    assert list(spread) == pytest.approx([6 / 4, 6 / 2.5])
+
+
 def sweep_table() -> pd.DataFrame:
     return pd.DataFrame(
         {

@@ -4,33 +4,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rates_cases import A100, LARGE, SMALL, product
 
 from helpers.errors import InputError
 from helpers.measurement.calibration import calibration
 from helpers.measurement.rates import AdviceError, Rates
 from helpers.measurement.roofline import DATASHEETS, floor_ms
-
-A100 = Rates.from_datasheet(DATASHEETS["a100"])
-
-
-def product(m, n, k, dense_ms, sparse_ms, datatype="FP16"):
-    row = {"datatype": datatype, "m": m, "n": n, "k": k, "reason": ""}
-    return row | {"dense_ms": dense_ms, "sparse_ms": sparse_ms}
-
-
-SMALL, LARGE = product(64, 512, 512, 0.004, 0.005), product(4096, 512, 512, 0.02, 0.0125)
-
-
-@pytest.fixture
-def recorded(tmp_path):
-    """Write a record of a GPU that nobody has, and return its path."""
-
-    def write(*rows, **more):
-        record = {"machine": {"gpu": "NVIDIA X1"}, "bandwidth_gbps": 2000.0, "rows": rows} | more
-        (tmp_path / "gpu.json").write_text(json.dumps(record))
-        return tmp_path / "gpu.json"
-
-    return write
 
 
 def test_a_datasheet_gives_the_floors_of_the_roofline():

@@ -2,16 +2,24 @@ import copy
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from inference_cases import GAP, fill_free_memory_with_nan, linear_network, prepared, random
+from inference_cases import (
+    GAP,
+    fill_free_memory_with_nan,
+    linear_network,
+    prepared,
+    random,
+    the_fastest_is,
+)
 from torch import nn
 
 from helpers.errors import InputError
 from helpers.inference import cuda_graphs, sparse_torch
-from helpers.inference.autotune import NOISE
+from helpers.inference.autotune import NOISE, Autotuner
 from helpers.inference.cusparselt import why_no_sparse_gemms
 from helpers.inference.errors import RunnerError
 from helpers.inference.fold import fold_batch_norm
@@ -109,9 +117,9 @@ def test_it_is_right_on_fresh_images_with_its_results_invalidated(no_gpu, pruned
     assert check_outputs(SparseTorchRunner(model, "dense"), model, images.shape[1:], 4) < GAP
 
 
-def on_a_fake_gpu(model: nn.Module, kernels: str = "dense") -> SparseTorchRunner:
+def on_a_fake_gpu(model: nn.Module, kernels: str = "dense", **options: Any) -> SparseTorchRunner:
     """Return a runner that prepares and replays graphs, though on the CPU."""
-    runner = SparseTorchRunner(model, kernels)
+    runner = SparseTorchRunner(model, kernels, **options)
     runner.on_gpu = True
     runner.start = runner.end = MagicMock()
     return runner
@@ -166,7 +174,7 @@ def test_the_fastest_of_the_whole_networks_runs(
     no_gpu, captured, gpu_clock, cusparselt, monkeypatch, fastest, kernels
 ):
     """What wins layer by layer can lose as a network."""
-    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
+    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda *_: None)
     model = prepared(linear_network(), random(4, 48))
     runner = on_a_fake_gpu(model, kernels)
     assert list(runner.networks) == ["layers", "dense", kernels]
@@ -185,6 +193,79 @@ def test_the_fastest_of_the_whole_networks_runs(
     gpu_clock[0] = 0.0
     runner.run()
     assert gpu_clock[0] == 1.0
+
+
+INT8_ERROR = 0.05  # of the largest logit
+
+
+def test_in_int8_the_model_computes_the_same_up_to_rounding(no_gpu, pruned):
+    model, images = pruned
+    calibration = random(32, *images.shape[1:], seed=3)
+    runner = SparseTorchRunner(model, "dense_int8", calibration=calibration)
+    with torch.inference_mode():
+        assert 1e-4 < max_relative_error(runner(images), model(images)) < INT8_ERROR
+    table = runner.kernel_choices()
+    assert "dense INT8 GEMM" in set(table.kernel)
+    assert list(runner.networks) == ["layers", "dense", "dense_int8"]
+
+
+def test_a_layer_that_int8_does_not_fit_runs_in_another_kernel_and_the_table_says_why(no_gpu):
+    calibration = random(32, 48)
+    runner = SparseTorchRunner(linear_network(), "dense_int8", calibration=calibration)
+    runner(random(3, 48))
+    first, second, third = runner.kernel_choices().to_dict("records")
+    assert [first["kernel"], second["kernel"]] == ["dense GEMM", "dense INT8 GEMM"]
+    assert first["refused"] == {"dense INT8 GEMM": "64 rows, 48 columns: not multiples of 32"}
+    assert third["refused"] == {"dense INT8 GEMM": "16 rows, 32 columns: not multiples of 32"}
+
+
+def test_a_layer_that_int8_would_change_too_much_keeps_its_floating_point(no_gpu):
+    calibration = random(32, 64)
+    calibration[0, 0] = 1e4  # an outlier: the other inputs are rounded to zero
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    runner = SparseTorchRunner(model, "dense_int8", calibration=calibration)
+    runner(random(3, 64))
+    first, second = runner.kernel_choices().to_dict("records")
+    assert first["kernel"] == "dense GEMM"
+    assert "INT8 changes" in first["refused"]["dense INT8 GEMM"]
+    assert second["kernel"] == "dense INT8 GEMM"
+
+
+def test_int8_needs_calibration_images(no_gpu):
+    with pytest.raises(InputError, match="'dense_int8' need calibration images"):
+        SparseTorchRunner(linear_network(), "dense_int8")
+    with pytest.raises(RunnerError, match=r"kernels='dense_int8' the model runs in dense"):
+        SparseTorchRunner(linear_network(), "cusparselt_int8")
+    narrow = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(InputError, match=r"No layer .* dense INT8 GEMM.* multiples of 32"):
+        SparseTorchRunner(narrow, "dense_int8", calibration=random(8, 16))
+
+
+def test_each_layer_runs_in_int8_where_that_is_the_fastest(
+    no_gpu, captured, gpu_clock, cusparselt, monkeypatch
+):
+    """On the CPU, in FP16, with an integer product in the place of cuSPARSELt's."""
+    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda *_: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU())
+    prepared(model, random(4, 64))
+    runner = on_a_fake_gpu(
+        model, "cusparselt_int8", dtype=torch.float16, calibration=random(32, 64)
+    )
+    assert list(runner.networks) == ["layers", "dense", "cusparselt", "cusparselt_int8"]
+    # The second layer's fastest kernel is in FP16.
+    for layer, fastest in zip(runner.layers, ("sparse INT8 GEMM", "sparse GEMM"), strict=True):
+        layer.autotuner = Autotuner(the_fastest_is(fastest))
+    images = random(3, 64, seed=4)
+    with torch.inference_mode():
+        assert max_relative_error(runner(images), model(images)) < INT8_ERROR
+    table = runner.kernel_choices()
+    assert list(table.kernel) == ["sparse INT8 GEMM", "sparse GEMM"]
+    kernels = ["dense layer", "dense GEMM", "sparse GEMM", "dense INT8 GEMM", "sparse INT8 GEMM"]
+    assert set(kernels) <= set(table.columns)
+    assert {"alg_id": 5, "split_k": 2, "split_k_mode": 1} in cusparselt.calls
 
 
 def test_a_model_that_cannot_be_captured_is_refused_in_one_sentence(
@@ -225,6 +306,21 @@ def test_the_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, d
             expected = model(fresh)
         assert max_relative_error(runner(fresh), expected) < tolerance
     assert len(json.loads((tmp_path / "kernels.json").read_text())) > 1
+
+
+@pytest.mark.gpu
+@needs_cusparselt
+def test_the_int8_runner_gives_the_outputs_of_the_masked_network_on_the_gpu(pruned, tmp_path):
+    model, images = pruned
+    runner = SparseTorchRunner(
+        model,
+        "cusparselt_int8",
+        cache=tmp_path / "kernels.json",
+        calibration=random(32, *images.shape[1:], seed=3),
+    )
+    fill_free_memory_with_nan()
+    with torch.inference_mode():
+        assert max_relative_error(runner(images), model(images)) < INT8_ERROR
 
 
 @pytest.mark.gpu

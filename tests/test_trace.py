@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from rates_cases import A100
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -15,7 +16,6 @@ from helpers.measurement.roofline import DATASHEETS
 from helpers.measurement.trace import TracedLayer, trace_kernels
 from helpers.training.networks import create_model
 
-A100 = Rates.from_datasheet(DATASHEETS["a100"])
 IMAGE = (3, 224, 224)
 
 
@@ -276,6 +276,22 @@ def test_a_computed_weight_is_a_layer_without_the_cost_of_computing_it():
 class Standardised(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight - self.weight.mean(1, keepdim=True))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return F.linear(x, self.inner.weight - self.inner.weight.mean(1, keepdim=True))
+
+
+def test_a_weight_that_is_computed_with_outside_of_its_layer_stays_dense():
+    advice = advise(Outer(), A100, example=torch.zeros(8, 64))
+    assert advice.layers.reason.tolist() == [
+        "computed with outside of its layer: unknown whether zeros stay zero"
+    ]
 
 
 def test_a_weight_that_loses_its_zeros_is_a_layer_that_stays_dense():

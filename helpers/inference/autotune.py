@@ -268,7 +268,8 @@ class Autotuner:
     ) -> Choice:
         """Return the fastest of the kernels of one layer for an input.
 
-        The first kernel is the reference: the others must return its numbers, and it is kept
+        The first kernel is the reference: the others must return its numbers, or those that
+        rounding to INT8 makes of them (`Kernel.expected`), and it is kept
         unless another one is faster by more than noise. A kernel that does not run for this
         input is left out, and the choice says why.
 
@@ -303,7 +304,7 @@ class Autotuner:
             try:
                 algorithm = kernel.search(input)
                 call = kernel.bind(input, residual, **algorithm)
-                right = _agree(call(), reference)
+                right = _agree(call(), kernel.expected(input, reference))
             except torch.OutOfMemoryError as error:
                 raise RunnerError(
                     f"{layer}: memory is short for the {kernel.name} and an input of shape "

@@ -4,12 +4,12 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.errors import first_line
 from helpers.inference import cuda_graphs
-from helpers.inference.kernels import NO_EPILOGUE, Epilogue, Gemm, ProductLayer
+from helpers.inference.int8 import Int8Gemm
+from helpers.inference.kernels import NO_EPILOGUE, Epilogue, Gemm, ProductLayer, pad_rows
 from helpers.sparsity import is_2to4
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def search_algorithm(
     columns: Tensor,
     bias: Tensor | None = None,
     output: torch.dtype | None = None,
+    factors: Tensor | None = None,
 ) -> dict[str, int]:
     """Return the arguments with which `torch._cslt_sparse_mm` is fastest for a product.
 
@@ -49,6 +50,8 @@ def search_algorithm(
         columns: what it is multiplied by.
         bias: one number for each row of the sparse matrix.
         output: type of the product, if it is not that of the matrices.
+        factors: one FP32 number for each row of the sparse matrix, which the products of the
+            row are multiplied by.
 
     Raises:
         DeadContextError: an algorithm left CUDA unusable.
@@ -56,9 +59,9 @@ def search_algorithm(
     """
     search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # not in the stubs
     # A fourth number comes last: how many kernels there were to choose from.
-    algorithm, split_k, split_k_mode, *_ = search(compressed, columns, bias, None, output, True)
+    algorithm, split_k, split_k_mode, *_ = search(compressed, columns, bias, factors, output, True)
     found = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
-    given: dict[str, Any] = {"bias": bias, "out_dtype": output}
+    given: dict[str, Any] = {"bias": bias, "alpha": factors, "out_dtype": output}
     given = {name: value for name, value in given.items() if value is not None}
     try:
         torch._cslt_sparse_mm(compressed, columns, transpose_result=True, **given, **found)
@@ -96,7 +99,7 @@ class SparseGemm(Gemm):
         # cuSPARSELt has the sparse matrix on the left: y^T = W x^T, written transposed.
         product = torch._cslt_sparse_mm(
             self.compressed,
-            self._padded(rows).t(),
+            pad_rows(rows, self.STEP).t(),
             bias=self.bias,
             transpose_result=True,
             **algorithm,  # type: ignore[arg-type]  # mypy tries it for bias and alpha too
@@ -105,12 +108,8 @@ class SparseGemm(Gemm):
         return self.epilogue.apply_(product)
 
     def search(self, input: Tensor) -> dict[str, int]:
-        rows = self._padded(self.as_rows(self.channels_last(input)))
+        rows = pad_rows(self.as_rows(self.channels_last(input)), self.STEP)
         return search_algorithm(self.compressed, rows.t(), self.bias)
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        missing = -len(rows) % self.STEP
-        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class UnsearchedSparseGemm(SparseGemm):
@@ -120,3 +119,36 @@ class UnsearchedSparseGemm(SparseGemm):
 
     def search(self, input: Tensor) -> dict[str, int]:
         return {}
+
+
+class SparseInt8Gemm(Int8Gemm):
+    """The product in INT8 with the compressed 2:4 weight, by cuSPARSELt.
+
+    cuSPARSELt multiplies each sum by its scale before it writes FP16 or BF16. The bias is added
+    afterwards: the type that cuSPARSELt reads it in beside INT8 is not documented.
+    """
+
+    name = "sparse INT8 GEMM"
+    STEP = 16  # cuSPARSELt takes INT8 rows in multiples of sixteen
+
+    def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:
+        super().__init__(layer, epilogue)
+        self.compressed = torch._cslt_compress(self.integers.contiguous())
+
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return super().takes(layer) and is_2to4(layer.weight)
+
+    def scaled_product(self, rows: Tensor, dtype: torch.dtype, **algorithm: int) -> Tensor:
+        return torch._cslt_sparse_mm(
+            self.compressed,
+            pad_rows(rows, self.STEP).t(),
+            alpha=self.factors,
+            out_dtype=dtype,
+            transpose_result=True,
+            **algorithm,  # type: ignore[arg-type]  # mypy tries it for bias and alpha too
+        )[: len(rows)]
+
+    def search(self, input: Tensor) -> dict[str, int]:
+        rows = pad_rows(self.rounded(self.as_rows(self.channels_last(input))), self.STEP)
+        return search_algorithm(self.compressed, rows.t(), output=input.dtype, factors=self.factors)

@@ -21,7 +21,12 @@ CHOSEN = re.compile(
 SPARSE_TACTIC = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
 TIMED_LAYER = re.compile(r"Timing Runner: (?P<layer>.+) \(\w+(?:\[\w+\])?\)$")
 TIMED_TACTIC = re.compile(r"Tactic Name: (?P<tactic>\S+) Tactic: \S+ Time: (?P<time>\d[\d.e+-]*)")
+QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+FUSED = ("Add", "Relu", "Clip")  # what an INT8 kernel computes before it writes its result
 WIDE = 256  # channels from which sparse kernels tend to win: NVIDIA/TensorRT#3849
+# TensorRT takes a sparse INT8 kernel only where its result is INT8 too: README of
+# NVIDIA/Model-Optimizer#1664.
+LEAVES_INT8 = "its result is not quantised, and TensorRT's sparse INT8 kernels write INT8"
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,11 @@ def why_dense(
     reasons = {layer: _why_by_times(times.get(layer, {})) for layer in layers}
     if not all(reasons.values()):
         sizes = product_sizes(onnx_path)
+        leaving = leaving_int8(onnx_path)
         for layer, reason in reasons.items():
             own = [sizes[node] for node in onnx_nodes(layer) if node in sizes]
-            reasons[layer] = reason or _why_by_size(own)
+            leaves = LEAVES_INT8 if onnx_nodes(layer) & leaving else ""
+            reasons[layer] = reason or leaves or _why_by_size(own)
     return reasons
 
 
@@ -162,7 +169,7 @@ def product_sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
     """Return outputs and terms of each sum of a file's products, by the names of their nodes.
 
     Only shapes are read, and only of weights that are stored as the node takes them, as
-    `export_onnx` and `rewrite_1x1_as_matmul` write them.
+    `export_onnx` and `rewrite_1x1_as_matmul` write them, quantised or not.
     """
     import onnx
 
@@ -170,6 +177,9 @@ def product_sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     sizes: dict[str, tuple[int, int]] = {}
     for node in graph.node:
+        if node.op_type in QUANTISERS and node.input[0] in shapes:
+            shapes[node.output[0]] = shapes[node.input[0]]
+            continue
         shape = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
         if node.op_type == "Conv" and len(shape) > 2:
             sizes[node.name] = (shape[0], math.prod(shape[1:]))
@@ -178,6 +188,32 @@ def product_sizes(onnx_path: Path) -> dict[str, tuple[int, int]]:
             first, second = shape
             sizes[node.name] = (first, second) if transposed else (second, first)
     return sizes
+
+
+def leaving_int8(onnx_path: Path) -> set[str]:
+    """Return the names of a file's INT8 products whose results are not quantised again.
+
+    An addition and a ReLU may come first, which the kernel of the product computes too.
+    """
+    import onnx
+
+    graph = onnx.load(onnx_path, load_external_data=False).graph
+    writers = {name: node.op_type for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    leaving = set()
+    for node in graph.node:
+        inputs = [writers.get(name) for name in node.input[:2]]
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or inputs != ["DequantizeLinear"] * 2:
+            continue
+        following = readers.get(node.output[0], [])
+        while len(following) == 1 and following[0].op_type in FUSED:
+            following = readers.get(following[0].output[0], [])
+        if not following or any(each.op_type != "QuantizeLinear" for each in following):
+            leaving.add(node.name)
+    return leaving
 
 
 def _why_by_times(kernels: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def export_onnx(
     Raises:
         InputError: the model cannot be traced, or the exporter cannot write it.
     """
-    folded = fold_batch_norm(model)
+    # PyTorch traces attention in another form if its mask, a learned bias, requires a gradient.
+    folded = fold_batch_norm(model).requires_grad_(False)
     example = torch.zeros(2, *image_shape)
     if half:
         folded, example = folded.half(), example.half()
@@ -53,21 +55,33 @@ def export_onnx(
 
 
 def _program(model: nn.Module, example: Tensor) -> torch.onnx.ONNXProgram | None:
-    def write() -> torch.onnx.ONNXProgram | None:
-        return torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-
+    batch = ({0: torch.export.Dim("batch")},)
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "verbose": False}
     try:
-        return write()
+        return torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=batch, **names)
     except Exception:
-        # PyTorch cannot export every attention with a mask in the form that is fast on a CPU,
-        # but it can as plain products, which compute the same.
-        with sdpa_kernel(SDPBackend.MATH):
-            return write()
+        program = program_of_products(model, (example,), batch)
+        return torch.onnx.export(program, dynamo=True, dynamic_shapes=batch, **names)
+
+
+def program_of_products(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: tuple[Any, ...] | None = None
+) -> torch.export.ExportedProgram:
+    """Return the graph of a model in which attention is matrix products and a softmax.
+
+    It computes the same. PyTorch's exporter cannot write every attention that is one operator,
+    such as one with more than four dimensions or with a mask that is computed.
+
+    Args:
+        model: as for `torch.export.export`.
+        inputs: its positional inputs.
+        dynamic_shapes: as for `torch.export.export`.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        attention = {
+            operator: decompose
+            for operator, decompose in torch.export.default_decompositions().items()
+            if "scaled_dot_product" in operator.name()
+        }
+        return program.run_decompositions(attention)

@@ -66,14 +66,7 @@ def load_inputs(path: Path, inputs: Sequence[OnnxInput]) -> dict[str, np.ndarray
     Raises:
         InputError: the file cannot be read, or an array is missing or of another type.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # of the file system, zipfile or NumPy
-        raise InputError(
-            f"{shown(path)} cannot be read as inputs: {first_line(error)}. Write one array for "
-            "each input with numpy.savez."
-        ) from error
+    arrays = load_arrays(path)
     for item in inputs:
         found = arrays.get(item.name)
         if found is None or found.dtype != item.dtype:
@@ -82,6 +75,22 @@ def load_inputs(path: Path, inputs: Sequence[OnnxInput]) -> dict[str, np.ndarray
                 f"The input {item.name} {text} in {shown(path)}; it must be {item.dtype}."
             )
     return {item.name: arrays[item.name] for item in inputs}
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` file by their names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # of the file system, zipfile or NumPy
+        raise InputError(
+            f"{shown(path)} cannot be read as inputs: {first_line(error)}. Write one array for "
+            "each input with numpy.savez."
+        ) from error
 
 
 class FileRunner(ABC):

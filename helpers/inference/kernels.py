@@ -72,6 +72,11 @@ class Kernel(ABC):
         """Return whether this kernel can compute a layer of this kind and with this weight."""
         return True
 
+    @classmethod
+    def why_not(cls, layer: ProductLayer) -> str:
+        """Return in words why a layer that this kernel takes must not run in it; else nothing."""
+        return ""
+
     @abstractmethod
     def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
         """Return what the layer returns for an input.
@@ -92,6 +97,15 @@ class Kernel(ABC):
         """Return whether a residual has the type and the shape of the layer's output."""
         output = self.layer(input)
         return residual.shape == output.shape and residual.dtype == output.dtype
+
+    def expected(self, input: Tensor, reference: Tensor) -> Tensor:
+        """Return what this kernel has to return for an input, up to the order of its sums.
+
+        Args:
+            input: what the kernel is called with.
+            reference: what the dense layer returns for it.
+        """
+        return reference
 
     def search(self, input: Tensor) -> dict[str, int]:
         """Return the arguments with which this kernel is fastest for an input's shape."""
@@ -160,9 +174,12 @@ class Gemm(Kernel):
 
     def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
         assert residual is None  # no product here adds one
+        return self.by_rows(input, lambda rows: self.multiply(rows, **algorithm))
+
+    def by_rows(self, input: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the layer's output for an input by a function of its rows, as `multiply` is."""
         pixels = self.channels_last(input)
-        product = self.multiply(self.as_rows(pixels), **algorithm)
-        output = product.view(*pixels.shape[:-1], len(self.weight))
+        output = multiply(self.as_rows(pixels)).view(*pixels.shape[:-1], len(self.weight))
         return output.movedim(-1, -3) if isinstance(self.layer, nn.Conv2d) else output
 
     def channels_last(self, input: Tensor) -> Tensor:
@@ -175,6 +192,12 @@ class Gemm(Kernel):
     def as_rows(self, pixels: Tensor) -> Tensor:
         """Return pixels (..., in) as a matrix (rows, in)."""
         return pixels.reshape(-1, pixels.shape[-1])
+
+
+def pad_rows(rows: Tensor, step: int) -> Tensor:
+    """Return a matrix with rows of zeros added, so that their number is a multiple of `step`."""
+    missing = -len(rows) % step
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class DenseGemm(Gemm):

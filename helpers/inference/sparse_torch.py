@@ -1,9 +1,13 @@
 """Run a 2:4 model in PyTorch on Sparse Tensor Cores, with cuSPARSELt.
 
 A 1x1 convolution over channels-last images multiplies a matrix (pixels, channels) by
-its weight, as a linear layer does, and for that product cuSPARSELt has sparse kernels.
-Each layer uses whichever of its kernels is fastest at the batch size it is given; if a dense
-model is faster still than the model of these layers, the dense one runs.
+its weight, as a linear layer does, and for that product cuSPARSELt has sparse kernels, in FP16,
+BF16 and INT8. Each layer uses whichever of its kernels is fastest at the batch size it is given;
+if a dense model is faster still than the model of these layers, the dense one runs.
+
+An INT8 product reads and writes FP16: between two products of a residual network stands a
+convolution or an addition, which PyTorch runs in FP16 only, so nothing could stay INT8. Rounding
+its input costs a pass over it, which `torch.compile` fuses with what comes before.
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
@@ -17,13 +21,16 @@ from torch import Tensor, fx, nn
 
 from helpers.errors import InputError
 from helpers.inference import cuda_graphs
+from helpers.inference.attention import split_self_attention_
 from helpers.inference.autotune import Autotuner
 from helpers.inference.cusparselt import (
     SparseGemm,
+    SparseInt8Gemm,
     UnsearchedSparseGemm,
     why_no_sparse_gemms,
 )
 from helpers.inference.errors import RunnerError
+from helpers.inference.int8 import DenseInt8Gemm, Int8Gemm, calibrate_
 from helpers.inference.kernels import DenseGemm, Gemm
 from helpers.inference.runners import CapturedModel, TorchRunner
 from helpers.inference.tuned_layers import TunedLayer, choice_table, tune_layers_
@@ -36,43 +43,68 @@ if TYPE_CHECKING:
 KERNELS: dict[str, tuple[type[Gemm], ...]] = {
     "dense": (DenseGemm,),
     "cusparselt": (DenseGemm, SparseGemm),
+    "dense_int8": (DenseGemm, DenseInt8Gemm),
+    "cusparselt_int8": (DenseGemm, SparseGemm, DenseInt8Gemm, SparseInt8Gemm),
     "cusparselt without search": (DenseGemm, UnsearchedSparseGemm),
+}
+# The networks that are compared with one of some kernels: those of fewer kernels.
+SIMPLER = {
+    "cusparselt": ("dense",),
+    "cusparselt without search": ("dense",),
+    "dense_int8": ("dense",),
+    "cusparselt_int8": ("dense", "cusparselt"),
 }
 
 
 def use_gemms_(
-    folded: fx.GraphModule, kernels: str = "cusparselt", autotuner: Autotuner | None = None
+    folded: fx.GraphModule,
+    kernels: str = "cusparselt",
+    autotuner: Autotuner | None = None,
+    calibration: Tensor | None = None,
 ) -> list[TunedLayer]:
     """Let the layers of a model that are matrix products run as such, in place.
 
     These are linear layers, 1x1 convolutions and the projections of self-attention, of the
     shapes that cuSPARSELt takes. A ReLU that follows is taken into the layer; all other
-    layers are left unchanged. The model then computes the same outputs, and can no longer
-    be trained.
+    layers are left unchanged. The model then computes the same outputs, up to the rounding of
+    INT8 where that is among the kernels, and can no longer be trained.
 
     Args:
         folded: as `fold_batch_norm` returns it, already on its device and in its type.
         kernels: `cusparselt`, where weights that are not 2:4 still get a dense product;
             `cusparselt without search`, if trying all of its algorithms breaks CUDA;
-            or `dense`, which runs on any device and is the fair control.
+            `dense`, which runs on any device and is the fair control; `cusparselt_int8` and
+            `dense_int8`, which have INT8 products beside those.
         autotuner: chooses for each layer; without one every layer is a GEMM, a sparse one
-            where it can be.
+            where it can be, in INT8 where it may be.
+        calibration: images for the scales of INT8, which needs them.
 
     Returns:
         The new layers, in order of execution.
 
     Raises:
-        InputError: there are no such kernels, or the model has no layer for them.
+        InputError: there are no such kernels, the model has no layer for them, or INT8 has no
+            calibration images or such as `calibrate_` refuses.
     """
     if kernels not in KERNELS:
         raise InputError(f"There are no kernels {kernels!r}; choose from {', '.join(KERNELS)}.")
+    wanted = KERNELS[kernels][-1]
+    is_int8 = issubclass(wanted, Int8Gemm)
+    if is_int8:
+        if calibration is None:
+            raise InputError(
+                f"The kernels {kernels!r} need calibration images for the scales of INT8; give "
+                "some hundreds of training images as `calibration`."
+            )
+        split_self_attention_(folded)  # its projections are calibrated too
+        calibrate_(folded, calibration)
     tuned = tune_layers_(folded, KERNELS[kernels], _fits_cusparselt, autotuner)
-    wanted = KERNELS[kernels][-1].name
-    if not any(wanted in layer.kernels for layer in tuned):
+    if not any(wanted.name in layer.kernels for layer in tuned):
+        step = 32 if is_int8 else 16
         raise InputError(
-            f"No layer of the model can run as a {wanted}: that takes linear layers and 1x1 "
-            "convolutions whose channels are multiples of 16, and for a sparse GEMM 2:4 weights. "
-            "Prune the model with prune_2to4_ first."
+            f"No layer of the model can run as a {wanted.name}: that takes linear layers and 1x1 "
+            f"convolutions whose channels are multiples of {step}, and for a sparse GEMM 2:4 "
+            "weights. Prune the model with prune_2to4_ first."
         )
     return tuned
 
@@ -92,18 +124,19 @@ class SparseTorchRunner(TorchRunner):
 
     Args:
         model: a model pruned 2:4; it is not changed.
-        kernels: as `use_gemms_` takes them; `dense` is the same code path without sparsity,
-            which also runs on a CPU.
-        dtype: FP16 on a GPU and FP32 on a CPU unless given; `cusparselt` takes FP16 and BF16.
+        kernels: as `use_gemms_` takes them; `dense` and `dense_int8` are the same code path
+            without sparsity, which also runs on a CPU.
+        dtype: FP16 on a GPU and FP32 on a CPU unless given; cuSPARSELt takes FP16 and BF16.
         cache: JSON file for the choices of kernels, so that they are measured once.
         compile: let `torch.compile` fuse what is between the products, such as residual
             additions with their ReLU, as in `TorchRunner`.
+        calibration: training images (N, C, H, W), some hundreds, for the scales of INT8.
 
     Raises:
         RunnerError: the kernels do not run here; later on, a kernel returns wrong numbers, or
             the model cannot be captured.
-        InputError: there are no such kernels, they do not take this type, or the model has no
-            layer for them.
+        InputError: there are no such kernels, they do not take this type, the model has no
+            layer for them, or INT8 has no calibration images or such as it cannot use.
     """
 
     def __init__(
@@ -113,18 +146,20 @@ class SparseTorchRunner(TorchRunner):
         dtype: torch.dtype | None = None,
         cache: Path | None = None,
         compile: bool = False,
+        calibration: Tensor | None = None,
     ) -> None:
         if kernels.startswith("cusparselt"):
-            _require_cusparselt(dtype)
+            _require_cusparselt(kernels, dtype)
         super().__init__(model, dtype, compile)
         self.name += f", {kernels}"
         self.kernels = kernels
         autotuner = Autotuner(cuda_graphs.median_times, cache) if self.on_gpu else None
-        self.networks = {"layers": self.model, "dense": self._same_layers()}
-        self.layers = use_gemms_(self.networks["dense"], "dense", autotuner)
-        if kernels != "dense":
-            self.networks[kernels] = self._same_layers()
-            self.layers = use_gemms_(self.networks[kernels], kernels, autotuner)
+        if calibration is not None:
+            calibration = calibration.to(self.device, self.dtype)
+        self.networks = {"layers": self.model}
+        for name in (*SIMPLER.get(kernels, ()), kernels):
+            self.networks[name] = self._same_layers()
+            self.layers = use_gemms_(self.networks[name], name, autotuner, calibration)
         self.milliseconds: dict[torch.Size, dict[str, float]] = {}
 
     def _same_layers(self) -> fx.GraphModule:
@@ -148,8 +183,8 @@ class SparseTorchRunner(TorchRunner):
         """Return which network runs images of a shape that was loaded on a GPU.
 
         It is `layers`, every layer as PyTorch runs it; `dense`, where each layer is the faster
-        of that and its dense product; or the runner's `kernels`, where each is the fastest of
-        these two and its sparse product.
+        of that and its dense product; or one of the runner's `kernels`, where each layer is the
+        fastest of these two, its sparse product and, in INT8, its products in INT8.
         """
         times = self.milliseconds[shape]
         return min(times, key=times.__getitem__)
@@ -159,8 +194,8 @@ class SparseTorchRunner(TorchRunner):
 
         The columns are `layer`, `input` (such as 32x64x56x56), `kernel`, and on a GPU the
         milliseconds of every kernel, under its name; `refused` says why a kernel does not run,
-        where one does not. `network_times` tells whether the network of these kernels is the
-        fastest and is therefore run.
+        where one does not, for instance because INT8 would change too much. `network_times`
+        tells whether the network of these kernels is the fastest and is therefore run.
         """
         return choice_table(self.layers)
 
@@ -179,9 +214,10 @@ class SparseTorchRunner(TorchRunner):
         return pd.DataFrame(rows, columns=["input", *self.networks, "runs"])
 
 
-def _require_cusparselt(dtype: torch.dtype | None) -> None:
+def _require_cusparselt(kernels: str, dtype: torch.dtype | None) -> None:
     if reason := why_no_sparse_gemms():
-        raise RunnerError(f"{reason} With kernels='dense' the model runs in dense products.")
+        dense = "dense_int8" if kernels.endswith("int8") else "dense"
+        raise RunnerError(f"{reason} With kernels={dense!r} the model runs in dense products.")
     if dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(
             f"cuSPARSELt does not run in {dtype} here; use torch.float16 or torch.bfloat16."

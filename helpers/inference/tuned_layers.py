@@ -3,7 +3,7 @@
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +32,19 @@ class TunedLayer(nn.Module):
         name: the layer's name in the model.
         kernels: the dense layer first.
         autotuner: chooses among them; without one the last kernel runs.
+        refused: why other kernels must not run this layer, by their names.
     """
 
-    def __init__(self, name: str, kernels: Sequence[Kernel], autotuner: Autotuner | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        kernels: Sequence[Kernel],
+        autotuner: Autotuner | None,
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.autotuner = name, autotuner
+        self.refused = dict(refused or {})
         self.kernels = {kernel.name: kernel for kernel in kernels}
         self.choices: dict[torch.Size, Choice] = {}
 
@@ -94,12 +102,15 @@ def tune_layers_(
         remove_identities_(model)
     # All layers are still plain ones while it is decided what each of them takes in.
     for name, layer, calls in list(_product_layers(model)):
-        fitting = [kernel for kernel in kernels if kernel.takes(layer)]
-        if fitting and may_replace(LayerWeight(f"{name}.weight", layer, "weight")):
+        taking = [kernel for kernel in kernels if kernel.takes(layer)]
+        refused = {kernel.name: kernel.why_not(layer) for kernel in taking}
+        fitting = [kernel for kernel in taking if not refused[kernel.name]]
+        if taking and may_replace(LayerWeight(f"{name}.weight", layer, "weight")):
             add = residuals and absorb_additions_(model, calls)
             epilogue = Epilogue(_absorb_activations_(model, calls, add), add)
             own = [DenseLayer(layer, epilogue), *(kernel(layer, epilogue) for kernel in fitting)]
-            tuned.append(TunedLayer(name, own, autotuner))
+            reasons = {kernel: reason for kernel, reason in refused.items() if reason}
+            tuned.append(TunedLayer(name, own, autotuner, reasons))
     for tuned_layer in tuned:
         model.set_submodule(tuned_layer.name, tuned_layer)
     model.recompile()
@@ -124,8 +135,8 @@ def choice_table(layers: Sequence[TunedLayer]) -> "pd.DataFrame":
                 "kernel": choice.kernel,
                 **choice.milliseconds,
             }
-            if choice.refused:
-                row["refused"] = choice.refused
+            if refused := layer.refused | choice.refused:
+                row["refused"] = refused
             rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else ["layer", "input", "kernel"])
 

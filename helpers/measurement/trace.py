@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from helpers.computed_weights import attributes_restored
+from helpers.computed_weights import UNKNOWN_OUTSIDE, attributes_restored
 from helpers.layers import UNSUPPORTED, LayerWeight, ModelInputs, in_mode, layer_weights
 from helpers.parameters import require_unsharded, unwrapped
 from helpers.products import Product, storage_of, watch_products
@@ -153,6 +153,8 @@ class _Recorder(TorchDispatchMode):
         if product is None:
             return TracedKernel(2 * macs, read, output.numel())
         weight = self.weights[name]
+        if not product.weight and not weight.is_computed:
+            weight = replace(weight, refusal=UNKNOWN_OUTSIDE)
         used = product.factor.numel()  # attention may use a part of its weight at a time
         pixels = 1 if weight.transposed else math.prod(weight.shape[2:])
         k = pixels * weight.input_channels

@@ -123,7 +123,7 @@ def decode_jpeg(
     except Image.DecompressionBombError as error:  # Pillow has a limit too
         raise RequestError(f"too many pixels; send at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow raises many kinds on damaged files
-        raise RequestError(f"this is no JPEG file ({error})") from error
+        raise RequestError("this is no JPEG file") from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise RequestError(f"too many pixels, {width} x {height}; send at most {MAX_PIXELS:,}")

@@ -435,7 +435,6 @@ def _onnxruntime_config(model: ServedModel, plan: _Plan) -> "ModelConfig":
         "precision_mode": "FP16" if plan.dtype == np.float16 else "FP32",
         "trt_sparsity_enable": "1",
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": f"/tmp/tensorrt_{model.name}",
     }
     accelerator = {"name": "tensorrt", "parameters": options}
     return _config(

@@ -181,7 +181,7 @@ class TritonServer:
                 self._ready.clear()
                 self._end_process()
             if not self._stopping.is_set():
-                _logger.warning("the server has died and is started again; its log is %s", self.log)
+                _logger.warning("the server has died and is started again")
         self._settled.set()
 
     def _run_once(self) -> None:

@@ -360,6 +360,24 @@ def varies(labels: Tensor, dim: int) -> bool:
     return bool((labels != labels.narrow(dim, 0, 1)).any())
 
 
+def channel_dims(labels: Tensor) -> list[int]:
+    """Return the dimensions that channels lie along: those along which most labels differ.
+
+    They are two for channels by head. A class token before the other tokens has channels of its
+    own, but channels do not lie along tokens for that.
+    """
+    dims = [dim for dim in range(labels.dim()) if varies(labels, dim)]
+    if len(dims) < 2:
+        return dims
+    once = _without_repeats(labels)
+    steps = [once.sort(dim).values.diff(dim=dim) != 0 for dim in dims]
+    shares = [
+        (1 + int(step.sum(dim).max())) / once.shape[dim]
+        for dim, step in zip(dims, steps, strict=True)
+    ]
+    return [dim for dim, share in zip(dims, shares, strict=True) if share == max(shares)]
+
+
 def compact(labels: Tensor) -> Tensor:
     """Return the same labels, stored once along each dimension along which they do not differ."""
     shape = labels.shape

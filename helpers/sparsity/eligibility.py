@@ -3,8 +3,8 @@
 Each one that cannot has its reason. Explained in `02_prune_2_4.ipynb`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from html import escape
 from typing import TYPE_CHECKING
@@ -188,7 +188,11 @@ class Candidate(LayerWeight):
 
 
 def select_weights(
-    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module,
+    rules: str = "tensorrt",
+    include: Selection = (),
+    exclude: Selection = (),
+    example: Example | None = None,
 ) -> list[Candidate]:
     """Return every weight of a model with its verdict, in the order of the layers.
 
@@ -206,7 +210,29 @@ def select_weights(
         else:
             reason = why_not_sparse(weight, rules)
         candidates.append(Candidate.judged(weight, reason))
-    return candidates
+    lost = lost_weights(model, example, {weight.name: weight for weight in candidates})
+    return _without_lost(candidates, lost)
+
+
+def lost_weights(
+    model: nn.Module, example: Example | None, weights: Mapping[str, LayerWeight]
+) -> Mapping[str, str]:
+    """Return the weights whose zeros a run of the model loses, and why; none without an example.
+
+    Args:
+        model: the model; it runs in evaluation mode.
+        example: what to call it with.
+        weights: what `layer_weights(model)` returned.
+    """
+    if example is None:
+        return {}
+    return count_macs(model, model_inputs(model, example=example), weights).lost
+
+
+def _without_lost(candidates: Sequence[Candidate], lost: Mapping[str, str]) -> list[Candidate]:
+    return [
+        replace(weight, reason=weight.reason or lost.get(weight.name, "")) for weight in candidates
+    ]
 
 
 def why_none_eligible(model: nn.Module, rules: str, candidates: Sequence[Candidate]) -> str:
@@ -254,7 +280,11 @@ def _matches(item: str | type[nn.Module], weight: LayerWeight) -> bool:
 
 
 def eligible_weights(
-    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module,
+    rules: str = "tensorrt",
+    include: Selection = (),
+    exclude: Selection = (),
+    example: Example | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the weights that can run sparse, by the names of the parameters.
 
@@ -268,11 +298,15 @@ def eligible_weights(
         include: only these of them: name patterns such as `layer4.*`, for a weight or a layer,
             and types of layers.
         exclude: not these, in the same form.
+        example: what to call the model with. It shows which weights a module outside of their
+            layer computes with, as a parent that standardises them does; those whose zeros it
+            loses are not eligible. Without it every weight is taken to be used by its own layer.
 
     Raises:
-        InputError: there are no such rules, or a pattern fits no weight.
+        InputError: there are no such rules, a pattern fits no weight, or the example holds no
+            tensor.
     """
-    candidates = select_weights(model, rules, include, exclude)
+    candidates = select_weights(model, rules, include, exclude, example)
     return {weight.name: weight.parameter for weight in candidates if weight.eligible}
 
 
@@ -419,6 +453,7 @@ def sparsity_report(
     model = unwrapped(model)
     candidates = {c.name: c for c in select_weights(model, rules, include, exclude)}
     count = count_macs(model, model_inputs(model, image_shape, example), candidates)
+    candidates = {c.name: c for c in _without_lost([*candidates.values()], count.lost)}
     table = table_of(candidates, count)
     in_order = [candidates[name] for name in table.weight]
     table["sparse_macs"] = [count.sparse[weight.name] for weight in in_order]

@@ -27,7 +27,7 @@ from torch._ops import OpOverload
 from torch.fx.node import Argument, map_aggregate, map_arg
 from torch.utils import _pytree
 
-from helpers.sparsity.channels import Channels, compact, varies
+from helpers.sparsity.channels import Channels, channel_dims, compact, varies
 
 
 @dataclass(frozen=True)
@@ -236,13 +236,8 @@ def _expanded(labels: Tensor, node: fx.Node) -> Tensor:
 
 
 def _dims_of(labels: object) -> set[int]:
-    """Return the dimensions along which labels differ, counted from the last: -1, -2, ..."""
-    return {
-        dim - tensor.dim()
-        for tensor in _tensors_in(labels)
-        for dim in range(tensor.dim())
-        if varies(tensor, dim)
-    }
+    """Return the dimensions that channels lie along, counted from the last: -1, -2, ..."""
+    return {dim - tensor.dim() for tensor in _tensors_in(labels) for dim in channel_dims(tensor)}
 
 
 Rule = Callable[[Channels, Op], object]
@@ -463,13 +458,19 @@ def view_as_real(channels: Channels, op: Op) -> Tensor:
     return labels.expand(op.shape)
 
 
-@rule(
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
-    "new_zeros", "new_ones", "new_full", "new_empty",
-)  # fmt: skip
+@rule("empty_like", "rand_like", "randn_like", "new_empty")
 def new_tensor(channels: Channels, op: Op) -> Tensor:
     """Only the shape of the operand matters, not its values."""
     return channels.constant(op.shape, f"it comes from {op.node.target}")
+
+
+@rule(
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones",
+    "new_full",
+)  # fmt: skip
+def one_value(channels: Channels, op: Op) -> Tensor:
+    """The same value at each position: like a number, it meets channels in any order."""
+    return channels.constant([1] * len(op.shape), f"it comes from {op.node.target}")
 
 
 # --- operators that treat all channels alike ---
@@ -871,7 +872,7 @@ def _contract(
     shared: tuple[list[tuple[Tensor, set[str]]], ...] = [], []
     for side, (all_labels, letters), others in ((0, left, right[1]), (1, right, left[1])):
         for labels in all_labels:
-            along = {letters[dim] for dim in range(labels.dim()) if varies(labels, dim)}
+            along = {letters[dim] for dim in channel_dims(labels)}
             if along & (set(output) - set(others)):
                 kept = [letter for letter in output if letter in letters]
                 result = channels.reduce_to(labels, *(letters.index(letter) for letter in kept))
@@ -892,8 +893,11 @@ def _contract(
         theirs = channels.reduce_to(partner[0], *(right[1].index(letter) for letter in both))
         ours = channels.couple(ours, theirs)
         _join_each(channels, ours, [letter in output for letter in both], 2)
-        if not (along | partner[1]) - set(output):
-            found.append(_in_output(ours, both, output, shape))
+        summed = [dim for dim, letter in enumerate(both) if letter not in output]
+        if not any(varies(ours, dim) for dim in summed):
+            kept = [letter for letter in both if letter in output]
+            ours = channels.reduce_to(ours, *(both.index(letter) for letter in kept))
+            found.append(_in_output(ours, kept, output, shape))
     for labels, _ in shared[1]:
         channels.fix(labels, _why_it_stays(channels, left[0]))
     return found

@@ -73,7 +73,7 @@ def select_file_weights(
         elif include and not any(_matches(pattern, names) for pattern in include):
             reason = "not included"
         else:
-            reason = product.exempt or product.why_not_judged or _why_not(product, rules, types)
+            reason, _ = product.verdict(rules, _element_size(product, types))
         value = product.value
         found.append(
             FileWeight(
@@ -104,16 +104,11 @@ def _matches(pattern: str, names: tuple[str, str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _why_not(product: NodeWeight, rules: str, types: Mapping[str, int]) -> str:
-    value = product.value
-    if value is None or not product.in_fours:
-        return f"{product.op} does not run sparse"
-    size = value.dtype.itemsize
-    if product.sources and product.sources[0] in types:  # perhaps behind its dequantisation
-        size = helper.tensor_dtype_to_np_dtype(types[product.sources[0]]).itemsize
-    outputs, inputs, *kernel = value.shape
-    shape = WeightShape(outputs, inputs, tuple(kernel), product.groups, element_size=size)
-    return why_not_shape(shape, rules)
+def _element_size(product: NodeWeight, types: Mapping[str, int]) -> int:
+    """Return the bytes of a number of a weight as it is stored, before it is dequantised."""
+    if product.sources and product.sources[0] in types:
+        return helper.tensor_dtype_to_np_dtype(types[product.sources[0]]).itemsize
+    return 4 if product.value is None else product.value.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)

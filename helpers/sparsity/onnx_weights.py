@@ -29,6 +29,7 @@ from onnx import NodeProto
 
 from helpers.errors import HelpersError, InputError, first_line
 from helpers.files import shown
+from helpers.sparsity.eligibility import WeightShape, why_not_shape
 from helpers.sparsity.onnx_constants import (
     MICROSOFT,
     Scope,
@@ -67,6 +68,25 @@ class NodeWeight:
     side: int = 0  # which input of the node it is
     input_axis: int | None = None  # the axis of the operand that is summed over
     macs: int | None = None  # for the shapes of the file or those that were given
+
+    def verdict(self, rules: str = "tensorrt", element_size: int = 2) -> tuple[str, bool]:
+        """Return why the weight stays dense, and whether that is certain.
+
+        What is certain comes first: the operator, then the shape. The reason is empty if the
+        weight can run sparse; a weight that is not judged may be one that can.
+
+        Args:
+            rules: `tensorrt`, `asp`, `cusparselt` or `any`; see `why_not_sparse`.
+            element_size: bytes of one of its numbers, as they are stored.
+        """
+        certain = self.exempt or why_not_shape(self._shape(element_size), rules)
+        return certain or self.why_not_judged, bool(certain) or not self.why_not_judged
+
+    def _shape(self, element_size: int) -> WeightShape:
+        if self.value is None or not self.in_fours:  # channels as every rule allows them
+            return WeightShape(32, 32, groups=self.groups, element_size=element_size)
+        outputs, inputs, *kernel = self.value.shape
+        return WeightShape(outputs, inputs, tuple(kernel), self.groups, element_size=element_size)
 
 
 def node_weights(

@@ -90,7 +90,8 @@ def permute_channels_(
     What the model computes stays the same: its outputs before and after are compared in
     double precision, and may differ by no more than rounding explains. Weights that share
     channels, in a residual stream for instance, are searched together; each group of a
-    grouped convolution is searched by itself.
+    grouped convolution is searched by itself. What the model returns keeps its order: if hidden
+    states are among its outputs, permute a module around it that returns the others only.
 
     Args:
         model: a model that `torch.export` can trace.

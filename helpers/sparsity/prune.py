@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import InputError
-from helpers.layers import LayerWeight, layer_weights
+from helpers.layers import Example, LayerWeight, layer_weights
 from helpers.parameters import (
     checked_weight,
     from_shard,
@@ -43,7 +43,11 @@ _logger = logging.getLogger(__name__)
 
 
 def masks_2to4(
-    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module,
+    rules: str = "tensorrt",
+    include: Selection = (),
+    exclude: Selection = (),
+    example: Example | None = None,
 ) -> Masks:
     """Return the mask by magnitude of every eligible weight; the model is left unchanged.
 
@@ -52,12 +56,14 @@ def masks_2to4(
         rules: by which weights are eligible; see `helpers.sparsity.eligible_weights`.
         include: only these weights, by name pattern or type of layer.
         exclude: not these weights.
+        example: what to call the model with, as `eligible_weights` takes it: without it, a weight
+            that a module outside of its layer standardises is eligible too.
 
     Raises:
         InputError: there are no such rules, a pattern fits no weight, or a weight has NaN
             or infinite values.
     """
-    return _masks(_eligible(select_weights(model, rules, include, exclude)))
+    return _masks(_eligible(select_weights(model, rules, include, exclude, example)))
 
 
 def _eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -188,7 +194,11 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def prune_2to4_(
-    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module,
+    rules: str = "tensorrt",
+    include: Selection = (),
+    exclude: Selection = (),
+    example: Example | None = None,
 ) -> Masks:
     """Set two of every four eligible weights to zero by magnitude, in place.
 
@@ -199,6 +209,8 @@ def prune_2to4_(
         rules: by which weights are eligible; see `helpers.sparsity.eligible_weights`.
         include: only these weights, by name pattern or type of layer.
         exclude: not these weights.
+        example: what to call the model with, as `eligible_weights` takes it: without it, a weight
+            that a module outside of its layer standardises is pruned too.
 
     Returns:
         The masks, for `hold_masks`.
@@ -208,7 +220,7 @@ def prune_2to4_(
 
     Source: Mishra et al., arXiv 2104.08378.
     """
-    candidates = select_weights(model, rules, include, exclude)
+    candidates = select_weights(model, rules, include, exclude, example)
     masks = _masks(_eligible(candidates))
     if not masks:
         _logger.warning("Nothing was pruned: %s", why_none_eligible(model, rules, candidates))
@@ -222,7 +234,11 @@ def prune_2to4_(
 
 
 def masks_of(
-    model: nn.Module, rules: str = "tensorrt", include: Selection = (), exclude: Selection = ()
+    model: nn.Module,
+    rules: str = "tensorrt",
+    include: Selection = (),
+    exclude: Selection = (),
+    example: Example | None = None,
 ) -> Masks:
     """Return the masks of a model that has been pruned, from where its zeros are.
 
@@ -233,11 +249,12 @@ def masks_of(
         rules: those it was pruned by.
         include: as it was pruned.
         exclude: as it was pruned.
+        example: as it was pruned.
 
     Raises:
         InputError: an eligible weight is not 2:4.
     """
-    weights = _eligible(select_weights(model, rules, include, exclude))
+    weights = _eligible(select_weights(model, rules, include, exclude, example))
     for weight in weights:
         if not is_2to4(_local_part(weight), weight.input_dim):
             raise not_2to4(weight.name, "Prune the model first, or exclude this weight.")

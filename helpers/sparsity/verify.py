@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from helpers.errors import InputError
 from helpers.files import shown
-from helpers.layers import LayerWeight, layer_weights
+from helpers.layers import Example, LayerWeight, layer_weights
 from helpers.parameters import plain_name, require_numbers, unwrapped, whole
 from helpers.sparsity.compressed import read_checkpoint
-from helpers.sparsity.eligibility import why_not_sparse, why_not_tensorrt
+from helpers.sparsity.eligibility import lost_weights, why_not_sparse, why_not_tensorrt
 from helpers.sparsity.masks import holds_2to4
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def verify_file(
     return _without(exclude, verify_onnx(path))
 
 
-def verify_model(model: nn.Module) -> "pd.DataFrame":
+def verify_model(model: nn.Module, example: Example | None = None) -> "pd.DataFrame":
     """Return one row for each weight of a model's layers, judged as it is multiplied by.
 
     A weight that a layer computes at each call, by weight norm for instance, is judged as it is
@@ -74,6 +74,8 @@ def verify_model(model: nn.Module) -> "pd.DataFrame":
 
     Args:
         model: any model, on any device but `meta`.
+        example: what to call the model with, as `eligible_weights` takes it: without it, a weight
+            that a module outside of its layer standardises is judged as it is stored.
 
     Raises:
         InputError: a weight has no numbers of its own, for example on the device `meta`, or the
@@ -83,7 +85,8 @@ def verify_model(model: nn.Module) -> "pd.DataFrame":
     tensors = {name: weight.tensor for name, weight in weights.items()}
     for name, tensor in tensors.items():
         require_numbers(tensor, name)
-    return _table_of(weights, {name: whole(tensor) for name, tensor in tensors.items()})
+    lost = lost_weights(model, example, weights)
+    return _table_of(weights, {name: whole(tensor) for name, tensor in tensors.items()}, lost)
 
 
 def verify_checkpoint(path: Path, model: nn.Module | None = None) -> "pd.DataFrame":
@@ -218,16 +221,12 @@ def _unknown(reason: str) -> _Verdict:
 
 
 def _judged_node(weight: "NodeWeight") -> _Verdict:
-    # Of a weight whose shape is not known nothing says that it cannot run sparse.
-    channels = 4 if weight.value is None or not weight.in_fours else weight.value.shape[1]
-    why_dense = weight.exempt or why_not_tensorrt(channels, weight.groups)
-    reason = why_dense or weight.why_not_judged
+    reason, judged = weight.verdict()
     if weight.value is None:
         verdict = _unknown(reason)
     else:
         verdict = _judged(weight.value != 0, weight.groups, reason)
     is_2to4 = weight.in_fours and verdict.is_2to4
-    judged = bool(why_dense) or not weight.why_not_judged
     return replace(verdict, is_2to4=is_2to4, judged=judged)
 
 
@@ -240,11 +239,15 @@ def _table(names: list[str], rows: list[dict[str, Any]]) -> "pd.DataFrame":
 # --- models and checkpoints ---
 
 
-def _table_of(weights: Mapping[str, LayerWeight], tensors: Mapping[str, Tensor]) -> "pd.DataFrame":
+def _table_of(
+    weights: Mapping[str, LayerWeight],
+    tensors: Mapping[str, Tensor],
+    lost: Mapping[str, str] | None = None,
+) -> "pd.DataFrame":
     """Return a row for each weight of a model, with the numbers in `tensors`."""
     rows = []
     for name, weight in weights.items():
-        reason = why_not_sparse(weight)
+        reason = why_not_sparse(weight) or (lost or {}).get(name, "")
         if name in tensors:
             nonzero = _nonzero(tensors[name]).swapaxes(1, weight.input_dim)
             verdict = _judged(nonzero, weight.groups, reason)

@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "05": "05_build_engine.ipynb",
     "06": "06_infer_and_benchmark.ipynb",
     "07": "07_sparse_tensor_cores.ipynb",
+    "08": "08_int8.ipynb",
 }
 
 # The networks that are exported, built and measured, and their checkpoints.

@@ -389,6 +389,71 @@ def export() -> None:
 
 
 @app.command(rich_help_panel=STEPS)
+def quantize(
+    context: typer.Context,
+    source: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="an .onnx file of your own")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="COPY", help="the copy in INT8 to write")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="a folder of pictures, or an .npz with an array for each input"),
+    ] = None,
+    runs_on: Annotated[str, typer.Option("--for", help="tensorrt or cpu")] = "tensorrt",
+    count: Annotated[int, typer.Option(min=1, help="how many images to take at most")] = 512,
+    percentile: Annotated[
+        float | None,
+        typer.Option(help="of the numbers that a range has to contain, such as 99.99; else all"),
+    ] = None,
+    image_size: ImageSize = None,
+    mean: Annotated[
+        str, typer.Option(help="of each channel of the pictures; else ImageNet's")
+    ] = "",
+    std: Annotated[str, typer.Option(help="of each channel of the pictures; else ImageNet's")] = "",
+    exclude: Exclude = None,
+    first: Annotated[
+        bool, typer.Option("--first/--no-first", help="quantise the first product too")
+    ] = True,
+    last: Annotated[
+        bool, typer.Option("--last/--no-last", help="quantise the last product too")
+    ] = True,
+    expect_sparse: Annotated[
+        bool, typer.Option("--expect-sparse", help="refuse a file that is not 2:4")
+    ] = False,
+    reduce_range: Annotated[
+        bool,
+        typer.Option("--reduce-range", help="weights of 7 bits, for processors without VNNI"),
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise the exported ONNX files to INT8 (notebook 08), or write a copy of yours in INT8."""
+    if source is None:
+        from helpers.tutorial import steps
+
+        _only_for_files(context)
+        steps.quantize(Settings.load())
+        return
+    if target is None or calibration is None:
+        raise InputError("Name the copy to write after the file, and --calibration.")
+    from helpers.tutorial import own_models
+
+    _print_result(
+        as_json,
+        own_models.quantize,
+        source,
+        target,
+        own_models.Calibration(calibration, count, percentile, image_size, mean, std),
+        own_models.QuantizeOptions(
+            runs_on, exclude or [], first, last, expect_sparse, reduce_range
+        ),
+        overwrite,
+    )
+
+
+@app.command(rich_help_panel=STEPS)
 def build(
     context: typer.Context,
     source: Annotated[

@@ -3,12 +3,16 @@
 Explained in `09_serve_with_triton.ipynb`.
 """
 
+import io
 import re
 import signal
 import threading
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torchvision.datasets import FashionMNIST
+from torchvision.transforms.functional import to_pil_image
 
 from helpers.serving.repository import Batching, Preprocessing, ServedModel, write_repository
 from helpers.serving.server import TritonServer
@@ -32,6 +36,17 @@ def preprocessing(settings: Settings) -> Preprocessing:
     if settings.dataset == "FashionMNIST":
         return Preprocessing([FASHION_MEAN], [FASHION_STD], resize=28, crop=28)
     return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, resize=256, crop=224)
+
+
+def as_jpeg(image: Tensor, preprocessing: Preprocessing) -> bytes:
+    """Return a normalised image (C, H, W) as the bytes of a JPEG file."""
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
+    pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    buffer = io.BytesIO()
+    to_pil_image(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def class_names(settings: Settings) -> list[str]:
@@ -88,8 +103,7 @@ def _compute_capability(facts: dict) -> str:
         )
     if found := re.fullmatch(r"compute capability (\d+\.\d+)", facts["built_for"]):
         return found[1]
-    import torch  # TensorRT builds for the GPU of this machine
-
+    # TensorRT builds for the GPU of this machine.
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}"
 

@@ -1,7 +1,7 @@
 """Commands for your own models: what `python -m helpers` does with a file.
 
-Which weights can be 2:4, which are, a pruned copy, an engine, latencies, and how much faster 2:4
-would make it. docs/cli.md has every command with its options.
+Which weights can be 2:4, which are, a pruned copy, one in INT8, an engine, latencies, and how much
+faster 2:4 would make it. docs/cli.md has every command with its options.
 
 torchvision takes longer to import than most of the work on a file, so only the functions that make
 networks import it.
@@ -222,6 +222,94 @@ def prune(
     networks.save_checkpoint(model, target, network or read_checkpoint(source).network or "")
     facts |= {"rules": rules, "pruned_weights": list(masks)}
     return Result(f"{shown(target)}: {len(masks)} weights pruned 2:4 ({rules})\n{RETRAIN}", facts)
+
+
+# --- quantize ---
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate with, as `load_calibration_images` takes it."""
+
+    data: Path
+    count: int = 512
+    percentile: float | None = None
+    image_size: int | None = None
+    mean: str = ""
+    std: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What runs in INT8 and where; the names are those of `quantize_for_cpu`."""
+
+    runs_on: str = "tensorrt"
+    exclude: Sequence[str] = ()
+    first: bool = True
+    last: bool = True
+    expect_sparse: bool = False
+    reduce_range: bool = False
+
+
+def quantize(
+    source: Path, target: Path, calibration: Calibration, options: QuantizeOptions, overwrite: bool
+) -> Result:
+    """Write a copy of an ONNX file in INT8.
+
+    Args:
+        source: an ONNX file in FP16 or FP32.
+        target: the copy to write.
+        calibration: images, and how ranges are measured.
+        options: what is quantised, and for what.
+        overwrite: replace the target if it exists.
+
+    Raises:
+        InputError: a file or the images cannot be read or do not fit, or the target exists or is
+            the source.
+        WriteError: the target cannot be written.
+    """
+    from helpers.inference.calibration_images import load_calibration_images
+    from helpers.inference.quantization import quantize_for_cpu, quantize_for_tensorrt
+    from helpers.training.data import IMAGENET_MEAN, IMAGENET_STD
+
+    _require_onnx(source)
+    _require_onnx(target)
+    _require_new(target, [source], overwrite)
+    if options.runs_on not in ("tensorrt", "cpu"):
+        raise InputError(f"There is no --for {options.runs_on!r}, only tensorrt and cpu.")
+    if options.reduce_range and options.runs_on != "cpu":
+        raise InputError("--reduce-range is for processors: add --for cpu.")
+    images = load_calibration_images(
+        calibration.data,
+        onnx_inputs(OnnxFile(source).model, source),
+        calibration.count,
+        calibration.image_size,
+        _numbers(calibration.mean, "--mean") or IMAGENET_MEAN,
+        _numbers(calibration.std, "--std") or IMAGENET_STD,
+    )
+    common: dict[str, Any] = {
+        "percentile": calibration.percentile,
+        "exclude": options.exclude,
+        "first": options.first,
+        "last": options.last,
+        "expect_sparse": options.expect_sparse,
+    }
+    if options.runs_on == "cpu":
+        written = quantize_for_cpu(
+            source, target, images, reduce_range=options.reduce_range, **common
+        )
+    else:
+        written = quantize_for_tensorrt(source, target, images, **common)
+    facts = {"file": str(source), "quantised": str(target), **written.facts()}
+    return Result(f"{shown(target)}: {written}", facts)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    """Return the numbers of an option such as 0.485,0.456,0.406."""
+    try:
+        return [float(each) for each in text.split(",")] if text else []
+    except ValueError as error:
+        raise InputError(f"{option} {text!r} is not numbers separated by commas.") from error
 
 
 # --- advise ---

@@ -382,6 +382,57 @@ def _draw_dense_line(axis: Axes) -> None:
     axis.set_ylabel("gain over dense")
 
 
+def plot_int8(rows: pd.DataFrame) -> Figure:
+    """Draw networks in FP32 and INT8: accuracy, size, latency.
+
+    Args:
+        rows: one for each network, with its name as the index and the columns `is_2to4` (whether
+            it is 2:4), `top1` (per cent), `difference` and `standard_error` (against the first
+            row, in points), `megabytes`, `compressed` (in megabytes), and `p50`, `speedup`,
+            `speedup_low` and `speedup_high` as `helpers.measurement.benchmark.sweep` returns them.
+    """
+    figure, (accuracy, size, latency) = _axes(11, 1.4 + 0.45 * len(rows), 3, sharey=True)
+    places = np.arange(len(rows))
+    colours = [SPARSE if sparse else DENSE for sparse in rows.is_2to4]
+    for place, (row, colour) in enumerate(zip(rows.itertuples(), colours, strict=True)):
+        error = [2 * row.standard_error]
+        accuracy.errorbar(row.difference, place, xerr=error, fmt="o", color=colour, capsize=3)
+        accuracy.annotate(
+            f"{row.top1:.2f} %", (row.difference, place), xytext=(0, 8), ha="center",
+            textcoords="offset points", fontsize=9,
+        )  # fmt: skip
+    accuracy.axvline(0, color="#999999", linewidth=0.8, linestyle="--")
+    accuracy.set_xlabel(f"top-1 against {rows.index[0]},\npoints ± two standard errors")
+    size.barh(places, rows.megabytes, 0.62, color=EMPTY, edgecolor="#bbbbbb", label="as it is")
+    size.barh(places, rows.compressed, 0.34, color=colours, label="compressed")
+    latency.barh(places, rows.p50, 0.5, color=colours)
+    first = rows.p50.iloc[0]
+    spread = [rows.p50 - first / rows.speedup_high, first / rows.speedup_low - rows.p50]
+    latency.errorbar(rows.p50, places, xerr=spread, fmt="none", color="#333333", capsize=3)
+    sizes = [f"{value:.2f} MB" for value in rows.compressed]
+    times = [
+        f"{row.p50:.2f} ms" + (f", {row.speedup:.2f}x" if place else "")
+        for place, row in enumerate(rows.itertuples())
+    ]
+    for axis, ends, texts in (
+        (size, rows.megabytes, sizes),
+        (latency, first / rows.speedup_low, times),
+    ):
+        for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+            axis.annotate(
+                text, (end, place), xytext=(5, 0), va="center", textcoords="offset points",
+                fontsize=9,
+            )  # fmt: skip
+        axis.set_xlim(0, 1.35 * float(ends.max()))
+    size.set_xlabel("weights, MB: as they are (pale)\nand compressed")
+    latency.set_xlabel("latency, ms; lines: 95 % interval\nof the ratio to the first")
+    accuracy.set_yticks(places, list(rows.index))
+    accuracy.invert_yaxis()
+    accuracy.set_ylim(len(rows) - 0.5, -0.7)
+    figure.tight_layout()
+    return figure
+
+
 def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
     """Draw the rates of dense and sparse products by size, one panel for each datatype.
 

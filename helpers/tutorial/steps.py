@@ -7,13 +7,20 @@ Each takes the artifacts of the step before it and leaves those that its noteboo
 
 import json
 import time
+from collections.abc import Callable
 
 import torch
 
 from helpers import machine, metrics
 from helpers.files import atomic_write, sha256, write_json
+from helpers.inference.activation_ranges import activation_ranges
 from helpers.inference.engine import build_engine
 from helpers.inference.export import export_onnx
+from helpers.inference.quantization import (
+    QuantizedFile,
+    quantize_for_cpu,
+    quantize_for_tensorrt,
+)
 from helpers.inference.runners import OnnxRunner
 from helpers.measurement.benchmark import sweep
 from helpers.sparsity import prune_2to4_, sparsity_report
@@ -26,6 +33,8 @@ from helpers.tutorial.backends import find_controls, find_runners
 from helpers.tutorial.checks import check
 from helpers.tutorial.settings import Settings, relative
 from helpers.tutorial.summary import describe_gain, save_benchmark
+
+CALIBRATION_IMAGES = 512
 
 
 def evaluate(settings: Settings) -> None:
@@ -71,6 +80,26 @@ def export(settings: Settings) -> None:
     eligible = table[table.eligible]
     check(table.judged.all(), "every product of the ONNX file was judged")
     check(eligible.is_2to4.all(), f"all {len(eligible)} eligible weights of the ONNX file are 2:4")
+
+
+def quantize(settings: Settings) -> None:
+    """Write the exported networks in INT8, for TensorRT and for the CPU (notebook 08)."""
+    artifacts = Artifacts(settings)
+    images, _ = first_images(inputs.load_splits(settings).validation, CALIBRATION_IMAGES)
+    for name in NETWORKS:
+        full, half = (f"04_{name}_{precision}.onnx" for precision in ("fp32", "fp16"))
+        ranges = activation_ranges(artifacts.require(full), images)
+        works: tuple[tuple[str, str, Callable[..., QuantizedFile]], ...] = (
+            (f"08_{name}_int8.onnx", half, quantize_for_tensorrt),
+            (f"08_{name}_int8_cpu.onnx", full, quantize_for_cpu),
+        )
+        for file, parent, work in works:
+            facts: dict[str, object] = {}
+            source = artifacts.require(parent)
+            with artifacts.writing(file, [parent], facts) as path:
+                written = work(source, path, ranges, expect_sparse=name == "sparse")
+                facts.update(written.facts())
+            print(f"{file}: {written}")
 
 
 def build(settings: Settings, compute_capability: str | None) -> None:
