@@ -15,10 +15,16 @@ from helpers.errors import InputError, WriteError
 
 
 def shown(path: Path) -> str:
-    """Return a path as messages show it: relative if it is below the working folder, else full."""
+    """Return a path as messages show it.
+
+    It is relative if it is below the working folder, begins with `~` below the home folder, and is
+    full elsewhere.
+    """
     path = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would show where a link leads)
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    here, home = Path.cwd(), Path(os.path.expanduser("~"))  # noqa: PTH111 (there may be none)
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    return str("~" / path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
 def sha256(path: Path) -> str:

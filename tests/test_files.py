@@ -48,6 +48,14 @@ def test_a_path_elsewhere_is_shown_in_full(tmp_path, monkeypatch):
     assert shown(tmp_path / "here too" / "net.onnx") == str(tmp_path / "here too" / "net.onnx")
 
 
+def test_a_path_below_the_home_folder_is_shown_from_there(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert shown(tmp_path / "cache" / "triton") == str(Path("~", "cache", "triton"))
+
+
 def test_a_link_is_shown_as_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "net.onnx").symlink_to(tmp_path / "store" / "0123abcd")
     monkeypatch.chdir(tmp_path)
