@@ -172,7 +172,7 @@ def test_without_any_builder_the_reason_is_the_builders(monkeypatch):
 def test_cusparselt_runs_the_checkpoints_of_both_networks(monkeypatch, no_gpu, tiny_settings):
     artifacts = Artifacts(tiny_settings)
     save_checkpoints(artifacts)
-    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda _: None)
+    monkeypatch.setattr(sparse_torch, "_require_cusparselt", lambda *_: None)
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
     monkeypatch.setitem(BACKENDS, "cuSPARSELt", replace(BACKENDS["cuSPARSELt"], why_not=str))
     dense, sparse = find_runners(artifacts, "cuSPARSELt").values()

@@ -32,7 +32,7 @@ from helpers.tutorial.settings import project_root
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
     "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "load-test",
-    "quantize",
+    "quantize", "repository", "serve",
 ]  # fmt: skip
 
 

@@ -311,6 +311,7 @@ def plot_load(table: pd.DataFrame, title: str) -> Figure:
         axis.set_yscale("log")
         axis.set_title(names[loop], loc="left", fontsize=10)
         axis.set_xlabel("images/s")
+        axis.margins(x=0.08, y=0.12)
         axis.set_xlim(left=0)
     axes[0].set_ylabel("latency in ms: p50, p99 dotted")
     axes[0].legend(frameon=False)
