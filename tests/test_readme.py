@@ -88,6 +88,22 @@ def test_the_real_networks_figures_are_the_recorded_ones():
         assert f"{step} {value:.2f} s" in README, step
 
 
+def test_the_figures_of_int8_are_the_recorded_ones():
+    path = ROOT / "benchmarks" / "results" / "int8_cpu.json"
+    networks = json.loads(path.read_text())["networks"]
+    text = " ".join(README.split())
+    (said,) = re.findall(r"\*\*INT8 on top of 2:4\.\*\*.*?Notebook 08", text)
+    quick = networks["resnext14_8x1d"]
+    for kind in ("fp32", "tensorrt", "cpu"):
+        assert f"{quick['accuracy'][kind]['accuracy']['correct'] / 100:.2f} %" in said, kind
+    for kind in ("tensorrt", "cpu"):
+        row = quick["accuracy"][kind]
+        assert f"({row['points']:+.2f} ± {row['standard_error']:.2f}" in said, kind
+    assert f"{quick['sizes']['compressed_share']:.3f} of the dense FP16 file" in said
+    large = networks["resnext101_32x8d"]["sizes"]["compressed_share"]
+    assert f"{large:.3f} for ResNeXt-101 32x8d" in said
+
+
 def test_the_published_figures_are_labelled_and_those_of_the_record():
     record = json.loads((REFERENCE / "case_study.json").read_text())
     text = " ".join(README.split())
