@@ -132,7 +132,7 @@ class Session:
         return ending
 
     def tell(self, title: str, how: str, seconds: float) -> None:
-        """Print how a process ended, and add it to the record of this session."""
+        """Print how a process ended, and add it to the record of this run."""
         print(f"{title}: {how} ({max(0, self.left):.0f} s left)", flush=True)
         self.ended.append({"process": title, "ended": how, "seconds": round(seconds, 1)})
         write_json(self.out / "session.json", {**self.machine, "ended": self.ended})

@@ -137,7 +137,7 @@ def max_relative_error(logits: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of paired differences, and the interval that holds the true mean 95 times in 100."""
+    """The mean of paired differences, and the ends of its interval."""
 
     mean: float
     low: float
