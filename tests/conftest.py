@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -190,6 +191,23 @@ def clock(monkeypatch):
         monkeypatch.setattr(f"{module}.time", clock)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that nothing has to settle
     return clock
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys, tiny_settings, tiny_splits):
+    """Run the command line in this process; return exit status, output and errors."""
+    from helpers.tutorial import commands, inputs
+
+    monkeypatch.setattr(inputs, "load_splits", lambda _: tiny_splits)
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["helpers", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            commands.main()
+        return (exit.value.code or 0, *capsys.readouterr())
+
+    return main
 
 
 # --- for what captures CUDA graphs, without a GPU ---

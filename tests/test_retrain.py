@@ -3,8 +3,8 @@
 import errno
 import json
 import re
-import sys
 from dataclasses import asdict, fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.sparsity import prune_2to4_, verify_model
 from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
 from helpers.training.recipe import Recipe, read_recipe, write_recipe
-from helpers.tutorial import commands, inputs
+from helpers.tutorial import commands
 from helpers.tutorial.artifacts import Artifacts
 from helpers.tutorial.settings import PRESETS, RECIPES, project_root
 
@@ -35,18 +35,9 @@ def one_thread():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tiny_settings, tiny_splits):
+def run(command_line):
     """Run the command in this process; return exit status, output and errors."""
-    monkeypatch.setattr(inputs, "load_splits", lambda _: tiny_splits)
-
-    def main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["helpers", "retrain", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            commands.main()
-        return (exit.value.code or 0, *capsys.readouterr())
-
-    return main
+    return partial(command_line, "retrain")
 
 
 @pytest.fixture(scope="module")
