@@ -5,7 +5,7 @@ the layers write goes into few buffers. Explained in `06_infer_and_benchmark.ipy
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,14 @@ class DenseCpu(CpuKernel):
         if isinstance(self.layer, nn.Conv2d):
             return CpuLayer.from_conv(self.layer, self.epilogue.activation, self.sparse)
         return CpuLayer.from_linear(self.layer, self.epilogue.activation, self.sparse)
+
+    def bind(
+        self, input: Tensor, residual: Tensor | None = None, **algorithm: int
+    ) -> Callable[[], Tensor]:
+        # As the runner calls it, which keeps a buffer for every output: the system takes as long
+        # to clear new memory as some layers take to compute.
+        buffer = torch.empty(self.own.output_shape(input.shape))
+        return partial(self.for_shape(input.shape, buffer), input, residual)
 
     def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
         output_shape = self.own.output_shape(shape)
