@@ -45,7 +45,7 @@ lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --universal --python-version 3.11 --quiet \
-	    --extra notebooks --extra serving --extra dev --no-emit-index-url --no-annotate \
+	    --extra notebooks --extra serving --extra dev --extra browser --no-emit-index-url --no-annotate \
 	    pyproject.toml --output-file requirements.lock
 	rm -rf $(VENV)-lock
 

@@ -23,8 +23,9 @@ from helpers.inference.export import export_onnx
 from helpers.measurement.benchmark import BenchmarkError
 from helpers.metrics import Comparison
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
+from helpers.training.loop import TrainingInterrupted
 from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
-from helpers.tutorial import commands, own_models, setup
+from helpers.tutorial import commands, own_models, setup, steps
 from helpers.tutorial.artifacts import NOTEBOOKS, Artifacts
 from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import project_root
@@ -695,6 +696,18 @@ def test_exit_statuses_tell_no_from_wrong_and_from_unavailable():
     assert commands.exit_status(CheckError("")) == 1
     assert commands.exit_status(BenchmarkError("")) == 1
     assert commands.exit_status(RunnerError("")) == 3
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [(KeyboardInterrupt(), "Interrupted."), (TrainingInterrupted("2 are kept."), "2 are kept.")],
+)
+def test_ctrl_c_ends_a_command_in_one_sentence_with_130(run, monkeypatch, stop, said):
+    def stopping(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(steps, "evaluate", stopping)
+    assert run("evaluate") == (130, "", f"{said}\n")
 
 
 def test_the_same_weights_are_the_same_file(tmp_path):

@@ -33,6 +33,7 @@ RECORDS = "The recorded runs of this repository"
 NEGATIVE = 1  # the answer is no: a weight that is not 2:4, a check that failed
 BAD_INPUT = 2  # wrong arguments or files; typer's own status for a wrong command line
 UNAVAILABLE = 3  # this machine cannot do it: no GPU, no engine builder
+INTERRUPTED = 130  # by Ctrl-C; what shells return for it
 
 
 def exit_status(error: HelpersError) -> int:
@@ -63,6 +64,11 @@ class OneSentence(TyperGroup):
                 raise
             typer.echo(f"{_this_process()}{type(error).__name__}: {error}", err=True)
             raise typer.Exit(exit_status(error)) from None
+        except KeyboardInterrupt as stop:
+            if context.params["debug"]:
+                raise
+            typer.echo(f"{_this_process()}{str(stop) or 'Interrupted.'}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _this_process() -> str:
