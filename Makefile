@@ -21,8 +21,8 @@ test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch 
 gpu: $(if $(GPU_PYTHON),,$(READY))  ## check and measure a GPU; the next call goes on
 	PYTHONPATH=$(CURDIR) $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_OPTIONS)
 
-lab: $(READY)  ## open JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(READY)  ## learn: copies of the notebooks in JupyterLab; LAB_OPTIONS are those of jupyter lab
+	$(BIN)/python -m helpers learn $(LAB_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

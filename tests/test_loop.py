@@ -311,7 +311,7 @@ def test_of_an_interrupted_training_without_a_progress_file_nothing_is_kept(
     monkeypatch, tiny_net, tiny_splits
 ):
     interrupt(monkeypatch, "_train_epoch", 2)
-    with pytest.raises(TrainingInterrupted, match="^Interrupted; none of 3 epochs is kept"):
+    with pytest.raises(TrainingInterrupted, match=r"^Interrupted; none of 3 epochs is kept"):
         train(tiny_net, tiny_splits, RECIPE, seed=1)
 
 

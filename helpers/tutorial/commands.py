@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -580,6 +581,37 @@ def tutorial(
     print_summary(settings)
 
 
+@app.command(
+    rich_help_panel=WHOLE,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def learn(
+    context: typer.Context,
+    lab: Annotated[bool, typer.Option("--lab/--no-lab", help="open JupyterLab")] = True,
+) -> None:
+    """Make copies of the notebooks to work in, build/learn/, and open them in JupyterLab.
+
+    Other options are those of `jupyter lab`, such as --no-browser.
+    """
+    from helpers.tutorial import learner_copies
+
+    learner_copies.make_copies()
+    if lab:
+        learner_copies.open_lab(context.args)
+
+
+@app.command(rich_help_panel=WHOLE)
+def catch_up(
+    notebook: Annotated[str, typer.Argument(help="the number to start at, such as 04")],
+) -> None:
+    """Make what the notebooks before this one would have left, for the copies of `learn`."""
+    from helpers.tutorial import catch_up, learner_copies
+
+    settings = Settings.load()
+    folder = learner_copies.artifacts_folder() / settings.preset
+    catch_up.catch_up(replace(settings, artifacts_dir=folder.resolve()), notebook)
+
+
 @app.command(rich_help_panel=WHOLE)
 def summary() -> None:
     """Print the figures of the last run and where its files are."""
@@ -784,10 +816,13 @@ def dense_control() -> None:
 
 @app.command(rich_help_panel=RECORDS)
 def save_reference() -> None:
-    """Keep the figures of the last run as the recorded reference in data/reference/."""
-    from helpers.tutorial import summary
+    """Keep the figures of the last run in data/reference/, its network in data/pretrained/."""
+    from helpers.tutorial import catch_up, summary
 
-    print(relative(summary.save_reference(Settings.load())))
+    settings = Settings.load()
+    print(relative(summary.save_reference(settings)))
+    if settings.preset == "quick":
+        print(relative(catch_up.keep_retrained(settings)))
 
 
 def main() -> None:
