@@ -4,19 +4,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts \
-          $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts
 
-.PHONY: tutorial test gpu lab lint notebooks lock clean
+.PHONY: tutorial test browser gpu lab lint notebooks lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch and again
+test: $(READY) lint  ## unit tests; the notebooks from scratch, and again with solutions; a browser
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
-	$(NBMAKE)
-	$(NBMAKE)
+	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+	$(ONLY) $(BIN)/pytest tests/solved
+	$(MAKE) browser
+
+browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser
+	rm -rf build/browser
+	$(BIN)/pytest --durations=0 tests/browser
 
 gpu: $(if $(GPU_PYTHON),,$(READY))  ## check and measure a GPU; the next call goes on
 	PYTHONPATH=$(CURDIR) $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_OPTIONS)
