@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts
 
-.PHONY: tutorial test browser gpu lab lint notebooks lock clean
+.PHONY: tutorial test browser gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
@@ -46,11 +46,30 @@ $(READY): requirements.lock pyproject.toml
 
 # The site of notebooks, documentation and API. Its notebooks are shown with their stored outputs.
 book: $(READY)  ## build/book: the notebooks, the documentation and the API as a site
-	rm -rf docs/api build/book
+	rm -rf docs/api build/book build/doctrees
 	$(BIN)/sphinx-apidoc -q --separate --no-toc --templatedir docs/book/templates \
 	    --output-dir docs/api helpers 'helpers/tutorial/answers*'
-	$(BIN)/sphinx-build -W --keep-going --quiet -c docs/book . build/book
+	$(BIN)/sphinx-build -W --keep-going --quiet -d build/doctrees -c docs/book . build/book
 	$(BIN)/python docs/book/links.py build/book
+
+slides: $(READY)  ## build/slides/index.html: the slides of docs/teaching.md, with speaker notes
+	rm -rf build/slides
+	$(BIN)/python docs/book/slides.py build/slides
+
+# For a room without network (docs/install.md). The check installs everything with no index.
+wheelhouse:  ## build/wheelhouse: the wheel of every package in the lock
+	rm -rf build/wheelhouse build/wheelhouse-pip
+	$(PYTHON) -m venv build/wheelhouse-pip
+	build/wheelhouse-pip/bin/pip wheel --quiet --requirement requirements.lock \
+	    --wheel-dir build/wheelhouse
+	rm -rf build/wheelhouse-pip
+
+wheelhouse-check:
+	rm -rf build/offline
+	PIP_NO_INDEX=1 PIP_FIND_LINKS=$(CURDIR)/build/wheelhouse \
+	    $(MAKE) VENV=build/offline build/offline/.ready
+	build/offline/bin/python -m helpers setup
+	rm -rf build/offline
 
 # Pin every package, for each Python and platform at once.
 lock:
