@@ -40,12 +40,20 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# The site of notebooks, documentation and API. Its notebooks are shown with their stored outputs.
+book: $(READY)  ## build/book: the notebooks, the documentation and the API as a site
+	rm -rf docs/api build/book
+	$(BIN)/sphinx-apidoc -q --separate --no-toc --templatedir docs/book/templates \
+	    --output-dir docs/api helpers 'helpers/tutorial/answers*'
+	$(BIN)/sphinx-build -W --keep-going --quiet -c docs/book . build/book
+	$(BIN)/python docs/book/links.py build/book
+
 # Pin every package, for each Python and platform at once.
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --universal --python-version 3.11 --quiet \
-	    --extra notebooks --extra serving --extra dev --no-emit-index-url --no-annotate \
+	    --extra notebooks --extra serving --extra book --extra dev --no-emit-index-url --no-annotate \
 	    pyproject.toml --output-file requirements.lock
 	rm -rf $(VENV)-lock
 

@@ -135,7 +135,7 @@ def test_an_unknown_preset_is_one_sentence_and_exit_2():
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("TutorialError: There is no preset 'enormous'.")
-    assert line.endswith("quick, workshop, full")
+    assert line.endswith("quick, imagenette, full")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_without_jupyter_the_reader_is_told_how_to_get_it(monkeypatch, tiny_sett
         run_notebooks(tiny_settings)
 
 
-@pytest.mark.parametrize("before", ["workshop", None])
+@pytest.mark.parametrize("before", ["imagenette", None])
 def test_the_preset_is_set_for_the_kernels_alone(notebooks, tiny_settings, monkeypatch, before):
     monkeypatch.delenv("TUTORIAL_PRESET", raising=False)
     if before:

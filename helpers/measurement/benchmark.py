@@ -403,7 +403,7 @@ def sweep(
             measured here unless given, when a GPU may still be warm.
 
     Returns:
-        One row for each runner and batch size, times in milliseconds: `network`, `batch`,
+        One row for each runner and batch size, times in milliseconds, with `network`, `batch`,
         `p50`, `p90`, `p95`, `p99`, `mean`, `runs`, `images_per_second`, `load_p50` and
         `fetch_p50` (the transfers), and `speedup` over the first runner at the median,
         with the ends of its 95 % interval, `speedup_low` and `speedup_high`.

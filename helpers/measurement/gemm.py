@@ -192,7 +192,7 @@ def measure_gemms(
         search: let cuSPARSELt try all its algorithms; if not, its default one is measured.
 
     Returns:
-        One row for each datatype and size: `datatype`, `m`, `n`, `k`, the medians `dense_ms`
+        One row for each datatype and size, with `datatype`, `m`, `n`, `k`, the medians `dense_ms`
         and `sparse_ms`, `dense_tflops` and `sparse_tflops` (10^12 operations a second;
         both count 2 m n k operations, as datasheets do, so a sparse kernel can reach at most
         twice the dense rate), `ratio` (dense time over sparse time) with the ends of its 95 %

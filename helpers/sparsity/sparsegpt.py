@@ -127,8 +127,8 @@ def sparsegpt_2to4(
     up for its loss as well as they can.
 
     Args:
-        weight: (*, rows, columns); every four columns form a group.
-        hessian: (*, columns, columns), the sum of x xᵀ over all inputs x, in float64.
+        weight: `(*, rows, columns)`; every four columns form a group.
+        hessian: `(*, columns, columns)`, the sum of x xᵀ over all inputs x, in float64.
         dampening: what is added to the Hessian's diagonal, as a share of its mean.
         block_size: how many columns are pruned before the others are updated.
         name: what to call the weight in an error.
@@ -410,7 +410,7 @@ def _inputs(product: Product, weight: Candidate) -> Iterator[Tensor]:
 
 
 def _windows(product: Product) -> Tensor:
-    """View what a kernel sees at each place: (images, channels, *output, *kernel).
+    """View what a kernel sees at each place: `(images, channels, *output, *kernel)`.
 
     `F.unfold` would do the same, for images of two dimensions only. A transposed convolution is
     an ordinary one of its inputs with zeros between them, in which the kernel is reversed.

@@ -33,7 +33,7 @@ def load_pretrained(settings: Settings) -> nn.Module:
     """Return the trained dense network that the case study starts from.
 
     quick: the checkpoint in `data/pretrained/`. full: torchvision's `IMAGENET1K_V1`
-    weights. workshop: the same with the last layer restricted to Imagenette's ten
+    weights. imagenette: the same with the last layer restricted to Imagenette's ten
     classes, which needs no training.
 
     Raises:
