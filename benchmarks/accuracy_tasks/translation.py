@@ -247,7 +247,7 @@ def translate(model: Translator, english: Tensor) -> Tensor:
     return F.pad(german, (0, LENGTH - german.shape[1]), value=PADDING)
 
 
-RECIPE = Recipe(epochs=3, batch_size=64, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
+RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
 TASKS = (
     Task(
         network="small Transformer",

@@ -765,6 +765,8 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
                 alpha=alpha, markersize=5, capsize=3, linewidth=1.5,
             )  # fmt: skip
         axis.axvline(0, color=DENSE, linewidth=1)
+        axis.set_xscale("symlog", linthresh=1)  # a tenth of a point counts, and so do twenty
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("points; lines are 95 % intervals over seeds")
     axes[0].set_yticks(places, rows.network)
