@@ -624,3 +624,49 @@ def test_a_load_of_one_kind_has_one_panel_and_one_without_answers_none():
     assert len(plots.plot_load(table[table.loop == "open"], "a server").axes) == 1
     with pytest.raises(InputError, match="no latency to draw"):
         plots.plot_load(load_rows(answered=0), "a server")
+
+
+def differences(*half_inputs_high: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "network": f"network {place}",
+                "retrained": -0.2, "retrained_low": -0.5, "retrained_high": 0.1,
+                "half_inputs": high - 1, "half_inputs_low": high - 2, "half_inputs_high": high,
+            }
+            for place, high in enumerate(half_inputs_high)
+        ]
+    )  # fmt: skip
+
+
+def test_what_2to4_costs_is_drawn_beside_the_control_that_must_lose():
+    figure = plots.plot_accuracy_differences(differences(-3.0, 0.5))
+    retrained, failing = figure.axes
+    assert labels(retrained.get_yticklabels()) == ["network 0", "network 1"]
+    for axis, mean, low, high in ((retrained, -0.2, -0.5, 0.1), (failing, -4.0, -5.0, -3.0)):
+        sure, unsure = axis.containers
+        assert sure.lines[0].get_xdata().tolist() == [pytest.approx(mean)]
+        ((left, right),) = sure.lines[2][0].get_segments()
+        assert [left[0], right[0]] == pytest.approx([low, high])
+        assert unsure.lines[0].get_alpha() < sure.lines[0].get_alpha()
+    with pytest.raises(InputError):
+        plots.plot_accuracy_differences(differences())
+
+
+def test_the_length_of_a_retraining_is_drawn_for_each_network():
+    rows = pd.DataFrame(
+        {
+            "network": ["a", "b", "a"],
+            "percent": [100, 5, 5],
+            "difference": [0.0, -4.0, -2.0],
+            "low": [0.0, -5.0, -2.5],
+            "high": [0.0, -3.0, -1.5],
+        }
+    )
+    figure = plots.plot_retraining_length(rows)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["a", "b"]
+    (line,) = (container.lines[0] for container in figure.axes[0].containers)
+    assert line.get_xdata().tolist() == [5, 100]
+    assert line.get_ydata().tolist() == [-2, 0]
+    with pytest.raises(InputError):
+        plots.plot_retraining_length(rows.iloc[:0])

@@ -753,3 +753,71 @@ def plot_published(rows: pd.DataFrame) -> Figure:
     figure.supxlabel("batch size", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     return figure
+
+
+def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
+    """Draw what 2:4 costs each network in accuracy, and beside it the control that must lose.
+
+    A network whose failing control did not lose is pale: its row says nothing about 2:4.
+
+    Args:
+        rows: a row for each network: `network`, and of `retrained` and of `half_inputs` the mean
+            difference to the control and its interval, in points: `retrained`,
+            `retrained_low`, `retrained_high`, `half_inputs` and so on.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if rows.empty:
+        raise InputError("There is no network to draw; give the rows of the study.")
+    figure, axes = _axes(9.5, 1.2 + 0.36 * len(rows), 2, sharey=True)
+    places = np.arange(len(rows))[::-1]
+    panels = (
+        ("retrained", SPARSE, "retrained 2:4, less the control"),
+        ("half_inputs", PRUNED, "without half of its inputs, less the control"),
+    )
+    tells = rows.half_inputs_high < 0
+    for axis, (arm, colour, title) in zip(axes, panels, strict=True):
+        spread = np.array([rows[arm] - rows[f"{arm}_low"], rows[f"{arm}_high"] - rows[arm]])
+        for shown, alpha in ((tells, 1.0), (~tells, 0.3)):
+            axis.errorbar(
+                rows[arm][shown], places[shown], xerr=spread[:, shown], fmt="o", color=colour,
+                alpha=alpha, markersize=5, capsize=3, linewidth=1.5,
+            )  # fmt: skip
+        axis.axvline(0, color=DENSE, linewidth=1)
+        axis.set_xscale("symlog", linthresh=1)  # a tenth of a point counts, and so do twenty
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("points; lines are 95 % intervals over seeds")
+    axes[0].set_yticks(places, rows.network)
+    axes[0].set_ylim(-0.6, len(rows) - 0.4)
+    figure.tight_layout()
+    return figure
+
+
+def plot_retraining_length(rows: pd.DataFrame) -> Figure:
+    """Draw the accuracy of retrained networks against the length of the retraining.
+
+    Args:
+        rows: a row for each network and length: `network`, `percent` of the epochs of the first
+            training, and the mean `difference` to a retraining of 100 %, with `low` and `high`.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if rows.empty:
+        raise InputError("There is no retraining to draw; give the rows of the study.")
+    networks = list(dict.fromkeys(rows.network))
+    figure, axes = _axes(3.2 * len(networks), 3, len(networks), sharex=True)
+    for axis, network in zip(axes, networks, strict=True):
+        own = rows[rows.network == network].sort_values("percent")
+        spread = [own.difference - own.low, own.high - own.difference]
+        axis.errorbar(
+            own.percent, own.difference, spread, color=SPARSE, marker="o", markersize=4, capsize=2
+        )
+        axis.axhline(0, color=DENSE, linewidth=1)
+        axis.set_title(network, fontsize=10, loc="left")
+        axis.set_xlabel("% of the epochs")
+    axes[0].set_ylabel("points, less a whole retraining")
+    figure.tight_layout()
+    return figure
