@@ -4,25 +4,29 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts \
-          $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts
 
-.PHONY: tutorial test gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
+.PHONY: tutorial test browser gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch and again
+test: $(READY) lint  ## unit tests; the notebooks from scratch, and again with solutions; a browser
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
-	$(NBMAKE)
-	$(NBMAKE)
+	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+	$(ONLY) $(BIN)/pytest tests/solved
+	$(MAKE) browser
+
+browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser
+	rm -rf build/browser
+	$(BIN)/pytest --durations=0 tests/browser
 
 gpu: $(if $(GPU_PYTHON),,$(READY))  ## check and measure a GPU; the next call goes on
 	PYTHONPATH=$(CURDIR) $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_OPTIONS)
 
-lab: $(READY)  ## open JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(READY)  ## learn: copies of the notebooks in JupyterLab; LAB_OPTIONS are those of jupyter lab
+	$(BIN)/python -m helpers learn $(LAB_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -72,7 +76,8 @@ lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --universal --python-version 3.11 --quiet \
-	    --extra notebooks --extra serving --extra book --extra dev --no-emit-index-url --no-annotate \
+	    --extra notebooks --extra serving --extra book --extra browser --extra dev \
+	    --no-emit-index-url --no-annotate \
 	    pyproject.toml --output-file requirements.lock
 	rm -rf $(VENV)-lock
 

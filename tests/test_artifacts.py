@@ -12,7 +12,7 @@ from helpers.files import atomic_write, sha256
 from helpers.machine import versions
 from helpers.training.networks import resnext14_8x1d, save_checkpoint
 from helpers.tutorial import artifacts as module
-from helpers.tutorial.artifacts import NOTEBOOKS, ArtifactError, Artifacts
+from helpers.tutorial.artifacts import BARE, LEAVES, NOTEBOOKS, ArtifactError, Artifacts
 from helpers.tutorial.settings import project_root
 
 DENSE, PRUNED, RETRAINED = (
@@ -236,15 +236,63 @@ def test_an_artifact_without_room_for_its_sidecar_is_refused(chain, monkeypatch)
 # The name says which notebook makes an artifact.
 
 
-@pytest.mark.parametrize("name", ["report.json", "99_report.json", "", "1_dense.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["report.json", "99_report.json", "", "1_dense.safetensors", "01", "01_"]
+)
 def test_a_name_without_the_number_of_a_notebook_is_refused_before_the_work(artifacts, name):
     with (
-        pytest.raises(ArtifactError, match="begin it with the two digits of the notebook"),
+        pytest.raises(ArtifactError, match="begin it with the number of the notebook"),
         artifacts.writing(name),
     ):
         pytest.fail("the work was begun")
     assert not artifacts.folder.exists()
     assert refusal(artifacts, name).startswith(f"{name!r} is not a name for an artifact")
+
+
+# What a notebook has left, which its last cell shows.
+
+
+def test_every_notebook_leaves_something_under_its_own_number():
+    assert list(LEAVES) == list(NOTEBOOKS)
+    for number, files in LEAVES.items():
+        assert files
+        assert all(file.startswith(f"{number}_") for file in files)
+    assert set(BARE) < {file for files in LEAVES.values() for file in files}
+
+
+def test_what_a_notebook_has_left_is_shown_with_its_size_and_origin(chain):
+    chain.path("03_progress.pt").write_bytes(bytes(2_500_000))
+    table = chain.left_by("03")
+    assert list(table.index) == LEAVES["03"]
+    assert list(table["size"]) == ["0.0 kB", "2.5 MB"]
+    assert list(table["made from"]) == [PRUNED, ""]
+
+
+def test_the_size_of_a_folder_is_that_of_its_files(artifacts):
+    (artifacts.folder / "09_repository" / "dense").mkdir(parents=True)
+    (artifacts.folder / "09_repository" / "dense" / "model").write_bytes(bytes(1500))
+    (artifacts.folder / "09_repository" / "list").write_bytes(bytes(500))
+    write(artifacts, "09_serving.json", "{}")
+    assert artifacts.left_by("09")["size"]["09_repository"] == "2.0 kB"
+
+
+@pytest.mark.parametrize("missing", LEAVES["03"])
+def test_what_a_notebook_should_have_left_and_has_not_is_named(chain, missing):
+    chain.path("03_progress.pt").write_text("progress")
+    chain.path(missing).unlink()
+    with pytest.raises(ArtifactError, match=rf"^{missing} is missing\. Run 03_retrain\.ipynb"):
+        chain.left_by("03")
+
+
+def test_damage_shows_in_what_a_notebook_has_left(chain):
+    chain.path(DENSE).write_text("damaged")
+    with pytest.raises(ArtifactError, match=r"^01_dense\.safetensors is damaged"):
+        chain.left_by("02")
+
+
+def test_the_notebooks_are_named_if_another_is_asked_for(artifacts):
+    with pytest.raises(ArtifactError, match=r"^There is no notebook '2'\. There are 00, 01, "):
+        artifacts.left_by("2")
 
 
 # A checksum is taken once while its file is unchanged.

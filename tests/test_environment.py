@@ -15,7 +15,7 @@ from helpers.tutorial.settings import project_root
 PROJECT = tomllib.loads((project_root() / "pyproject.toml").read_text())["project"]
 CONDA_TEXT = (project_root() / "environment.yml").read_text()
 LOCK_TEXT = (project_root() / "requirements.lock").read_text()
-EXTRAS = ("notebooks", "gpu", "serving", "book", "dev")
+EXTRAS = ("notebooks", "gpu", "serving", "book", "browser", "dev")
 
 
 def declared(*extras: str) -> dict[str, Requirement]:

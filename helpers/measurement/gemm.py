@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from helpers import machine
 from helpers.errors import HelpersError, InputError, UnavailableError, first_line
@@ -32,6 +31,7 @@ from helpers.measurement.roofline import (
     require_positive,
 )
 from helpers.metrics import max_relative_error
+from helpers.progress_bar import progress_bar
 from helpers.sparsity import mask_nm
 
 Product = Callable[[], Tensor]
@@ -209,7 +209,7 @@ def measure_gemms(
     products = [(_size(size), name) for name in chosen for size in sizes]
     rows = [
         measure_gemm(size, name, rounds, seed, search)
-        for size, name in tqdm(products, desc="matrix products", leave=False)
+        for size, name in progress_bar(products, desc="matrix products")
     ]
     return pd.DataFrame(rows, columns=["datatype", "m", "n", "k", *MEASURED, "reason"])
 

@@ -23,6 +23,7 @@ from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
 from helpers.parameters import no_grad_for, require_numbers, require_unsharded, unwrapped
 from helpers.products import Product, aten, storage_of, watch_products
+from helpers.progress_bar import progress_bar
 from helpers.sparsity.eligibility import (
     Candidate,
     Selection,
@@ -85,8 +86,6 @@ def prune_sparsegpt_(
 
     Source: Frantar and Alistarh, "SparseGPT", arXiv 2301.00774.
     """
-    from tqdm.auto import tqdm
-
     if isinstance(calibration_data, Iterator):
         raise InputError(
             "`calibration_data` is an iterator, which is exhausted after one pass, but is read "
@@ -107,7 +106,7 @@ def prune_sparsegpt_(
     parameters = [weight.parameter for weight in weights.values()]
     with no_grad_for(parameters), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, calibration_data)
-        for name in tqdm(uses, desc="SparseGPT", leave=False):
+        for name in progress_bar(uses, desc="SparseGPT"):
             hessians = _hessians(model, weights[name], uses[name], calibration_data)
             masks[name] = _prune_weight_(weights[name], hessians, dampening, block_size)
     return {name: masks[name] for name in weights}

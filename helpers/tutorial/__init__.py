@@ -1,12 +1,13 @@
 """The course: presets, artifacts, checks, figures, and the commands of `python -m helpers`.
 
 It imports the other packages, and none of them imports it. Imported in a notebook, it shows
-an error of `helpers` as one sentence and prints what the library logs; `show_tracebacks()`
-brings the tracebacks back.
+an error of `helpers` as one sentence, and so an interrupted cell, and prints what the library
+logs; `show_tracebacks()` brings the tracebacks back.
 """
 
 import logging
 import sys
+from typing import Any
 
 from helpers.errors import HelpersError
 
@@ -19,14 +20,25 @@ def _sentence(error: HelpersError) -> list[str]:
 
 
 def show_sentences() -> None:
-    """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it."""
+    """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it.
+
+    A cell that is interrupted gets one sentence too.
+    """
     setattr(HelpersError, _HOOK, _sentence)
+    if shell := _notebook():
+        shell.set_custom_exc((KeyboardInterrupt,), _print_interrupt)
 
 
 def show_tracebacks() -> None:
     """Let notebooks show the whole traceback of every error again."""
     if _HOOK in vars(HelpersError):
         delattr(HelpersError, _HOOK)
+    if shell := _notebook():
+        shell.set_custom_exc((), None)
+
+
+def _print_interrupt(_shell: Any, _kind: type, stop: BaseException, *_: Any, **__: Any) -> None:
+    print(str(stop) or "Interrupted.", file=sys.stderr)
 
 
 class _Printer(logging.Handler):
@@ -46,12 +58,13 @@ def print_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _in_notebook() -> bool:
+def _notebook() -> Any:
+    """Return IPython's shell, or None."""
     # IPython runs if it is imported and has a shell; a program may import it without one.
     ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
+    return ipython.get_ipython() if ipython is not None else None
 
 
-if _in_notebook():
+if _notebook() is not None:
     show_sentences()
     print_log()

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers.errors import WriteError
 from helpers.files import atomic_write, sha256, write_json
 from helpers.machine import versions
 from helpers.tutorial.checks import TutorialError
 from helpers.tutorial.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOTEBOOKS = {
     "00": "00_check_your_setup.ipynb",
@@ -30,7 +33,37 @@ NOTEBOOKS = {
     "07": "07_sparse_tensor_cores.ipynb",
     "08": "08_int8.ipynb",
     "09": "09_serve_with_triton.ipynb",
+    "10": "10_accuracy_across_networks.ipynb",
 }
+
+# What each notebook leaves, as its header promises it.
+LEAVES = {
+    "00": ["00_setup.json"],
+    "01": ["01_dense.safetensors"],
+    "02": ["02_pruned.safetensors"],
+    "03": ["03_retrained.safetensors", "03_progress.pt"],
+    "04": [
+        "04_dense_fp32.onnx",
+        "04_dense_fp16.onnx",
+        "04_sparse_fp32.onnx",
+        "04_sparse_fp16.onnx",
+    ],
+    "05": ["05_dense.engine", "05_sparse.engine"],
+    "06": ["06_benchmark.json"],
+    "07": ["07_products.json"],
+    "08": [
+        "08_dense_int8.onnx",
+        "08_sparse_int8.onnx",
+        "08_dense_int8_cpu.onnx",
+        "08_sparse_int8_cpu.onnx",
+        "08_int8.json",
+    ],
+    "09": ["09_repository", "09_serving.json"],
+    "10": ["10_row.json"],
+}
+
+# Without a sidecar: a training that goes on, and a folder that the server checks itself.
+BARE = ["03_progress.pt", "09_repository"]
 
 # The networks that are exported, built and measured, and their checkpoints.
 NETWORKS = {"dense": "01_dense.safetensors", "sparse": "03_retrained.safetensors"}
@@ -46,18 +79,19 @@ def notebook_of(name: str) -> str:
     Raises:
         ArtifactError: the name does not begin with the number of a notebook.
     """
-    if name[:2] not in NOTEBOOKS:
+    number, _, rest = name.partition("_")
+    if number not in NOTEBOOKS or not rest:
         raise ArtifactError(
-            f"{name!r} is not a name for an artifact: begin it with the two digits of the "
-            f"notebook that makes it, {min(NOTEBOOKS)} to {max(NOTEBOOKS)}."
+            f"{name!r} is not a name for an artifact: begin it with the number of the notebook "
+            f"that makes it, {min(NOTEBOOKS)} to {max(NOTEBOOKS)}, and an underscore."
         )
-    return NOTEBOOKS[name[:2]]
+    return NOTEBOOKS[number]
 
 
 class Artifacts:
     """The artifacts folder of one preset.
 
-    The first two digits of a name say which notebook makes the file:
+    The number before the underscore says which notebook makes the file:
     `02_pruned.safetensors` is the work of `02_prune_2_4.ipynb`.
     """
 
@@ -82,7 +116,7 @@ class Artifacts:
         """Yield the path to write the artifact to, then add its sidecar.
 
         Args:
-            name: file name; its first two digits name the notebook.
+            name: file name; it begins with the number of the notebook.
             parents: names of the artifacts it is made from.
             facts: whatever else the sidecar should record (accuracy, recipe); entries
                 added while the artifact is written are recorded too.
@@ -145,7 +179,7 @@ class Artifacts:
             sidecar = json.loads(self.sidecar(name).read_text())
             recorded, facts = sidecar["sha256"], sidecar["facts"]
             parents = dict(sidecar["parents"].items())
-            known = all(parent[:2] in NOTEBOOKS for parent in parents)
+            known = all(parent.partition("_")[0] in NOTEBOOKS for parent in parents)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{name}.json is damaged. {run}") from error
         if not known or not isinstance(facts, dict):
@@ -159,6 +193,34 @@ class Artifacts:
                 )
         return sidecar
 
+    def left_by(self, number: str) -> "pd.DataFrame":
+        """Return what a notebook has left, after checking that all of it is there and sound.
+
+        Args:
+            number: of the notebook, such as `02`.
+
+        Returns:
+            A table by file name, with `size` and `made from`, the artifacts that it depends on.
+
+        Raises:
+            ArtifactError: there is no such notebook, or one of its artifacts is missing, damaged
+                or out of date.
+        """
+        import pandas as pd
+
+        if number not in LEAVES:
+            raise ArtifactError(f"There is no notebook {number!r}. There are {', '.join(LEAVES)}.")
+        rows = {}
+        for name in LEAVES[number]:
+            if name in BARE:
+                if not self.path(name).exists():
+                    raise ArtifactError(f"{name} is missing. Run {notebook_of(name)} again.")
+                parents: list[str] = []
+            else:
+                parents = list(self.describe(name)["parents"])
+            rows[name] = {"size": _size(self.path(name)), "made from": ", ".join(parents)}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file")
+
     def _checksum(self, name: str) -> str:
         """Return the SHA-256 of an artifact; it is taken once while the file is unchanged."""
         path = self.path(name)
@@ -167,3 +229,10 @@ class Artifacts:
         if name not in self._checksums or self._checksums[name][0] != state:
             self._checksums[name] = (state, sha256(path))
         return self._checksums[name][1]
+
+
+def _size(path: Path) -> str:
+    """Return the size of a file, or of all files in a folder, with its unit."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
