@@ -63,7 +63,7 @@ def test_the_options_of_the_gpu_benchmark_exist():
         "docs/cli.md",
         "docs/teaching.md",
         "docs/install.md",
-    ],  # fmt: skip
+    ],
 )
 def test_the_commands_of_the_documents_exist(page):
     text = (project_root() / page).read_text()
