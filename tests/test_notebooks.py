@@ -184,6 +184,28 @@ def test_one_line_in_a_notebook_brings_the_traceback_back():
     assert (error.ename, error.evalue) == ("InputError", "Give it a matrix.")
 
 
+STOPPED = "error = KeyboardInterrupt()\n{}\nraise error"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("", "Interrupted. Run the cell again to go on."),
+        ("error.add_note('1 of 4 epochs are kept.')", "Interrupted. 1 of 4 epochs are kept."),
+    ],
+)
+def test_an_interruption_is_one_sentence_in_a_notebook_and_stops_it(said, shown):
+    notebook, error = execute("import helpers.tutorial", STOPPED.format(said))
+    assert traceback(notebook.cells[1]) == shown
+    assert error.ename == "KeyboardInterrupt"
+
+
+def test_the_traceback_of_an_interruption_comes_back_too():
+    cells = "import helpers.tutorial as t\nt.show_tracebacks()", STOPPED.format("")
+    notebook, _ = execute(*cells)
+    assert "raise error" in traceback(notebook.cells[1])
+
+
 def test_a_notebook_that_uses_the_library_alone_keeps_its_tracebacks():
     notebook, _ = execute(FAILS)
     assert "raise InputError" in traceback(notebook.cells[0])

@@ -9,8 +9,8 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -205,6 +205,8 @@ def train(
             progress = _resume(progress_file, progress, step, together)
         if progress.history and on_epoch is not None and together.is_first:
             on_epoch(progress.epochs)
+        if progress_file is not None:
+            modes.enter_context(_told_when_interrupted(progress, recipe))
         for number in range(len(progress.history) + 1, recipe.epochs + 1):
             # One seed per epoch, so that a resumed run sees the same images in the same order.
             torch.manual_seed(seed + number)
@@ -242,6 +244,19 @@ def train(
         model.load_state_dict(progress.best)
     model.eval()
     return progress.epochs
+
+
+@contextmanager
+def _told_when_interrupted(progress: _Progress, recipe: Recipe) -> Iterator[None]:
+    """Add to an interruption what is kept of the training."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(
+            f"{len(progress.history)} of {recipe.epochs} epochs are kept; the same call goes on "
+            "from there."
+        )
+        raise
 
 
 def _validate(step: Step, loader: DataLoader, recipe: Recipe) -> Accuracy:
@@ -302,7 +317,11 @@ def _resume(path: Path, fresh: _Progress, step: Step, together: Processes) -> _P
                 kept.name,
             )
         return fresh
-    if together.is_first:
+    if together.is_first and len(stored.history) >= step.recipe.epochs:
+        _logger.info(
+            "%s has all epochs (%d). Delete it to train again.", path.name, len(stored.history)
+        )
+    elif together.is_first:
         _logger.info(
             "%s: continuing after epoch %d. Delete it to start at epoch 1.",
             path.name,
