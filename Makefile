@@ -4,25 +4,29 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NBMAKE := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts \
-          $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts
 
-.PHONY: tutorial test gpu lab lint notebooks lock clean
+.PHONY: tutorial test browser gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## everything: unit tests, then the notebooks from scratch and again
+test: $(READY) lint  ## unit tests; the notebooks, also with solutions; the book; a browser
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
-	$(NBMAKE)
-	$(NBMAKE)
+	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+	$(ONLY) $(BIN)/pytest tests/solved
+	$(MAKE) book slides browser
+
+browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser
+	rm -rf build/browser
+	$(BIN)/pytest --durations=0 tests/browser
 
 gpu: $(if $(GPU_PYTHON),,$(READY))  ## check and measure a GPU; the next call goes on
 	PYTHONPATH=$(CURDIR) $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_OPTIONS)
 
-lab: $(READY)  ## open JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(READY)  ## learn: copies of the notebooks in JupyterLab; LAB_OPTIONS are those of jupyter lab
+	$(BIN)/python -m helpers learn $(LAB_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,12 +44,40 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# The site of notebooks, documentation and API. Its notebooks are shown with their stored outputs.
+book: $(READY)  ## build/book: the notebooks, the documentation and the API as a site
+	rm -rf docs/api build/book build/doctrees
+	$(BIN)/sphinx-apidoc -q --separate --no-toc --templatedir docs/book/templates \
+	    --output-dir docs/api helpers 'helpers/tutorial/answers*'
+	$(BIN)/sphinx-build -W --keep-going --quiet -d build/doctrees -c docs/book . build/book
+	$(BIN)/python docs/book/links.py build/book
+
+slides: $(READY)  ## build/slides/index.html: the slides of docs/teaching.md, with speaker notes
+	rm -rf build/slides
+	$(BIN)/python docs/book/slides.py build/slides
+
+# For a room without network (docs/install.md). The check installs everything with no index.
+wheelhouse:  ## build/wheelhouse: the wheel of every package in the lock
+	rm -rf build/wheelhouse build/wheelhouse-pip
+	$(PYTHON) -m venv build/wheelhouse-pip
+	build/wheelhouse-pip/bin/pip wheel --quiet --requirement requirements.lock \
+	    --wheel-dir build/wheelhouse
+	rm -rf build/wheelhouse-pip
+
+wheelhouse-check:
+	rm -rf build/offline
+	PIP_NO_INDEX=1 PIP_FIND_LINKS=$(CURDIR)/build/wheelhouse \
+	    $(MAKE) VENV=build/offline build/offline/.ready
+	build/offline/bin/python -m helpers setup
+	rm -rf build/offline
+
 # Pin every package, for each Python and platform at once.
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --universal --python-version 3.11 --quiet \
-	    --extra notebooks --extra serving --extra dev --no-emit-index-url --no-annotate \
+	    --extra notebooks --extra serving --extra book --extra browser --extra dev \
+	    --no-emit-index-url --no-annotate \
 	    pyproject.toml --output-file requirements.lock
 	rm -rf $(VENV)-lock
 

@@ -153,7 +153,7 @@ class LayerRunner(Runner):
     def load(self, images: Tensor) -> None:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.images = images.contiguous(memory_format=layout)
-        out = torch.empty_like(self.kernel.layer(images)) if self.kernel.writes_to_buffer else None
+        out = torch.empty_like(self.kernel.layer(images)) if self.kernel.by_channels else None
         self.call = self.kernel.for_shape(images.shape, out)
 
     @torch.inference_mode()

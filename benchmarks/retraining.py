@@ -188,8 +188,13 @@ def sr_ste(task: Task, model: nn.Module, data: Data, seed: int) -> tuple[nn.Modu
     return model, kept
 
 
-def distilled(task: Task, model: nn.Module, data: Data, seed: int) -> tuple[nn.Module, float]:
-    """Learn half from the labels and half from the outputs of the dense model."""
+def distilled(
+    task: Task, model: nn.Module, data: Data, seed: int, classes: int = 1
+) -> tuple[nn.Module, float]:
+    """Learn half from the labels and half from the outputs of the dense model.
+
+    `classes` is the dimension of the logits that holds the classes.
+    """
     teacher = copy.deepcopy(model).eval()
 
     def loss(student: nn.Module, batch: Batch) -> Tensor:
@@ -201,8 +206,9 @@ def distilled(task: Task, model: nn.Module, data: Data, seed: int) -> tuple[nn.M
             of_labels = task.loss(student, batch)
         ((inputs, logits),) = calls
         with torch.no_grad():
-            wanted = teacher(*inputs).log_softmax(1)
-        of_teacher = F.kl_div(logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
+            wanted = teacher(*inputs).log_softmax(classes)
+        found = logits.log_softmax(classes)
+        of_teacher = F.kl_div(found, wanted, reduction="none", log_target=True).sum(classes).mean()
         return (of_labels + of_teacher) / 2
 
     return retrained()(replace(task, loss=loss), model, data, seed)

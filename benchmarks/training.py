@@ -85,7 +85,7 @@ def _hold(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> float:
 def loading(network: str, count: int, workers: int) -> dict[str, Any]:
     """Return images per second of the loader alone, of the step alone, and of both together."""
     generator = np.random.default_rng(0)
-    recipe = PRESETS["workshop"].recipe
+    recipe = PRESETS["imagenette"].recipe
     with TemporaryDirectory() as folder:
         for part, images in (("train", count), ("val", 2)):
             (Path(folder) / part / "all").mkdir(parents=True)

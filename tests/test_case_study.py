@@ -40,14 +40,14 @@ def sparse_file(dense, folder) -> Path:
     return export.export_onnx(dense, folder / "sparse.onnx", SHAPE, half=True)
 
 
-def test_the_workshop_starts_from_torchvisions_weights_with_imagenettes_ten_classes(
+def test_imagenette_starts_from_torchvisions_weights_with_imagenettes_ten_classes(
     dense, folder, monkeypatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     cache = folder / "torch" / "hub" / "checkpoints" / FILE
     cache.parent.mkdir(parents=True)
     torch.save(dense.state_dict(), cache)
-    model = inputs.load_pretrained(Settings.load("workshop"))
+    model = inputs.load_pretrained(Settings.load("imagenette"))
     cache.unlink()
 
     assert model.fc.out_features == 10
@@ -69,7 +69,7 @@ def test_a_damaged_file_of_torchvisions_weights_is_refused_in_one_sentence(
     (tmp_path / "hub" / "checkpoints" / FILE).write_bytes(content)
     monkeypatch.setattr(networks, "create_model", lambda *_, **__: nn.Identity())  # saves seconds
     with pytest.raises(CheckpointError, match=FILE):
-        inputs.load_pretrained(Settings.load("workshop"))
+        inputs.load_pretrained(Settings.load("imagenette"))
 
 
 def test_all_71_eligible_weights_of_the_exported_file_are_2to4(sparse_file):
@@ -96,7 +96,7 @@ def test_an_engine_of_it_is_built_without_a_gpu(sparse_file):
     )
     builder = engine.Builder("TensorRT-RTX", trt, trt.__version__, "the test asks for it")
     plan = sparse_file.with_suffix(".engine")
-    batches = (1, 256, 256)  # those of the presets workshop and full
+    batches = (1, 256, 256)  # those of the presets imagenette and full
     report = engine.build_engine(
         sparse_file, plan, SHAPE, batches, compute_capability="8.6", builder=builder
     )

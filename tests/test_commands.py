@@ -23,8 +23,9 @@ from helpers.inference.export import export_onnx
 from helpers.measurement.benchmark import BenchmarkError
 from helpers.metrics import Comparison
 from helpers.sparsity import eligible_weights, is_2to4, prune_2to4_, save_compressed
+from helpers.training.loop import TrainingInterrupted
 from helpers.training.networks import create_model, load_checkpoint, save_checkpoint
-from helpers.tutorial import commands, own_models, setup
+from helpers.tutorial import commands, learner_copies, own_models, setup, steps
 from helpers.tutorial.artifacts import NOTEBOOKS, Artifacts
 from helpers.tutorial.checks import CheckError, TutorialError
 from helpers.tutorial.settings import project_root
@@ -32,7 +33,7 @@ from helpers.tutorial.settings import project_root
 COMMANDS = [
     "setup", "evaluate", "prune", "retrain", "export", "build", "benchmark", "summary", "verify",
     "pretrain", "dense-control", "save-reference", "tutorial", "advise", "report", "load-test",
-    "quantize", "repository", "serve",
+    "quantize", "repository", "serve", "learn", "catch-up",
 ]  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_an_unknown_preset_is_one_sentence_and_exit_2():
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("TutorialError: There is no preset 'enormous'.")
-    assert line.endswith("quick, workshop, full")
+    assert line.endswith("quick, imagenette, full")
 
 
 @pytest.mark.parametrize(
@@ -688,6 +689,25 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert len(list(case_study["dense"].parent.iterdir())) == 2
 
 
+def test_catching_up_leaves_the_files_for_the_learners_copies(run, tiny_settings, monkeypatch):
+    shipped = project_root() / "data"
+    monkeypatch.setenv("TUTORIAL_DATA", str(shipped))
+    status, said, errors = run("catch-up", "03")
+    assert status == 0, errors
+    assert said.endswith("Ready for notebook 03.\n")
+    assert Artifacts(tiny_settings).require("02_pruned.safetensors").exists()
+
+
+def test_copies_are_made_without_opening_jupyterlab(run, monkeypatch):
+    made = []
+    monkeypatch.setattr(learner_copies, "make_copies", lambda: made.append("copies"))
+    monkeypatch.setattr(learner_copies, "open_lab", made.append)
+    assert run("learn", "--no-lab") == (0, "", "")
+    assert made == ["copies"]
+    assert run("learn", "--no-browser", "--port=9999") == (0, "", "")
+    assert made == ["copies", "copies", ["--no-browser", "--port=9999"]]
+
+
 def test_exit_statuses_tell_no_from_wrong_and_from_unavailable():
     assert commands.exit_status(InputError("")) == 2
     assert commands.exit_status(WriteError("")) == 2
@@ -695,6 +715,18 @@ def test_exit_statuses_tell_no_from_wrong_and_from_unavailable():
     assert commands.exit_status(CheckError("")) == 1
     assert commands.exit_status(BenchmarkError("")) == 1
     assert commands.exit_status(RunnerError("")) == 3
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [(KeyboardInterrupt(), "Interrupted."), (TrainingInterrupted("2 are kept."), "2 are kept.")],
+)
+def test_ctrl_c_ends_a_command_in_one_sentence_with_130(run, monkeypatch, stop, said):
+    def stopping(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(steps, "evaluate", stopping)
+    assert run("evaluate") == (130, "", f"{said}\n")
 
 
 def test_the_same_weights_are_the_same_file(tmp_path):
@@ -752,7 +784,9 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     assert all(row["speedup_low"] <= row["speedup_high"] for row in rows)
     assert (artifacts.figures / "06_case_study.png").exists()
     assert "latency p50, batch 4" in said["summary"]
-    assert (tiny_settings.data_dir / "reference" / said["save-reference"].strip()).exists()
+    record, network = said["save-reference"].split()
+    assert (tiny_settings.data_dir / "reference" / record).exists()
+    assert (tiny_settings.data_dir / "pretrained" / network).exists()
 
     # A second run over what is there changes nothing but dates and times.
     status, again, _ = run("retrain")

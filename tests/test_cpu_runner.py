@@ -204,7 +204,8 @@ def test_a_sum_takes_the_place_of_an_operand_that_is_not_read_again():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(static, "new_buffer", lambda n: (made.append(n), torch.full((n,), NAN))[1])
         assert_exact(CpuRunner(model.eval(), timer=last), model, random(1, 8, 8, 8))
-    assert len(made) == 2  # of 12 layers: one is read while the other is written
+    # Of 12 layers, in each of two models: one is read while the other is written.
+    assert len(made) == 2 * 2
 
 
 def test_nothing_is_allocated_for_sparse_layers_in_a_run(monkeypatch):

@@ -233,7 +233,7 @@ def photo_settings(preset, folder):
 def imagenette(tmp_path):
     write_photos(tmp_path / "imagenette2-320" / "train", WNIDS, 3)
     write_photos(tmp_path / "imagenette2-320" / "val", WNIDS, 1)
-    return photo_settings("workshop", tmp_path)
+    return photo_settings("imagenette", tmp_path)
 
 
 def check_photo_batches(splits):
@@ -283,7 +283,7 @@ def test_too_few_photographs_for_the_validation_split_are_refused(imagenette):
 
 
 def test_a_missing_imagenette_without_a_network_is_told(tmp_path, no_network):
-    message = refusal(photo_settings("workshop", tmp_path))
+    message = refusal(photo_settings("imagenette", tmp_path))
     assert message.startswith(f"Imagenette could not be read from {tmp_path} or downloaded (")
     assert (
         "Unpack imagenette2-320.tgz there, or give the folder that holds imagenette2-320/"

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import onnx
 import pytest
 import torch
-import tqdm.auto
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -213,7 +212,7 @@ def test_one_progress_bar_is_filled_and_closed(rtx, exported, tmp_path, monkeypa
     bars = []
 
     class Bar:
-        def __init__(self, total: int, desc: str, leave: bool) -> None:
+        def __init__(self, total: int, desc: str) -> None:
             self.total, self.desc, self.n, self.closed = total, desc, 0, False
             bars.append(self)
 
@@ -224,7 +223,7 @@ def test_one_progress_bar_is_filled_and_closed(rtx, exported, tmp_path, monkeypa
         def close(self) -> None:
             self.closed = True
 
-    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    monkeypatch.setattr(engine, "progress_bar", Bar)
     build_engine(exported[1]["fp16"], tmp_path / "e", SHAPE, BATCHES, builder=rtx)
     (bar,) = bars
     assert bar.desc == "Building engine"

@@ -15,7 +15,7 @@ from helpers.tutorial.settings import project_root
 PROJECT = tomllib.loads((project_root() / "pyproject.toml").read_text())["project"]
 CONDA_TEXT = (project_root() / "environment.yml").read_text()
 LOCK_TEXT = (project_root() / "requirements.lock").read_text()
-EXTRAS = ("notebooks", "gpu", "serving", "dev")
+EXTRAS = ("notebooks", "gpu", "serving", "book", "browser", "dev")
 
 
 def declared(*extras: str) -> dict[str, Requirement]:
@@ -81,9 +81,9 @@ def test_every_package_says_what_it_is_for():
     assert all(re.search(r">=[\d.,<]+ +# \w", line) for line in packages)
 
 
-@pytest.mark.parametrize("name", declared("notebooks", "serving", "dev"))
+@pytest.mark.parametrize("name", declared("notebooks", "serving", "book", "dev"))
 def test_every_direct_dependency_is_pinned_within_its_bound(name):
-    bound = declared("notebooks", "serving", "dev")[name].specifier
+    bound = declared("notebooks", "serving", "book", "dev")[name].specifier
     assert name in locked()
     for pin in locked()[name]:
         (version,) = pin.specifier

@@ -26,9 +26,10 @@ FLOORS = [
 
 def documented() -> list[str]:
     """Return the modules of the tables of docs/helpers.md, from the lowest floor up."""
-    house = (ROOT / "docs" / "helpers.md").read_text().partition("\n## ")[0]
+    house = (ROOT / "docs" / "helpers.md").read_text()
+    floors = house.partition("\n## The floors\n")[2].partition("\n## ")[0]
     found = []
-    for section in house.split("\n### ")[1:]:
+    for section in floors.split("\n### ")[1:]:
         floor = re.search(r"`(helpers[.\w]*)`$", section.splitlines()[0])[1]
         found += [f"{floor}.{name}" for name in re.findall(r"^\| `(\w+)` \|", section, re.M)]
     return found

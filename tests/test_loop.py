@@ -11,7 +11,7 @@ from helpers import sparsity
 from helpers.errors import HelpersError, InputError
 from helpers.metrics import Accuracy, Comparison
 from helpers.training import loop
-from helpers.training.loop import TrainingError, compare, evaluate, train
+from helpers.training.loop import TrainingError, TrainingInterrupted, compare, evaluate, train
 from helpers.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=0.1, weight_decay=5e-4, warmup=0.2)
@@ -273,9 +273,11 @@ def test_an_interrupted_training_ends_in_the_same_bits(
 
     with monkeypatch.context() as patch:
         interrupt(patch, where, finished + 1)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(TrainingInterrupted) as stop:
             train(stopped, tiny_splits, RECIPE, 1, masks, tmp_path / "stopped.pt")
     assert (tmp_path / "stopped.pt").exists() == (finished > 0)
+    kept = f"epoch {finished} of {RECIPE.epochs} is" if finished else "none of 3 epochs is"
+    assert str(stop.value).startswith(f"Interrupted; {kept} kept. Run it again ")
     two = train(resumed, tiny_splits, RECIPE, 1, masks, tmp_path / "stopped.pt")
 
     assert same(straight.state_dict(), resumed.state_dict())
@@ -299,12 +301,19 @@ def test_an_interrupted_training_goes_on_with_the_very_same_network(
         interrupt(patch, "_train_epoch", 2)
         with pytest.raises(KeyboardInterrupt) as interruption:
             train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
-    (kept,) = interruption.value.__notes__
-    assert kept == f"1 of {RECIPE.epochs} epochs are kept; the same call goes on from there."
+    assert str(interruption.value) == "Interrupted; epoch 1 of 3 is kept. Run it again to go on."
     assert same(tiny_net.state_dict(), before)
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     assert "continuing after epoch 1" in caplog.text
     assert same(straight.state_dict(), tiny_net.state_dict())
+
+
+def test_of_an_interrupted_training_without_a_progress_file_nothing_is_kept(
+    monkeypatch, tiny_net, tiny_splits
+):
+    interrupt(monkeypatch, "_train_epoch", 2)
+    with pytest.raises(TrainingInterrupted, match=r"^Interrupted; none of 3 epochs is kept"):
+        train(tiny_net, tiny_splits, RECIPE, seed=1)
 
 
 @pytest.mark.parametrize("asked_by", ["a fresh network", "the trained one"])

@@ -322,8 +322,8 @@ def test_a_restricted_head_keeps_the_logits_of_its_classes(model):
 
 @pytest.fixture
 def stand_in():
-    """The workshop with a smaller network, which is made in a moment."""
-    return replace(Settings.load("workshop"), model="resnet18")
+    """The imagenette preset with a smaller network, which is made in a moment."""
+    return replace(Settings.load("imagenette"), model="resnet18")
 
 
 def serve(monkeypatch, state):
@@ -331,7 +331,7 @@ def serve(monkeypatch, state):
     monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: state)
 
 
-def test_the_workshop_takes_its_ten_rows_of_the_pretrained_head(stand_in, monkeypatch):
+def test_imagenette_takes_its_ten_rows_of_the_pretrained_head(stand_in, monkeypatch):
     torch.manual_seed(1)
     state = create_model("resnet18", 1000).state_dict()
     serve(monkeypatch, state)

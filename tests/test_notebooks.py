@@ -137,7 +137,7 @@ def test_without_jupyter_the_reader_is_told_how_to_get_it(monkeypatch, tiny_sett
         run_notebooks(tiny_settings)
 
 
-@pytest.mark.parametrize("before", ["workshop", None])
+@pytest.mark.parametrize("before", ["imagenette", None])
 def test_the_preset_is_set_for_the_kernels_alone(notebooks, tiny_settings, monkeypatch, before):
     monkeypatch.delenv("TUTORIAL_PRESET", raising=False)
     if before:
@@ -145,6 +145,14 @@ def test_the_preset_is_set_for_the_kernels_alone(notebooks, tiny_settings, monke
     notebooks(n00_first="import os\nassert os.environ['TUTORIAL_PRESET'] == 'quick'")
     run_notebooks(tiny_settings)
     assert os.environ.get("TUTORIAL_PRESET") == before
+
+
+def test_stored_outputs_have_no_progress_bars(notebooks, tiny_settings):
+    loop = "from helpers.progress_bar import progress_bar\nlist(progress_bar(range(3)))"
+    folder = notebooks(n00_first=f"{loop}\nprint('done')")
+    run_notebooks(tiny_settings, save=True)
+    (output,) = json.loads((folder / "n00_first.ipynb").read_text())["cells"][0]["outputs"]
+    assert "".join(output["text"]) == "done\n"
 
 
 # --- what helpers.tutorial does in a notebook ----------------------------------------------
@@ -184,26 +192,31 @@ def test_one_line_in_a_notebook_brings_the_traceback_back():
     assert (error.ename, error.evalue) == ("InputError", "Give it a matrix.")
 
 
-STOPPED = "error = KeyboardInterrupt()\n{}\nraise error"
+INTERRUPT = "import signal\nsignal.raise_signal(signal.SIGINT)"
+STOPPED = "from helpers.training.loop import TrainingInterrupted as T\nraise T('2 are kept.')"
 
 
-@pytest.mark.parametrize(
-    ("said", "shown"),
-    [
-        ("", "Interrupted. Run the cell again to go on."),
-        ("error.add_note('1 of 4 epochs are kept.')", "Interrupted. 1 of 4 epochs are kept."),
-    ],
-)
-def test_an_interruption_is_one_sentence_in_a_notebook_and_stops_it(said, shown):
-    notebook, error = execute("import helpers.tutorial", STOPPED.format(said))
-    assert traceback(notebook.cells[1]) == shown
-    assert error.ename == "KeyboardInterrupt"
+@pytest.mark.parametrize(("stops", "said"), [(INTERRUPT, "Interrupted."), (STOPPED, "2 are kept.")])
+def test_an_interrupted_cell_says_so_in_one_sentence_and_stops_the_notebook(stops, said):
+    notebook, error = execute("import helpers.tutorial", stops)
+    (output,) = notebook.cells[1].outputs
+    assert (output.name, output.text) == ("stderr", f"{said}\n")
+    assert error is not None
 
 
-def test_the_traceback_of_an_interruption_comes_back_too():
-    cells = "import helpers.tutorial as t\nt.show_tracebacks()", STOPPED.format("")
-    notebook, _ = execute(*cells)
-    assert "raise error" in traceback(notebook.cells[1])
+def test_one_line_brings_the_traceback_of_an_interrupted_cell_back():
+    notebook, _ = execute("import helpers.tutorial as t\nt.show_tracebacks()", INTERRUPT)
+    assert "raise_signal" in traceback(notebook.cells[1])
+
+
+def test_a_progress_bar_in_a_notebook_is_text_on_standard_output():
+    loop = "for _ in progress_bar(range(3), mininterval=0): pass\nprint('done')"
+    notebook, _ = execute("from helpers.progress_bar import progress_bar", loop)
+    outputs = notebook.cells[1].outputs
+    assert {output.name for output in outputs} == {"stdout"}
+    text = "".join(output.text for output in outputs)
+    assert "3/3" in text
+    assert text.endswith(f"\r{' ' * 79}\rdone\n")
 
 
 def test_a_notebook_that_uses_the_library_alone_keeps_its_tracebacks():

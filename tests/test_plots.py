@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -365,6 +366,28 @@ def test_the_case_study_without_energy_shows_speed_alone():
     assert axis.get_title().endswith("2 cores of EPYC, 2026-11-23")
 
 
+@pytest.mark.parametrize("draw", [plots.plot_sweep, plots.plot_case_study])
+def test_a_long_interval_ends_at_the_frame_and_moves_nothing(draw):
+    def drawn(table: pd.DataFrame) -> Axes:
+        arguments = (table, "noisy") if draw is plots.plot_sweep else (record(table),)
+        figure = draw(*arguments)
+        figure.canvas.draw()
+        return figure.axes[-1]
+
+    table = sweep_table()
+    quiet = drawn(table)
+    table.loc[(table.network == "sparse") & (table.batch == 8), "speedup_high"] = 40
+    noisy = drawn(table)
+    assert max(high for _, _, high in intervals(noisy)) == 40
+    assert noisy.get_ylim() == quiet.get_ylim()
+    places = [text.xy for text in noisy.texts]
+    assert places == [text.xy for text in quiet.texts]
+    assert all(str(f"{y:.2f}") == text for (_, y), text in zip(places, texts(noisy), strict=True))
+    low, high = noisy.get_ylim()
+    assert all(low < y < high for _, y in places)
+    assert noisy.get_legend().get_window_extent().y1 < noisy.get_window_extent().y0
+
+
 def gemm_table(**columns: list) -> pd.DataFrame:
     content = {
         "datatype": ["FP16", "FP16", "INT8"],
@@ -641,14 +664,14 @@ def load_rows(*, answered: int = 5) -> pd.DataFrame:
 def test_a_load_is_drawn_as_latency_against_throughput():
     figure = plots.plot_load(load_rows(), "a server")
     closed, opened = figure.axes
-    assert legend(closed) == ["dense", "sparse"]
+    assert labels(figure.legends[0].get_texts()) == ["dense", "sparse"]
     median, tail = closed.lines[:2]
     assert median.get_xdata().tolist() == [100, 200]
     assert median.get_ydata().tolist() == [2, 3]
     assert tail.get_ydata().tolist() == [10, 11]
     assert [line.get_color() for line in closed.lines] == [plots.DENSE] * 2 + [plots.SPARSE] * 2
-    assert texts(closed) == ["1", "4"] * 2
-    assert texts(opened) == ["50"] * 2
+    assert texts(closed) == ["1", "4"], "one number for all models"
+    assert texts(opened) == ["50"]
     assert closed.get_yscale() == "log"
 
 
@@ -657,3 +680,49 @@ def test_a_load_of_one_kind_has_one_panel_and_one_without_answers_none():
     assert len(plots.plot_load(table[table.loop == "open"], "a server").axes) == 1
     with pytest.raises(InputError, match="no latency to draw"):
         plots.plot_load(load_rows(answered=0), "a server")
+
+
+def differences(*half_inputs_high: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "network": f"network {place}",
+                "retrained": -0.2, "retrained_low": -0.5, "retrained_high": 0.1,
+                "half_inputs": high - 1, "half_inputs_low": high - 2, "half_inputs_high": high,
+            }
+            for place, high in enumerate(half_inputs_high)
+        ]
+    )  # fmt: skip
+
+
+def test_what_2to4_costs_is_drawn_beside_the_control_that_must_lose():
+    figure = plots.plot_accuracy_differences(differences(-3.0, 0.5))
+    retrained, failing = figure.axes
+    assert labels(retrained.get_yticklabels()) == ["network 0", "network 1"]
+    for axis, mean, low, high in ((retrained, -0.2, -0.5, 0.1), (failing, -4.0, -5.0, -3.0)):
+        sure, unsure = axis.containers
+        assert sure.lines[0].get_xdata().tolist() == [pytest.approx(mean)]
+        ((left, right),) = sure.lines[2][0].get_segments()
+        assert [left[0], right[0]] == pytest.approx([low, high])
+        assert unsure.lines[0].get_alpha() < sure.lines[0].get_alpha()
+    with pytest.raises(InputError):
+        plots.plot_accuracy_differences(differences())
+
+
+def test_the_length_of_a_retraining_is_drawn_for_each_network():
+    rows = pd.DataFrame(
+        {
+            "network": ["a", "b", "a"],
+            "percent": [100, 5, 5],
+            "difference": [0.0, -4.0, -2.0],
+            "low": [0.0, -5.0, -2.5],
+            "high": [0.0, -3.0, -1.5],
+        }
+    )
+    figure = plots.plot_retraining_length(rows)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["a", "b"]
+    (line,) = (container.lines[0] for container in figure.axes[0].containers)
+    assert line.get_xdata().tolist() == [5, 100]
+    assert line.get_ydata().tolist() == [-2, 0]
+    with pytest.raises(InputError):
+        plots.plot_retraining_length(rows.iloc[:0])

@@ -1,4 +1,4 @@
-"""The README against the code and the records that it quotes."""
+"""The README and docs/results.md against the code and the records that they quote."""
 
 import json
 import re
@@ -24,15 +24,25 @@ from helpers.tutorial.summary import describe_gain
 
 ROOT = project_root()
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 REFERENCE = ROOT / "data" / "reference"
+TITLES = {
+    "resnet50": "ResNet-50",
+    "resnext101_32x8d": "ResNeXt-101 32x8d",
+    "vit_b_16": "ViT-B/16",
+}
+
+
+def speed_up(low: float, value: float, high: float) -> str:
+    return f"{value:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 def test_the_results_are_those_of_the_recorded_run():
     record = json.loads((REFERENCE / "quick_cpu.json").read_text())
-    assert record["date"] in README
+    assert record["date"] in RESULTS
     for name, value in record["summary"].items():
-        assert f"| {name} | {value} |" in README, name
-    text = " ".join(README.split())
+        assert f"| {name} | {value} |" in RESULTS, name
+    text = " ".join(RESULTS.split())
     table = pd.DataFrame(record["benchmark"]["rows"])
     assert describe_gain(table) in text
     again = table[table.network == "dense again"]
@@ -44,18 +54,13 @@ def test_the_results_are_those_of_the_recorded_run():
 
 def test_the_speed_on_a_cpu_is_the_recorded_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    names = {
-        "resnet50": "ResNet-50",
-        "resnext101_32x8d": "ResNeXt-101 32x8d",
-        "vit_b_16": "ViT-B/16",
-    }
     shown = 0
     for row in record["ratios"]:
-        if row["contender"] == "sparse" and row["network"] in names:
-            what = f"| {names[row['network']]} | {row['batch']} | {row['threads']} |"
-            line = re.search(rf"{re.escape(what)}.*\| (.*) \|", README)
+        if row["contender"] == "sparse" and row["network"] in TITLES:
+            what = f"| {TITLES[row['network']]} | {row['batch']} | {row['threads']} |"
+            line = re.search(rf"{re.escape(what)}.*\| (.*) \|", RESULTS)
             assert line is not None, row
-            assert line[1] == f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+            assert line[1] == speed_up(row["low"], row["ratio"], row["high"])
             case = {key: row[key] for key in ("network", "batch", "threads")}
             for contender in (row["best_dense"], "sparse"):
                 (timed,) = (
@@ -68,9 +73,41 @@ def test_the_speed_on_a_cpu_is_the_recorded_one():
     assert shown >= 4
 
 
+def test_the_short_table_has_the_same_figures():
+    """The README quotes five rows of docs/results.md, and the range of the others."""
+    quick = json.loads((REFERENCE / "quick_cpu.json").read_text())
+    control = json.loads((REFERENCE / "quick_dense_control.json").read_text())
+    dense = Accuracy(**control["test"]).top1
+    sparse = quick["summary"]["retrained, test top-1"].partition(" top-1")[0].partition(" ±")[0]
+    difference = str(Comparison(**control["retrained_against_it"])).partition(" (")[0]
+    assert f"both trained as long | {dense:.2f} % | {sparse} | {difference} |" in README
+    rows = pd.DataFrame(quick["benchmark"]["rows"]).set_index(["network", "batch"])
+    fast = rows.loc["sparse", 32]
+    times = f"| {rows.loc['dense', 32].p50:.2f} ms | {fast.p50:.2f} ms | "
+    gain = speed_up(fast.speedup_low, fast.speedup, fast.speedup_high)
+    assert f"quick preset, batch 32, two cores {times}{gain} |" in README
+    single = rows.loc["sparse", 1]
+    assert single.speedup_low < 1 < single.speedup_high
+    assert "At batch size 1 the quick preset gains nothing" in README
+
+    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    gains = pd.DataFrame(record["ratios"])
+    gains = gains[(gains.contender == "sparse") & gains.network.isin(TITLES)]
+    text = " ".join(README.split())
+    assert f"lies between {gains.ratio.min():.2f}x and {gains.ratio.max():.2f}x" in text
+    cores = {"one": 1, "two": 2}
+    quoted = re.findall(r"^\| (.*), batch (\d+), (\w+) cores? \| (.*) \|$", README, re.M)
+    assert len(quoted) == 4
+    for title, batch, count, figures in quoted:
+        if title in TITLES.values():
+            row = f"| {title} | {batch} | {cores[count]} |"
+            (full,) = re.findall(rf"^{re.escape(row)} (.*) \|$", RESULTS, re.M)
+            assert re.sub(r"ONNX Runtime |PyTorch ", "", full) == figures
+
+
 def test_the_control_is_the_recorded_one():
     record = json.loads((REFERENCE / "quick_dense_control.json").read_text())
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     assert str(Accuracy(**record["test"])) in text
     comparison = Comparison(**record["retrained_against_it"])
     assert str(comparison) in text
@@ -82,17 +119,17 @@ def test_the_real_networks_figures_are_the_recorded_ones():
     record = json.loads(path.read_text())
     report, seconds = record["report"], record["seconds"]
     assert record["all_eligible_2to4"]
-    assert f"{report['sparse_layers']} of {report['layers']} layers" in README
-    assert f"{report['macs_share']:.2f} % of the MACs" in README
+    assert f"{report['sparse_layers']} of {report['layers']} layers" in RESULTS
+    assert f"{report['macs_share']:.2f} % of the MACs" in RESULTS
     for step, value in seconds.items():
-        assert f"{step} {value:.2f} s" in README, step
+        assert f"{step} {value:.2f} s" in RESULTS, step
 
 
 def test_the_figures_of_int8_are_the_recorded_ones():
     path = ROOT / "benchmarks" / "results" / "int8_cpu.json"
     networks = json.loads(path.read_text())["networks"]
-    text = " ".join(README.split())
-    (said,) = re.findall(r"\*\*INT8 on top of 2:4\.\*\*.*?Notebook 08", text)
+    text = " ".join(RESULTS.split())
+    (said,) = re.findall(r"## INT8 on top of 2:4 .*?Notebook 08", text)
     quick = networks["resnext14_8x1d"]
     for kind in ("fp32", "tensorrt", "cpu"):
         assert f"{quick['accuracy'][kind]['accuracy']['correct'] / 100:.2f} %" in said, kind
@@ -106,10 +143,11 @@ def test_the_figures_of_int8_are_the_recorded_ones():
 
 def test_the_published_figures_are_labelled_and_those_of_the_record():
     record = json.loads((REFERENCE / "case_study.json").read_text())
-    text = " ".join(README.split())
-    sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", text)[0]
-    assert f"{record['largest_speedup']:.2f}x" in sentence
-    assert f"{record['largest_performance_per_watt']:.2f}x" in sentence
+    text = " ".join(RESULTS.split())
+    for page in (text, " ".join(README.split())):
+        sentence = re.search(r"NVIDIA \*published\*[^.]*\.[^(]*\(", page)[0]
+        assert f"{record['largest_speedup']:.2f}x" in sentence
+        assert f"{record['largest_performance_per_watt']:.2f}x" in sentence
     assert record["url"] in README
     (reader,) = record["others"]
     told = [
@@ -123,7 +161,7 @@ def test_the_published_figures_are_labelled_and_those_of_the_record():
 
 
 def test_the_prediction_is_the_one_that_advise_makes_today():
-    text = " ".join(README.split())
+    text = " ".join((README + RESULTS).split())
     expected = re.findall(
         r"`advise` expects (\S+)x for ResNeXt-101 .*? within (\S+)x to (\S+)x, .*?"
         r"By the datasheet alone it would be (\S+)x",
@@ -159,11 +197,10 @@ def test_the_gpus_and_products_behind_a_prediction_are_those_of_the_calibration(
     assert f"NVIDIA published up to {record['largest_speedup']:.2f}x. The" in README
 
 
-def test_the_model_card_agrees_with_its_record():
+def test_the_card_of_the_dense_model_agrees_with_its_record():
     folder = ROOT / "data" / "pretrained"
-    (record,) = folder.glob("*.json")
-    facts = json.loads(record.read_text())
-    card = (folder / "README.md").read_text()
+    facts = json.loads((folder / "resnext14_8x1d_fashionmnist.json").read_text())
+    card = (folder / "README.md").read_text().split("# Model card: ")[1]
     accuracy = Accuracy(**facts["test"])
     assert f"{accuracy.top1:.2f} % top-1" in card
     assert f"{accuracy.standard_error:.2f} points" in card
@@ -212,7 +249,12 @@ def test_the_examples_run(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "data/README.md", "benchmarks/README.md", "docs/helpers.md", "docs/sparsity.md"],
+    [
+        "README.md",
+        "data/README.md",
+        "benchmarks/README.md",
+        *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page
@@ -236,21 +278,21 @@ def test_the_peers_figures_are_the_recorded_ones():
     for ways, peer in ((masks["masks"], "nvidia-modelopt"), (masks["holding"], "ASP's way")):
         ours, theirs = ways["ways"]["helpers.sparsity"], ways["ways"][peer]
         row = rf"\| {ours['ms']:.0f} ms \| [^|]* {theirs['ms']:.0f} ms \| "
-        assert re.search(row + f"{ours['times_faster']:.1f}x", README), peer
-    assert f"| {verify['verify']['seconds']:.2f} s | polygraphy" in README
-    assert f"polygraphy {verify['polygraphy']['seconds']:.1f} s | {verify['ratio']:.0f}x" in README
+        assert re.search(row + f"{ours['times_faster']:.1f}x", RESULTS), peer
+    assert f"| {verify['verify']['seconds']:.2f} s | polygraphy" in RESULTS
+    assert f"polygraphy {verify['polygraphy']['seconds']:.1f} s | {verify['ratio']:.0f}x" in RESULTS
     compressed = verify["compressed"]
-    assert f"{compressed['seconds']['compress']:.2f} s | PyTorch" in README
-    assert f"{compressed['seconds']['torch_compress']:.2f} s" in README
+    assert f"{compressed['seconds']['compress']:.2f} s | PyTorch" in RESULTS
+    assert f"{compressed['seconds']['torch_compress']:.2f} s" in RESULTS
     whole = permutation["resnext101_32x8d"]
-    assert f"all {whole['permuted']} layers | {whole['seconds']:.0f} s" in README
+    assert f"all {whole['permuted']} layers | {whole['seconds']:.0f} s" in RESULTS
 
 
 def test_the_ways_to_prune_are_the_recorded_ones():
     record = json.loads((ROOT / "benchmarks" / "results" / "one_shot_quick.json").read_text())
     rows = [row for row in record["rows"] if "dampening" not in row]
     top1 = {row["method"]: row["top1"] for row in rows if row["images"] == record["images"]}
-    assert f"the dense model has {record['dense']:.2f} %" in README
+    assert f"the dense model has {record['dense']:.2f} %" in RESULTS
     for way, retrained in record["retrained"].items():
         fresh = top1[f"{way}, batch norm re-estimated"]
-        assert f"| {way} | {top1[way]:.2f} % | {fresh:.2f} % | {retrained:.2f} % |" in README
+        assert f"| {way} | {top1[way]:.2f} % | {fresh:.2f} % | {retrained:.2f} % |" in RESULTS

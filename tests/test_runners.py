@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from helpers.inference.runners import OnnxRunner, TensorRTRunner, TorchRunner
 from helpers.measurement.benchmark import check_outputs
 from helpers.metrics import Accuracy, max_relative_error
 from helpers.training.data import first_images
+from helpers.tutorial.checks import check
+from helpers.tutorial.settings import project_root
 
 SHAPE = (1, 28, 28)
 GAPS = {"fp32": 1e-5, "fp16": 1e-2}
@@ -353,6 +356,20 @@ def test_the_tensorrt_runner_moves_images_and_logits_in_the_engines_type(
         assert logits.dtype == torch.float32
         assert max_relative_error(logits, reference(images(batch))) < GAPS["fp16"]
     assert len(captured) == 3, "a graph is captured for each change of shape"
+
+
+def test_notebook_06_drives_an_engine_by_hand(fake_gpu, reference, monkeypatch):
+    """The cell is read from the notebook, since no notebook runs on a GPU here."""
+    text = (project_root() / "notebooks" / "06_infer_and_benchmark.ipynb").read_text()
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    (source,) = [cell for cell in cells if cell.startswith("def run_by_hand(")]
+    stream = fake_gpu.Stream(runners.NON_BLOCKING)
+    monkeypatch.setattr(fake_gpu, "Stream", lambda: stream)
+    shown = {"np": np, "check": check}
+    exec(source, shown)
+    logits = shown["run_by_hand"](fake_gpu, b"an engine", images(3).half().numpy())
+    assert logits.dtype == np.float16
+    assert max_relative_error(torch.from_numpy(logits).float(), reference(images(3))) < 1e-2
 
 
 def test_without_a_graph_the_host_launches_the_engine(fake_gpu, captured, reference, tmp_path):

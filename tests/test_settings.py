@@ -26,12 +26,12 @@ def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
 
 
 def test_the_environment_names_the_preset(monkeypatch):
-    monkeypatch.setenv("TUTORIAL_PRESET", "workshop")
-    assert Settings.load().preset == "workshop"
+    monkeypatch.setenv("TUTORIAL_PRESET", "imagenette")
+    assert Settings.load().preset == "imagenette"
 
 
 def test_an_argument_wins_over_the_environment(monkeypatch):
-    monkeypatch.setenv("TUTORIAL_PRESET", "workshop")
+    monkeypatch.setenv("TUTORIAL_PRESET", "imagenette")
     assert Settings.load("full").preset == "full"
 
 
@@ -66,6 +66,11 @@ def test_an_unknown_preset_lists_the_known_ones(monkeypatch, preset):
     assert "\n" not in message
 
 
+def test_the_old_name_of_a_preset_leads_to_the_new_one():
+    with pytest.raises(TutorialError, match="It is called imagenette now"):
+        Settings.load("workshop")
+
+
 def test_settings_cannot_be_changed():
     settings = Settings.load()
     with pytest.raises(FrozenInstanceError):
@@ -74,13 +79,13 @@ def test_settings_cannot_be_changed():
         settings.recipe.epochs = 1
 
 
-def test_workshop_is_full_with_other_images_and_a_short_recipe():
-    workshop, full = PRESETS["workshop"], PRESETS["full"]
+def test_imagenette_is_full_with_other_images_and_a_short_recipe():
+    imagenette, full = PRESETS["imagenette"], PRESETS["full"]
     own = ("preset", "dataset", "num_classes", "validation_images", "recipe")
-    assert workshop == replace(full, **{name: getattr(workshop, name) for name in own})
-    assert (workshop.num_classes, full.num_classes) == (10, 1000)
-    assert (workshop.recipe.epochs, full.recipe.epochs) == (5, 100)
-    assert (workshop.recipe.step_epochs, full.recipe.step_epochs) == (None, 30)
+    assert imagenette == replace(full, **{name: getattr(imagenette, name) for name in own})
+    assert (imagenette.num_classes, full.num_classes) == (10, 1000)
+    assert (imagenette.recipe.epochs, full.recipe.epochs) == (5, 100)
+    assert (imagenette.recipe.step_epochs, full.recipe.step_epochs) == (None, 30)
 
 
 def test_the_preset_is_keyed_by_its_own_name():

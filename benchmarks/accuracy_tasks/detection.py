@@ -125,7 +125,7 @@ def _matches(overlaps: Tensor, iou: float) -> list[bool]:
     return matches
 
 
-RECIPE = Recipe(epochs=4, batch_size=32, learning_rate=5e-3, weight_decay=1e-2, warmup=0.1)
+RECIPE = Recipe(epochs=3, batch_size=32, learning_rate=5e-3, weight_decay=1e-2, warmup=0.1)
 TASKS = (
     Task(
         network="small SSD",

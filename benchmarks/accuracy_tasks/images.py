@@ -163,8 +163,8 @@ def small_vit() -> nn.Module:
 
 # --- the rows ---
 
-CONVOLUTIONAL = Recipe(epochs=4, batch_size=64, learning_rate=0.1, weight_decay=5e-4, warmup=0.1)
-TRANSFORMER = Recipe(epochs=6, batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1)
+CONVOLUTIONAL = Recipe(epochs=3, batch_size=64, learning_rate=0.1, weight_decay=5e-4, warmup=0.1)
+TRANSFORMER = Recipe(epochs=5, batch_size=64, learning_rate=2e-3, weight_decay=0.05, warmup=0.1)
 
 
 def _task(

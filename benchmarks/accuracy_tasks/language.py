@@ -116,7 +116,7 @@ TASKS = (
         scores=scores,
         make_optimizer=adamw,
         recipe=RECIPE,
-        training_examples=80_000,
+        training_examples=60_000,
         test_examples=8_000,
     ),
 )

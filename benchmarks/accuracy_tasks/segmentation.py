@@ -69,7 +69,7 @@ def mean_iou(answers: Tensor, truth: Tensor, classes: int) -> float:
     return float((both / either)[either > 0].mean())
 
 
-RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=5e-3, weight_decay=1e-2, warmup=0.1)
+RECIPE = Recipe(epochs=6, batch_size=32, learning_rate=5e-3, weight_decay=1e-2, warmup=0.1)
 TASKS = (
     Task(
         network="small U-Net",

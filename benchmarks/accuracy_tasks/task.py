@@ -162,7 +162,8 @@ def train(
     Raises:
         StudyError: the loss is NaN or infinite.
     """
-    model.to(machine.device()).train()
+    # Convolutions take two thirds of the time in this layout on a CPU.
+    model.to(machine.device()).to(memory_format=torch.channels_last).train()
     optimizer = task.make_optimizer(model.parameters(), task.recipe)
     count, size = len(data.train[0]), task.recipe.batch_size
     steps = round(share * task.recipe.epochs * (count // size))

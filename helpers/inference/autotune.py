@@ -5,18 +5,20 @@ timed twice, and a choice is kept for later processes only if both measurements 
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
+import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from helpers import machine
 from helpers.errors import InputError
@@ -363,6 +365,26 @@ def measurement_key(kernels: Sequence[Kernel], input: Tensor) -> str:
     if epilogue:
         parts.append(epilogue)
     return ", ".join(parts) + ": " + " or ".join(kernel.name for kernel in kernels)
+
+
+def fingerprint(folded: fx.GraphModule) -> str:
+    """Return what tells models of different speed apart: their steps and layers."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in folded.named_parameters()]
+    return hashlib.sha256(f"{folded.code}{folded}{shapes}".encode()).hexdigest()[:16]
+
+
+def network_key(model: str, images: Tensor, runners: Iterable[str]) -> str:
+    """Return in words everything that the speed of whole models depends on.
+
+    Args:
+        model: its `fingerprint`.
+        images: what it is called with.
+        runners: what is compared.
+    """
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime", "numba")]
+    shape = "x".join(map(str, images.shape))
+    parts = [cpu_and_threads(), *versions, f"model {model}", f"float32 {shape}"]
+    return ", ".join(parts) + ": " + " or ".join(runners)
 
 
 def cpu_and_threads() -> str:

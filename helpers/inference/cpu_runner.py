@@ -4,7 +4,7 @@ Batch norm is folded; bias, residual and activation are computed in the layer be
 the layers write goes into few buffers. Explained in `06_infer_and_benchmark.ipynb`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import InputError
-from helpers.inference.autotune import Autotuner, Timer, host_times
+from helpers.inference.autotune import (
+    Autotuner,
+    Choice,
+    Timer,
+    fingerprint,
+    host_times,
+    network_key,
+)
 from helpers.inference.cpu_layers import CpuLayer
 from helpers.inference.fold import fold_batch_norm
-from helpers.inference.kernels import Call, CpuKernel, Kernel, ProductLayer
+from helpers.inference.kernels import Call, CpuKernel, Kernel, ProductLayer, staged
 from helpers.inference.onednn import OneDnn, pool_channels_last_
 from helpers.inference.runners import Runner, one_tensor
 from helpers.inference.static_model import static_model
@@ -43,7 +50,7 @@ class DenseCpu(CpuKernel):
     """
 
     name = "dense kernel"
-    writes_to_buffer = True
+    by_channels = True
     sparse = False
 
     @classmethod
@@ -62,10 +69,12 @@ class DenseCpu(CpuKernel):
     def bind(
         self, input: Tensor, residual: Tensor | None = None, **algorithm: int
     ) -> Callable[[], Tensor]:
-        # As the runner calls it, which keeps a buffer for every output: the system takes as long
-        # to clear new memory as some layers take to compute.
-        buffer = torch.empty(self.own.output_shape(input.shape))
-        return partial(self.for_shape(input.shape, buffer), input, residual)
+        # As in `static_model`, which keeps buffers for the output and for operands that are not
+        # contiguous: the system takes as long to clear new memory as some layers to compute.
+        call = self.for_shape(input.shape, torch.empty(self.own.output_shape(input.shape)))
+        operands = [input] if residual is None else [input, residual]
+        stages = [None if each.is_contiguous() else torch.empty(each.shape) for each in operands]
+        return partial(staged(call, stages), *operands)
 
     def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
         output_shape = self.own.output_shape(shape)
@@ -110,16 +119,24 @@ class DenseCpuAlone(DenseCpu):
         return super().takes(layer) and not SparseCpu.takes(layer)
 
 
-class OneDnnBetween(OneDnn):
-    """oneDNN for a layer that could be sparse: its time includes the way back by channels.
+class OneDnnAlone(OneDnn):
+    """oneDNN for a layer that no kernel of this package computes."""
 
-    The sparse layers around it read images stored by channels, and oneDNN writes them
+    @classmethod
+    def takes(cls, layer: ProductLayer) -> bool:
+        return super().takes(layer) and not DenseCpu.takes(layer)
+
+
+class OneDnnBetween(OneDnn):
+    """oneDNN for any other layer: its time includes the way back from channels-last.
+
+    The kernels of this package read and write images by channels, and oneDNN writes them
     channels-last.
     """
 
     @classmethod
     def takes(cls, layer: ProductLayer) -> bool:
-        return super().takes(layer) and SparseCpu.takes(layer)
+        return super().takes(layer) and DenseCpu.takes(layer)
 
     def bind(
         self, input: Tensor, residual: Tensor | None = None, **algorithm: int
@@ -127,26 +144,23 @@ class OneDnnBetween(OneDnn):
         call = self.for_shape(input.shape)
         if not input.is_contiguous():
             return lambda: call(input, residual)
-        return lambda: call(input, residual).contiguous()
+        back = torch.empty(call(input, residual).shape)
+        return lambda: back.copy_(call(input, residual))
 
 
-class OneDnnAlone(OneDnn):
-    """oneDNN for a layer that cannot be sparse."""
-
-    @classmethod
-    def takes(cls, layer: ProductLayer) -> bool:
-        return super().takes(layer) and not SparseCpu.takes(layer)
-
-
-DENSE: tuple[type[Kernel], ...] = (OneDnn, DenseCpu)
+DENSE: tuple[type[Kernel], ...] = (OneDnnAlone, OneDnnBetween, DenseCpu)
 SPARSE: tuple[type[Kernel], ...] = (OneDnnAlone, OneDnnBetween, DenseCpuAlone, SparseCpu)
+BY_CHANNELS, AS_IT_COMES = "by channels", "as it comes"
 
 
 class CpuRunner(Runner):
     """A model on the CPU in FP32, each layer in the fastest of its kernels.
 
     Each shape of images is prepared when it is first loaded, on these images: every layer's
-    kernels are timed.
+    kernels are timed. The kernels of this package read images by channels, oneDNN reads them
+    channels-last, and the way from one to the other takes as long as a small layer. So the layers
+    choose twice, first as if every image came by channels, then for each image as the layer before
+    leaves it, and the faster of the two models is kept.
 
     Args:
         model: a model in FP32 that torch.fx can trace; it is not changed.
@@ -187,6 +201,7 @@ class CpuRunner(Runner):
                 "No layer of the model has a 2:4 weight, so there are no zeros to skip. Prune the "
                 "model with prune_2to4_ first, or pass kernels='dense'."
             )
+        self.fingerprint = fingerprint(self.model)
         self.ready: dict[torch.Size, Callable[[Tensor], Tensor]] = {}  # by the images' shape
         self.threads = torch.get_num_threads()
 
@@ -210,9 +225,28 @@ class CpuRunner(Runner):
 
     def prepare_for_shape(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the model for images of one shape, each layer in the kernel that it chooses."""
-        ready = static_model(self.model, images, self._substitute)
-        one_tensor(ready(images.clone()), self.name)
-        return ready
+        before = [layer.choices for layer in self.layers]
+        models: dict[str, Callable[[Tensor], Tensor]] = {}
+        choices: dict[str, list[dict[torch.Size, Choice]]] = {}
+        for layout in (BY_CHANNELS, AS_IT_COMES):
+            for layer, known in zip(self.layers, before, strict=True):
+                layer.by_channels, layer.choices = layout == BY_CHANNELS, dict(known)
+            models[layout] = static_model(self.model, images)
+            one_tensor(models[layout](images.clone()), self.name)
+            choices[layout] = [layer.choices for layer in self.layers]
+        zeros = "dense" if self.kernels == "dense" else "sparse"  # the twin chooses as the sparse
+        key = network_key(self.fingerprint, images, [f"{zeros} {layout}" for layout in models])
+        layout = self.autotuner.cache.get(key, lambda: self._faster(models, images)).kernel
+        for layer, chosen in zip(self.layers, choices[layout], strict=True):
+            layer.by_channels, layer.choices = layout == BY_CHANNELS, chosen
+        if self.kernels == "twin":  # the same choices, other kernels
+            return static_model(self.model, images, self._substitute)
+        return models[layout]
+
+    def _faster(self, models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> Choice:
+        calls = [partial(model, images.clone()) for model in models.values()]
+        times = dict(zip(models, self.autotuner.timer(calls), strict=True))
+        return Choice(min(times, key=times.__getitem__), {}, times)
 
     def _substitute(self, kernel: Kernel) -> Kernel:
         if self.kernels == "twin" and isinstance(kernel, SparseCpu):

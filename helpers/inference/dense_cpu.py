@@ -5,25 +5,24 @@ three times slower than its best on some processors. So all are measured.
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from helpers.errors import HelpersError
 from helpers.inference.autotune import (
     Choice,
     ChoiceCache,
-    cpu_and_threads,
+    fingerprint,
     host_times_apart,
     measure_twice,
+    network_key,
     takes_still,
 )
 from helpers.inference.cpu_runner import CpuRunner
@@ -185,20 +184,6 @@ def network_table(choices: Mapping[tuple[torch.Size, int], Choice]) -> "pd.DataF
         for (shape, threads), choice in choices.items()
     ]
     return pd.DataFrame(rows, columns=None if rows else ["input", "threads", "runs"])
-
-
-def fingerprint(folded: fx.GraphModule) -> str:
-    """Return what tells models of different speed apart: their steps and layers."""
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in folded.named_parameters()]
-    return hashlib.sha256(f"{folded.code}{folded}{shapes}".encode()).hexdigest()[:16]
-
-
-def network_key(model: str, images: Tensor, runners: Mapping[str, object]) -> str:
-    """Return in words everything that the speed of whole models depends on."""
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime", "numba")]
-    shape = "x".join(map(str, images.shape))
-    parts = [cpu_and_threads(), *versions, f"model {model}", f"float32 {shape}"]
-    return ", ".join(parts) + ": " + " or ".join(runners)
 
 
 def has_compiler() -> bool:

@@ -22,6 +22,7 @@ from helpers.inference.engine_log import kernel_times, read_sparsity, read_tacti
 from helpers.inference.engine_report import EngineReport
 from helpers.inference.errors import EngineError
 from helpers.inference.export import INPUT
+from helpers.progress_bar import progress_bar
 
 # What TensorRT-RTX 1.7 can compile for; a GPU outside the list needs TensorRT.
 RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -418,18 +419,17 @@ def _make_logger(trt: ModuleType) -> Any:
 
 def _make_progress_bar(trt: ModuleType) -> Any:
     """Return a progress monitor that draws one bar for the outermost phase of a build."""
-    from tqdm.auto import tqdm
 
     class Progress(trt.IProgressMonitor):  # type: ignore[name-defined]  # see above
         def __init__(self) -> None:
             super().__init__()
             self.root: str | None = None
-            self.bar: tqdm | None = None
+            self.bar: Any = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self.root = phase
-                self.bar = tqdm(total=steps, desc=phase, leave=False)
+                self.bar = progress_bar(total=steps, desc=phase)
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self.root and self.bar is not None:

@@ -6,7 +6,7 @@ is a matrix product; say in `takes` which layers it can compute; and name it in 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,6 +63,7 @@ class Kernel(ABC):
     """
 
     name: str
+    by_channels = False  # whether it reads and writes images by channels, into a given buffer
 
     def __init__(self, layer: ProductLayer, epilogue: Epilogue = NO_EPILOGUE) -> None:
         self.layer, self.epilogue = layer, epilogue
@@ -119,15 +120,13 @@ Call = Callable[..., Tensor]
 class CpuKernel(Kernel):
     """A kernel that sets itself up for each shape of its input, for FP32 on a CPU."""
 
-    writes_to_buffer = False  # whether `for_shape` takes the buffer of the output
-
     @abstractmethod
     def for_shape(self, shape: torch.Size, out: Tensor | None = None) -> Call:
         """Return this kernel for inputs of one shape.
 
         Args:
             shape: of the input.
-            out: a contiguous tensor to write every output to, where the kernel can do so.
+            out: a contiguous tensor to write every output to, if the kernel works by channels.
         """
 
     def __call__(self, input: Tensor, residual: Tensor | None = None, **algorithm: int) -> Tensor:
@@ -137,6 +136,22 @@ class CpuKernel(Kernel):
         self, input: Tensor, residual: Tensor | None = None, **algorithm: int
     ) -> Callable[[], Tensor]:
         return partial(self.for_shape(input.shape), input, residual)
+
+
+def staged(call: Call, stages: Sequence[Tensor | None]) -> Call:
+    """Return a call whose operands are copied to these tensors first, where there is one."""
+    if not any(stage is not None for stage in stages):
+        return call
+
+    def copy_and_call(*given: Tensor) -> Tensor:
+        return call(
+            *(
+                operand if stage is None else stage.copy_(operand)
+                for operand, stage in zip(given, stages, strict=True)
+            )
+        )
+
+    return copy_and_call
 
 
 class DenseLayer(Kernel):

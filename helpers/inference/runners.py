@@ -26,6 +26,7 @@ from helpers.inference.export import INPUT, OUTPUT
 from helpers.inference.fold import fold_batch_norm
 from helpers.inference.onnx_session import OnnxSession
 from helpers.metrics import Accuracy, accuracy
+from helpers.progress_bar import progress_bar
 
 NON_BLOCKING = 1  # CUDA's flag CU_STREAM_NON_BLOCKING, for which PyCUDA has no name
 
@@ -73,10 +74,8 @@ class Runner(ABC):
 
     def evaluate(self, loader: DataLoader) -> Accuracy:
         """Return the top-1 accuracy over a loader."""
-        from tqdm.auto import tqdm
-
         correct = total = largest = 0
-        for images, labels in tqdm(loader, desc=self.name, leave=False):
+        for images, labels in progress_bar(loader, desc=self.name):
             # Some runners prepare each shape of images, so a smaller last batch is filled up.
             largest = max(largest, len(images))
             repeated = images[-1:].expand(largest - len(images), *images.shape[1:])

@@ -19,6 +19,7 @@ from helpers.inference.autotune import (
     host_times,
     host_times_apart,
     measure_twice,
+    network_key,
     takes_still,
 )
 from helpers.inference.cpu_runner import CpuRunner
@@ -26,8 +27,6 @@ from helpers.inference.dense_cpu import (
     DenseCpuRunner,
     NetworkTimer,
     batch_sizes_by_name,
-    fingerprint,
-    network_key,
     network_table,
 )
 from helpers.inference.runners import Runner
@@ -84,7 +83,7 @@ class SparseCpuRunner(CpuRunner):
         super().__init__(model, kernels, cache, timer)
         self.dense = dense or DenseCpuRunner(model, cache, network_timer)
         self.network_timer, self.network_cache = network_timer, ChoiceCache(cache)
-        self.fingerprint, self.own_name = fingerprint(self.model), self.name
+        self.own_name = self.name
         self.network_choices: dict[tuple[torch.Size, int], Choice] = {}
         self.ran: dict[int, str] = {}  # the name of the runner, by batch size
 

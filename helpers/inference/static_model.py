@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from helpers.inference.kernels import Call, CpuKernel, Kernel
+from helpers.inference.kernels import Call, CpuKernel, Kernel, staged
 from helpers.inference.traced import called_module
 from helpers.inference.tuned_layers import TunedLayer
 
@@ -40,7 +40,7 @@ def static_model(
     writing = {
         node: kernel
         for node, kernel in kernels.items()
-        if isinstance(kernel, CpuKernel) and kernel.writes_to_buffer
+        if isinstance(kernel, CpuKernel) and kernel.by_channels
     }
     buffers = _assign_buffers(nodes, values, set(writing))
     graph = copy.deepcopy(model.graph)
@@ -183,15 +183,4 @@ def _with_buffers(
         buffers.staged[place].tensor(operand) if place in buffers.staged else None
         for place, operand in enumerate(operands)
     ]
-    if not buffers.staged:
-        return call
-
-    def staged(*given: Tensor) -> Tensor:
-        return call(
-            *(
-                operand if stage is None else stage.copy_(operand)
-                for operand, stage in zip(given, stages, strict=True)
-            )
-        )
-
-    return staged
+    return staged(call, stages)

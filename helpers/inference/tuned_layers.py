@@ -44,6 +44,7 @@ class TunedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.autotuner = name, autotuner
+        self.by_channels = False  # whether to choose as if all operands were stored by channels
         self.refused = dict(refused or {})
         self.kernels = {kernel.name: kernel for kernel in kernels}
         self.choices: dict[torch.Size, Choice] = {}
@@ -70,6 +71,9 @@ class TunedLayer(nn.Module):
         kernels = list(self.kernels.values())
         if self.autotuner is None:
             return Choice(kernels[-1].name, {}, {})
+        if self.by_channels and any(kernel.by_channels for kernel in kernels):
+            input = input.contiguous()
+            residual = None if residual is None else residual.contiguous()
         return self.autotuner.choose(self.name, kernels, input, residual)
 
 

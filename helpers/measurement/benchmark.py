@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from helpers.errors import HelpersError, InputError
 from helpers.inference.autotune import settle
@@ -33,6 +32,7 @@ from helpers.measurement.energy import (
     measure_energy,
 )
 from helpers.metrics import max_relative_error
+from helpers.progress_bar import progress_bar
 
 ROUNDING = 1e-3  # maximum relative error: some GPU kernels add in an order that varies
 
@@ -241,7 +241,7 @@ def take_turns(
     """
     runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in runners]
     order = list(range(len(runners)))
-    for number in tqdm(range(rounds), desc=title, leave=False):
+    for number in progress_bar(range(rounds), desc=title):
         order.append(order.pop(0))  # so that no runner always follows the same one
         for turn in order + order[::-1]:
             runs[turn][number] += _take_turn(runners[turn], seconds / (2 * rounds), clock)
@@ -403,7 +403,7 @@ def sweep(
             measured here unless given, when a GPU may still be warm.
 
     Returns:
-        One row for each runner and batch size, times in milliseconds: `network`, `batch`,
+        One row for each runner and batch size, times in milliseconds, with `network`, `batch`,
         `p50`, `p90`, `p95`, `p99`, `mean`, `runs`, `images_per_second`, `load_p50` and
         `fetch_p50` (the transfers), and `speedup` over the first runner at the median,
         with the ends of its 95 % interval, `speedup_low` and `speedup_high`.
@@ -427,7 +427,7 @@ def sweep(
     meter = _energy_meter(list(runners.values()), idle) if energy_rounds else None
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for batch in tqdm(batch_sizes, desc="batch sizes", leave=False):
+    for batch in progress_bar(batch_sizes, desc="batch sizes"):
         images = torch.randn(batch, *image_shape, generator=generator)
         latencies = time_in_turns(list(runners.values()), images, seconds)
         batch_rows: list[dict[str, Any]] = [
@@ -484,7 +484,7 @@ def energy_in_turns(
     answers = [_answer(runner) for runner in runners]
     windows: list[list[EnergyWindow]] = [[] for _ in runners]
     order = list(range(len(runners)))
-    for _ in tqdm(range(rounds), desc="energy", leave=False):
+    for _ in progress_bar(range(rounds), desc="energy"):
         for turn in order:
             windows[turn].append(measure_energy(runners[turn].run, counter))
         order.reverse()

@@ -42,7 +42,7 @@ def compare_files(
         rounds: each runner gets two turns in each.
 
     Returns:
-        One row for each runner, times of one run in milliseconds: `network`, `p50`, `p90`,
+        One row for each runner, times of one run in milliseconds, with `network`, `p50`, `p90`,
         `p95`, `p99`, `mean`, `runs`, `runs_per_second`, and `speedup` over the first runner at
         the median with the ends of its 95 % interval, `speedup_low` and `speedup_high`. On a
         GPU also `gpu_p50` (by CUDA events) and `overhead_p50` (what the host adds).

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from helpers import machine
 from helpers.errors import HelpersError, InputError, UnavailableError, first_line
@@ -32,6 +31,7 @@ from helpers.measurement.roofline import (
     require_positive,
 )
 from helpers.metrics import max_relative_error
+from helpers.progress_bar import progress_bar
 from helpers.sparsity import mask_nm
 
 Product = Callable[[], Tensor]
@@ -192,7 +192,7 @@ def measure_gemms(
         search: let cuSPARSELt try all its algorithms; if not, its default one is measured.
 
     Returns:
-        One row for each datatype and size: `datatype`, `m`, `n`, `k`, the medians `dense_ms`
+        One row for each datatype and size, with `datatype`, `m`, `n`, `k`, the medians `dense_ms`
         and `sparse_ms`, `dense_tflops` and `sparse_tflops` (10^12 operations a second;
         both count 2 m n k operations, as datasheets do, so a sparse kernel can reach at most
         twice the dense rate), `ratio` (dense time over sparse time) with the ends of its 95 %
@@ -209,7 +209,7 @@ def measure_gemms(
     products = [(_size(size), name) for name in chosen for size in sizes]
     rows = [
         measure_gemm(size, name, rounds, seed, search)
-        for size, name in tqdm(products, desc="matrix products", leave=False)
+        for size, name in progress_bar(products, desc="matrix products")
     ]
     return pd.DataFrame(rows, columns=["datatype", "m", "n", "k", *MEASURED, "reason"])
 

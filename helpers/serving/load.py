@@ -442,7 +442,7 @@ def compare_loads(
         timeout: seconds that a request may take once it is sent.
 
     Returns:
-        One row for each load and model: `model` and `protocol`, and what `Load.row` has.
+        One row for each load and model, with `model`, `protocol` and what `Load.row` has.
 
     Raises:
         InputError: as `generate`.

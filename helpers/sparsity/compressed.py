@@ -67,7 +67,7 @@ def compress_2to4(weight: Tensor, name: str = "the weight") -> Compressed:
     their bits, those of a NaN too; -0.0 is a zero like any other and is restored as 0.0.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), already 2:4, of any type up to 64 bits
+        weight: (out, in) or `(out, in, *kernel)`, already 2:4, of any type up to 64 bits
             and on any device; the work is done on the CPU.
         name: what to call it in an error.
 

@@ -25,7 +25,7 @@ def groups_of_four(weight: Tensor, name: str = "the weight", dim: int = 1) -> Te
     """View a weight with its input channels in groups of four.
 
     Args:
-        weight: (out, in) of a linear layer or (out, in, *kernel) of a convolution.
+        weight: (out, in) of a linear layer or `(out, in, *kernel)` of a convolution.
         name: what to call it in an error.
         dim: the dimension of the input channels; 0 for a transposed convolution. Negative
             dimensions count from the last.
@@ -87,7 +87,7 @@ def mask_2to4(
     every four survive.
 
     Args:
-        weight: (out, in) or (out, in, *kernel) in FP64, FP32, FP16, BF16 or INT8, on any
+        weight: (out, in) or `(out, in, *kernel)` in FP64, FP32, FP16, BF16 or INT8, on any
             device.
         name: what to call it in an error.
         dim: the dimension of the input channels; 0 for a transposed convolution.
@@ -180,7 +180,7 @@ def mask_nm(weight: Tensor, n: int, m: int, name: str = "the weight", dim: int =
     for two of four, and faster.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16, BF16 or INT8, on any
+        weight: (out, in) or `(out, in, *kernel)`, in FP64, FP32, FP16, BF16 or INT8, on any
             device.
         n: how many weights of a group are kept, from 0 to `m`.
         m: size of a group.
@@ -215,7 +215,7 @@ def mask_2to4_transposable(weight: Tensor, name: str = "the weight") -> Tensor:
     (out, in) gets the one that keeps the largest sum of magnitudes.
 
     Args:
-        weight: (out, in) or (out, in, *kernel), in FP64, FP32, FP16, BF16 or INT8, on any
+        weight: (out, in) or `(out, in, *kernel)`, in FP64, FP32, FP16, BF16 or INT8, on any
             device; a convolution is masked at each position of its kernel.
         name: what to call it in an error.
 
@@ -268,7 +268,7 @@ def is_2to4(weight: Tensor, dim: int = 1) -> bool:
     """Return whether every four weights along the input channels hold at most two non-zeros.
 
     Args:
-        weight: (out, in) or (out, in, *kernel) of any data type, floating-point or integer;
+        weight: (out, in) or `(out, in, *kernel)` of any data type, floating-point or integer;
             `in` must be a multiple of four.
         dim: the dimension of the input channels; 0 for a transposed convolution.
 
@@ -289,7 +289,7 @@ def holds_2to4(nonzero: _Nonzero) -> bool:
     """Return whether every four along dimension 1 hold at most two non-zeros.
 
     Args:
-        nonzero: where a weight (out, in, *kernel) is not zero, as a tensor or a NumPy array.
+        nonzero: where a weight `(out, in, *kernel)` is not zero, as a tensor or an array.
             If `in` is not a multiple of four the weight is not 2:4.
     """
     if nonzero.shape[1] % 4:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from helpers.errors import InputError
 from helpers.files import atomic_write, shown
-from helpers.sparsity.masks import is_2to4, kept_magnitude, mask_2to4
+from helpers.sparsity.masks import is_2to4, kept_magnitude_2to4, mask_2to4
 from helpers.sparsity.onnx_constants import Scope, fold, quantises
 from helpers.sparsity.onnx_file import STANDARD_DOMAINS, OnnxFile
 from helpers.sparsity.onnx_report import FileWeight, select_file_weights
@@ -320,7 +320,7 @@ def _keep(stored: _Stored) -> np.ndarray:
     for use in stored.uses:
         weight, dim = _ranked(use)
         mask = mask_2to4(weight, use.product.weight, dim)
-        use.kept = kept_magnitude(weight, mask)
+        use.kept = kept_magnitude_2to4(weight, use.product.weight, dim)
         chosen = mask.numpy().reshape(use.operand.shape)
         if use.places is None:
             keep |= chosen

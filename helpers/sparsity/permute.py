@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from helpers.errors import InputError
 from helpers.layers import LayerWeight
 from helpers.parameters import no_grad_for, require_unsharded, unwrapped
+from helpers.progress_bar import progress_bar
 from helpers.sparsity.channels import (
     ChannelGroups,
     Numbers,
@@ -235,7 +235,7 @@ def _search_sets(
     moves: list[Move] = []
     permuted: set[str] = set()
     reasons = dict(reasons)
-    for number, found in tqdm(readers.items(), desc="permute", leave=False):
+    for number, found in progress_bar(readers.items(), desc="permute"):
         names = {reader.name for reader in found}
         move, why_none = _search(groups, number, found, escapes)
         if move is None:

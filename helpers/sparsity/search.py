@@ -65,7 +65,8 @@ def search_permutation(
         progress: called after every round of the greedy search and every escape.
 
     Returns:
-        (columns,) int64: `matrix[:, order]` is the permuted matrix.
+        The new order, as indices of the columns of `matrix`, (columns,) int64, such that
+        `matrix[:, order]` is the permuted matrix.
 
     Raises:
         InputError: the matrix is not 2-D, has NaN or infinite values, or the number of

@@ -23,6 +23,7 @@ from helpers.errors import InputError
 from helpers.layers import ModelInputs, in_mode
 from helpers.parameters import no_grad_for, require_numbers, require_unsharded, unwrapped
 from helpers.products import Product, aten, storage_of, watch_products
+from helpers.progress_bar import progress_bar
 from helpers.sparsity.eligibility import (
     Candidate,
     Selection,
@@ -85,8 +86,6 @@ def prune_sparsegpt_(
 
     Source: Frantar and Alistarh, "SparseGPT", arXiv 2301.00774.
     """
-    from tqdm.auto import tqdm
-
     if isinstance(calibration_data, Iterator):
         raise InputError(
             "`calibration_data` is an iterator, which is exhausted after one pass, but is read "
@@ -107,7 +106,7 @@ def prune_sparsegpt_(
     parameters = [weight.parameter for weight in weights.values()]
     with no_grad_for(parameters), in_mode(model, training=False), _all_or_nothing(weights):
         uses = _count_uses(model, weights, calibration_data)
-        for name in tqdm(uses, desc="SparseGPT", leave=False):
+        for name in progress_bar(uses, desc="SparseGPT"):
             hessians = _hessians(model, weights[name], uses[name], calibration_data)
             masks[name] = _prune_weight_(weights[name], hessians, dampening, block_size)
     return {name: masks[name] for name in weights}
@@ -127,8 +126,8 @@ def sparsegpt_2to4(
     up for its loss as well as they can.
 
     Args:
-        weight: (*, rows, columns); every four columns form a group.
-        hessian: (*, columns, columns), the sum of x xᵀ over all inputs x, in float64.
+        weight: `(*, rows, columns)`; every four columns form a group.
+        hessian: `(*, columns, columns)`, the sum of x xᵀ over all inputs x, in float64.
         dampening: what is added to the Hessian's diagonal, as a share of its mean.
         block_size: how many columns are pruned before the others are updated.
         name: what to call the weight in an error.
@@ -410,7 +409,7 @@ def _inputs(product: Product, weight: Candidate) -> Iterator[Tensor]:
 
 
 def _windows(product: Product) -> Tensor:
-    """View what a kernel sees at each place: (images, channels, *output, *kernel).
+    """View what a kernel sees at each place: `(images, channels, *output, *kernel)`.
 
     `F.unfold` would do the same, for images of two dimensions only. A transposed convolution is
     an ordinary one of its inputs with zeros between them, in which the kernel is reversed.

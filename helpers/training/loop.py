@@ -9,21 +9,21 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from helpers.errors import HelpersError, InputError
 from helpers.files import atomic_write, remove_unfinished, shown
 from helpers.layers import in_mode
 from helpers.machine import device
 from helpers.metrics import Accuracy, Comparison, predictions
+from helpers.progress_bar import progress_bar
 from helpers.sparsity.compressed import state_checksum
 from helpers.sparsity.prune import Masks
 from helpers.training.data import Splits, evaluation_share, training_share
@@ -40,6 +40,10 @@ _FORMAT = 2
 
 class TrainingError(HelpersError, RuntimeError):
     """Training diverged."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Somebody stopped a training, as by Ctrl-C; the message says what is kept of it."""
 
 
 def evaluate(model: nn.Module, loader: DataLoader, channels_last: bool = True) -> Accuracy:
@@ -96,7 +100,7 @@ def _right(models: Sequence[nn.Module], loader: DataLoader, channels_last: bool 
         modes.enter_context(torch.inference_mode())
         batches = loader
         if processes().is_first:
-            batches = tqdm(loader, desc="evaluate", leave=False)
+            batches = progress_bar(loader, desc="evaluate")
         for images, labels in batches:
             images = images.to(where, memory_format=layout)
             answers = [predictions(model(images)) for model in models]
@@ -173,6 +177,7 @@ def train(
 
     Raises:
         TrainingError: the loss became NaN or infinite.
+        TrainingInterrupted: somebody pressed Ctrl-C, or interrupted the notebook's kernel.
         InputError: there is no whole batch of training images, a batch has fewer images than
             there are processes, the recipe distils without a teacher, or the progress file is
             damaged.
@@ -205,58 +210,63 @@ def train(
             progress = _resume(progress_file, progress, step, together)
         if progress.history and on_epoch is not None and together.is_first:
             on_epoch(progress.epochs)
-        if progress_file is not None:
-            modes.enter_context(_told_when_interrupted(progress, recipe))
-        for number in range(len(progress.history) + 1, recipe.epochs + 1):
-            # One seed per epoch, so that a resumed run sees the same images in the same order.
-            torch.manual_seed(seed + number)
-            torch.empty((), dtype=torch.int64).random_()  # unused; recorded trainings drew it too
-            start = time.perf_counter()
-            title = f"epoch {number}/{recipe.epochs}"
-            trained_on = _train_epoch(step, loader, splits.train.batch_size, title)
-            step.end_epoch()
-            validation = _validate(step, splits.validation, recipe).top1
-            epoch = Epoch(
-                number,
-                trained_on.loss,
-                validation,
-                time.perf_counter() - start,
-                trained_on.right,
-                float(step.scheduler.get_last_lr()[0]),
-                trained_on.images_per_second,
-                trained_on.waited,
-            )
-            if together.is_first:
-                _logger.info(
-                    "%s: loss %.4f, validation %.2f %%, %.0f s",
-                    title,
-                    epoch.loss,
-                    validation,
-                    epoch.seconds,
-                )
-            progress.add(epoch, step)
-            if together.is_first and progress_file is not None:
-                with atomic_write(progress_file) as part:
-                    torch.save(vars(progress), part)
-            if together.is_first and on_epoch is not None:
-                on_epoch(progress.epochs)
+        kept = len(progress.history)
+        try:
+            for number in range(kept + 1, recipe.epochs + 1):
+                progress.add(_run_epoch(number, step, loader, splits, recipe, seed), step)
+                if progress_file is not None:
+                    if together.is_first:
+                        with atomic_write(progress_file) as part:
+                            torch.save(vars(progress), part)
+                    kept = number
+                if together.is_first and on_epoch is not None:
+                    on_epoch(progress.epochs)
+        except KeyboardInterrupt as error:
+            raise TrainingInterrupted(_what_is_kept(kept, recipe.epochs)) from error
     if progress.history:
         model.load_state_dict(progress.best)
     model.eval()
     return progress.epochs
 
 
-@contextmanager
-def _told_when_interrupted(progress: _Progress, recipe: Recipe) -> Iterator[None]:
-    """Add to an interruption what is kept of the training."""
-    try:
-        yield
-    except KeyboardInterrupt as interruption:
-        interruption.add_note(
-            f"{len(progress.history)} of {recipe.epochs} epochs are kept; the same call goes on "
-            "from there."
+def _run_epoch(
+    number: int, step: Step, loader: DataLoader, splits: Splits, recipe: Recipe, seed: int
+) -> Epoch:
+    """Train for one epoch, measure the accuracy on the validation images, and return both."""
+    # One seed per epoch, so that a resumed run sees the same images in the same order.
+    torch.manual_seed(seed + number)
+    torch.empty((), dtype=torch.int64).random_()  # unused; recorded trainings drew it too
+    start = time.perf_counter()
+    title = f"epoch {number}/{recipe.epochs}"
+    trained_on = _train_epoch(step, loader, splits.train.batch_size, title)
+    step.end_epoch()
+    validation = _validate(step, splits.validation, recipe).top1
+    epoch = Epoch(
+        number,
+        trained_on.loss,
+        validation,
+        time.perf_counter() - start,
+        trained_on.right,
+        float(step.scheduler.get_last_lr()[0]),
+        trained_on.images_per_second,
+        trained_on.waited,
+    )
+    if step.together.is_first:
+        _logger.info(
+            "%s: loss %.4f, validation %.2f %%, %.0f s",
+            title,
+            epoch.loss,
+            validation,
+            epoch.seconds,
         )
-        raise
+    return epoch
+
+
+def _what_is_kept(epoch: int, epochs: int) -> str:
+    """Return the message of an interrupted training, by the last epoch in its progress file."""
+    if epoch == 0:
+        return f"Interrupted; none of {epochs} epochs is kept. Run it again to start over."
+    return f"Interrupted; epoch {epoch} of {epochs} is kept. Run it again to go on."
 
 
 def _validate(step: Step, loader: DataLoader, recipe: Recipe) -> Accuracy:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from helpers.machine import device
+from helpers.progress_bar import progress_bar
 from helpers.training.distributed import Processes
 
 _SECONDS_BETWEEN_FIGURES = 0.5  # reading a loss makes the GPU wait for the host
@@ -55,7 +55,7 @@ class EpochWatch:
         self.steps = self.images = self.own_images = 0
         self.bar = None
         if together.is_first:
-            self.bar = tqdm(total=images, desc=title, unit=" images", leave=False)
+            self.bar = progress_bar(total=images, desc=title, unit=" images")
         self.waiting = _WaitingTime()
         self.start = self.shown = time.perf_counter()
 

@@ -23,12 +23,11 @@ from helpers.training.recipe import Recipe, write_recipe
 class RunFolder:
     """The files of one training, which a person reads while it runs and afterwards.
 
-    | file | what |
-    |---|---|
-    | `recipe.yaml` | every value of the recipe |
-    | `starts.jsonl` | a line for each start: command, processes, git revision, machine, versions |
-    | `metrics.jsonl` | a line for each finished epoch |
-    | `events.out.tfevents.*` | the same for TensorBoard, if it is installed |
+    - `recipe.yaml`: every value of the recipe
+    - `starts.jsonl`: a line for each start, with command, processes, git revision, machine and
+      versions
+    - `metrics.jsonl`: a line for each finished epoch
+    - `events.out.tfevents.*`: the same for TensorBoard, if it is installed
     """
 
     def __init__(self, folder: Path, recipe: Recipe, together: Processes) -> None:

@@ -1,13 +1,12 @@
 """The course: presets, artifacts, checks, figures, and the commands of `python -m helpers`.
 
 It imports the other packages, and none of them imports it. Imported in a notebook, it shows
-an error of `helpers` and an interruption as one sentence and prints what the library logs;
-`show_tracebacks()` brings the tracebacks back.
+an error of `helpers` as one sentence, and so an interrupted cell, and prints what the library
+logs; `show_tracebacks()` brings the tracebacks back.
 """
 
 import logging
 import sys
-from types import TracebackType
 from typing import Any
 
 from helpers.errors import HelpersError
@@ -20,33 +19,26 @@ def _sentence(error: HelpersError) -> list[str]:
     return [f"{type(error).__name__}: {error}"]
 
 
-def show_interruption(
-    shell: Any,
-    kind: type[BaseException],
-    error: BaseException,
-    traceback: TracebackType | None,
-    tb_offset: int | None = None,
-) -> list[str]:
-    """Show in one sentence that the reader has interrupted a cell; called by IPython."""
-    notes = getattr(error, "__notes__", ["Run the cell again to go on."])
-    lines = [f"Interrupted. {' '.join(notes)}"]
-    shell._showtraceback(kind, error, lines)
-    return lines
-
-
 def show_sentences() -> None:
-    """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it."""
+    """Let notebooks show an error of `helpers` as one sentence: a traceback would bury it.
+
+    A cell that is interrupted gets one sentence too.
+    """
     setattr(HelpersError, _HOOK, _sentence)
-    if (shell := _shell()) is not None:
-        shell.set_custom_exc((KeyboardInterrupt,), show_interruption)
+    if shell := _notebook():
+        shell.set_custom_exc((KeyboardInterrupt,), _print_interrupt)
 
 
 def show_tracebacks() -> None:
     """Let notebooks show the whole traceback of every error again."""
     if _HOOK in vars(HelpersError):
         delattr(HelpersError, _HOOK)
-    if (shell := _shell()) is not None:
+    if shell := _notebook():
         shell.set_custom_exc((), None)
+
+
+def _print_interrupt(_shell: Any, _kind: type, stop: BaseException, *_: Any, **__: Any) -> None:
+    print(str(stop) or "Interrupted.", file=sys.stderr)
 
 
 class _Printer(logging.Handler):
@@ -66,12 +58,13 @@ def print_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _shell() -> Any:
-    """Return IPython's shell; None outside a notebook, where a program may import IPython."""
+def _notebook() -> Any:
+    """Return IPython's shell, or None."""
+    # IPython runs if it is imported and has a shell; a program may import it without one.
     ipython = sys.modules.get("IPython")
-    return None if ipython is None else ipython.get_ipython()
+    return ipython.get_ipython() if ipython is not None else None
 
 
-if _shell() is not None:
+if _notebook() is not None:
     show_sentences()
     print_log()

@@ -34,6 +34,7 @@ NOTEBOOKS = {
     "07": "07_sparse_tensor_cores.ipynb",
     "08": "08_int8.ipynb",
     "09": "09_serve_with_triton.ipynb",
+    "10": "10_accuracy_across_networks.ipynb",
 }
 
 # What each notebook leaves, as its header promises it.
@@ -60,6 +61,7 @@ LEAVES = {
         "08_int8.json",
     ],
     "09": ["09_repository", "09_serving.json"],
+    "10": ["10_row.json"],
 }
 
 # Without a sidecar: a training that goes on, and a folder that the server checks itself.

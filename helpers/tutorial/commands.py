@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ RECORDS = "The recorded runs of this repository"
 NEGATIVE = 1  # the answer is no: a weight that is not 2:4, a check that failed
 BAD_INPUT = 2  # wrong arguments or files; typer's own status for a wrong command line
 UNAVAILABLE = 3  # this machine cannot do it: no GPU, no engine builder
+INTERRUPTED = 130  # by Ctrl-C; what shells return for it
 
 
 def exit_status(error: HelpersError) -> int:
@@ -63,6 +65,11 @@ class OneSentence(TyperGroup):
                 raise
             typer.echo(f"{_this_process()}{type(error).__name__}: {error}", err=True)
             raise typer.Exit(exit_status(error)) from None
+        except KeyboardInterrupt as stop:
+            if context.params["debug"]:
+                raise
+            typer.echo(f"{_this_process()}{str(stop) or 'Interrupted.'}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _this_process() -> str:
@@ -574,6 +581,37 @@ def tutorial(
     print_summary(settings)
 
 
+@app.command(
+    rich_help_panel=WHOLE,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def learn(
+    context: typer.Context,
+    lab: Annotated[bool, typer.Option("--lab/--no-lab", help="open JupyterLab")] = True,
+) -> None:
+    """Make copies of the notebooks to work in, build/learn/, and open them in JupyterLab.
+
+    Other options are those of `jupyter lab`, such as --no-browser.
+    """
+    from helpers.tutorial import learner_copies
+
+    learner_copies.make_copies()
+    if lab:
+        learner_copies.open_lab(context.args)
+
+
+@app.command(rich_help_panel=WHOLE)
+def catch_up(
+    notebook: Annotated[str, typer.Argument(help="the number to start at, such as 04")],
+) -> None:
+    """Make what the notebooks before this one would have left, for the copies of `learn`."""
+    from helpers.tutorial import catch_up, learner_copies
+
+    settings = Settings.load()
+    folder = learner_copies.artifacts_folder() / settings.preset
+    catch_up.catch_up(replace(settings, artifacts_dir=folder.resolve()), notebook)
+
+
 @app.command(rich_help_panel=WHOLE)
 def summary() -> None:
     """Print the figures of the last run and where its files are."""
@@ -778,10 +816,13 @@ def dense_control() -> None:
 
 @app.command(rich_help_panel=RECORDS)
 def save_reference() -> None:
-    """Keep the figures of the last run as the recorded reference in data/reference/."""
-    from helpers.tutorial import summary
+    """Keep the figures of the last run in data/reference/, its network in data/pretrained/."""
+    from helpers.tutorial import catch_up, summary
 
-    print(relative(summary.save_reference(Settings.load())))
+    settings = Settings.load()
+    print(relative(summary.save_reference(settings)))
+    if settings.preset == "quick":
+        print(relative(catch_up.keep_retrained(settings)))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Explained in `01_load_pretrained.ipynb`.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,20 +30,43 @@ def pretrained_path(settings: Settings) -> Path:
     return settings.data_dir / "pretrained" / name
 
 
+def retrained_path(settings: Settings) -> Path:
+    """Return the path of the quick preset's retrained checkpoint in the repository."""
+    path = pretrained_path(settings)
+    return path.with_stem(f"{path.stem}_retrained")
+
+
+def pretrained_card(settings: Settings) -> dict[str, Any]:
+    """Return the card of the quick preset's pretrained checkpoint in the repository.
+
+    Raises:
+        CheckpointError: the checkpoint or its card is missing or damaged.
+    """
+    return _require_shipped(pretrained_path(settings), "pretrain")
+
+
+def retrained_card(settings: Settings) -> dict[str, Any]:
+    """Return the card of the quick preset's retrained checkpoint in the repository.
+
+    Raises:
+        CheckpointError: the checkpoint or its card is missing or damaged.
+    """
+    return _require_shipped(retrained_path(settings), "retrain")
+
+
 def load_pretrained(settings: Settings) -> nn.Module:
     """Return the trained dense network that the case study starts from.
 
     quick: the checkpoint in `data/pretrained/`. full: torchvision's `IMAGENET1K_V1`
-    weights. workshop: the same with the last layer restricted to Imagenette's ten
+    weights. imagenette: the same with the last layer restricted to Imagenette's ten
     classes, which needs no training.
 
     Raises:
         CheckpointError: the weights are missing, damaged or cannot be downloaded.
     """
     if settings.model == "resnext14_8x1d":
-        path = pretrained_path(settings)
-        _require_shipped(path)
-        return load_checkpoint(path)
+        pretrained_card(settings)
+        return load_checkpoint(pretrained_path(settings))
     weights = ResNeXt101_32X8D_Weights.IMAGENET1K_V1
     model = create_model(settings.model, num_classes=1000)
     try:
@@ -61,24 +85,26 @@ def load_pretrained(settings: Settings) -> nn.Module:
     return model
 
 
-def _require_shipped(path: Path) -> None:
-    """Compare the checkpoint in the repository with its card."""
+def _require_shipped(path: Path, command: str) -> dict[str, Any]:
+    """Return the card of a checkpoint in the repository, after comparing the two."""
     card = path.with_suffix(".json")
     restore = "Restore it with `git checkout -- data/pretrained`."
     if not path.exists() or not card.exists():
         missing = card if path.exists() else path
         raise CheckpointError(
             f"{shown(missing)} is missing. {restore} "
-            "Or train the network again with `python -m helpers pretrain`."
+            f"Or train the network again with `python -m helpers {command}`."
         )
     try:
-        recorded = json.loads(card.read_text())["sha256"]
+        content = json.loads(card.read_text())
+        recorded = content["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(card)} is damaged. {restore}") from error
     if sha256(path) != recorded:
         raise CheckpointError(
             f"{shown(path)} is damaged: its checksum is not the one in {card.name}. {restore}"
         )
+    return content
 
 
 def load_splits(settings: Settings) -> Splits:

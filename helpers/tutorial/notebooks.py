@@ -10,9 +10,8 @@ from hashlib import sha256 as digest
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from helpers.files import atomic_write
+from helpers.progress_bar import progress_bar
 from helpers.tutorial.artifacts import NOTEBOOKS
 from helpers.tutorial.checks import TutorialError
 from helpers.tutorial.settings import Settings, project_root
@@ -44,7 +43,7 @@ def run_notebooks(settings: Settings, save: bool = False) -> None:
         ) from error
     folder = project_root() / "notebooks"
     copies = settings.artifacts_dir / "notebooks"
-    for name in tqdm(NOTEBOOKS.values(), desc="notebooks"):
+    for name in progress_bar(NOTEBOOKS.values(), desc="notebooks", leave=True):
         notebook = nbformat.read(folder / name, as_version=4)
         _execute(notebook, name, folder, settings.preset)
         tidy(notebook)
@@ -66,7 +65,8 @@ def _execute(notebook: Any, name: str, folder: Path, preset: str) -> None:
             notebook, config=ipc, timeout=None, resources={"metadata": {"path": folder}}
         )
         try:
-            client.execute(env=os.environ | {"TUTORIAL_PRESET": preset})
+            # A progress bar would be stored as a line for each of its states.
+            client.execute(env=os.environ | {"TUTORIAL_PRESET": preset, "TQDM_DISABLE": "1"})
         except CellExecutionError as error:
             raise TutorialError(f"{name} stopped: {error.ename}: {error.evalue}") from error
         except DeadKernelError as error:
@@ -76,7 +76,7 @@ def _execute(notebook: Any, name: str, folder: Path, preset: str) -> None:
 
 
 def tidy(notebook: Any) -> None:
-    """Remove progress bars, timings and the kernel's version from an executed notebook, in place.
+    """Remove widgets, timings and the kernel's version from an executed notebook, in place.
 
     The checksum of the code is recorded, so that a test detects outputs of older code.
     """

@@ -6,7 +6,7 @@ dense twin is blue.
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor, nn
 
 from helpers.errors import InputError
@@ -373,8 +374,8 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
         colour = {**COLOURS, "twin": TWIN}[name]
         left.bar(offsets, 1000 * own.index / own.p50, 0.95 * width, color=colour, label=name)
     left.set_ylabel("images/s at the median")
-    left.legend(frameon=False)
-    for label, gain in _gains(table).items():
+    gains = _gains(table)
+    for label, gain in gains.items():
         right.plot(
             places,
             gain.value,
@@ -390,11 +391,12 @@ def plot_sweep(table: pd.DataFrame, title: str) -> Figure:
             places, chance.low, chance.high, color=DENSE, alpha=0.25, linewidth=0,
             label="dense against itself",
         )  # fmt: skip
-    _draw_dense_line(right)
-    right.legend(frameon=False)
+    _draw_dense_line(right, gains)
     for axis in (left, right):
         axis.set_xticks(places, batch_sizes)
+        axis.set_xlim(-0.5, len(places) - 0.5)
         axis.set_xlabel("batch size")
+        _legend_below(axis)
     figure.suptitle(textwrap.fill(title, 120), fontsize=10)
     figure.tight_layout()
     return figure
@@ -419,29 +421,34 @@ def plot_load(table: pd.DataFrame, title: str) -> Figure:
     panels = {loop: column for loop, column in panels.items() if loop in set(answered.loop)}
     if not panels:
         raise InputError("No request was answered, so there is no latency to draw.")
-    figure, axes = _axes(4.9 * len(panels), 3.6, len(panels), sharey=True)
+    figure, axes = _axes(4.9 * len(panels), 3.8, len(panels), sharey=True)
     names = {"closed": "closed loop, by clients", "open": "open loop, by requests/s due"}
     for axis, (loop, column) in zip(axes, panels.items(), strict=True):
-        for model, own in answered[answered.loop == loop].groupby("model", sort=False):
-            own = own.sort_values(column)
+        own = answered[answered.loop == loop]
+        for model, rows in own.groupby("model", sort=False):
+            rows = rows.sort_values(column)
             colour = COLOURS.get(model, TWIN)
-            axis.plot(own.images_per_second, own.p50, "o-", color=colour, label=model, ms=4)
-            axis.plot(own.images_per_second, own.p99, "o:", color=colour, ms=3)
-            for row in own.itertuples():
-                place = (row.images_per_second, row.p50)
-                number = f"{getattr(row, column):g}"
-                axis.annotate(
-                    number, place, (0, -11), textcoords="offset points", fontsize=7, ha="center"
-                )
+            axis.plot(rows.images_per_second, rows.p50, "o-", color=colour, label=model, ms=4)
+            axis.plot(rows.images_per_second, rows.p99, "o:", color=colour, ms=3)
+        for load, rows in own.groupby(column):
+            place = (rows.images_per_second.mean(), rows.p50.min())
+            axis.annotate(
+                f"{load:g}", place, (0, -12), textcoords="offset points", fontsize=8, ha="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )  # fmt: skip
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(names[loop], loc="left", fontsize=10)
         axis.set_xlabel("images/s")
-        axis.margins(x=0.08, y=0.12)
+        axis.margins(x=0.08, y=0.15)
         axis.set_xlim(left=0)
     axes[0].set_ylabel("latency in ms: p50, p99 dotted")
-    axes[0].legend(frameon=False)
+    handles = axes[0].get_legend_handles_labels()
     figure.suptitle(textwrap.fill(title, 120), fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(*handles, loc="lower center", ncols=len(handles[0]), frameon=False, fontsize=9)
     return figure
 
 
@@ -462,11 +469,11 @@ def plot_case_study(record: dict[str, Any]) -> Figure:
         places = np.arange(len(gain)) + (column - (len(gains) - 1) / 2) * width
         axis.bar(places, gain.value, 0.95 * width, color=GAIN_COLOURS[label], label=label)
         _draw_intervals(axis, places, gain)
-    _draw_dense_line(axis)
+    _draw_dense_line(axis, gains)
     axis.set_ylim(bottom=0)
     axis.set_xticks(range(len(gain)), gain.index)
     axis.set_xlabel("batch size")
-    axis.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, -0.16), frameon=False, fontsize=8)
+    _legend_below(axis)
     machine = record["machine"]
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     runner = textwrap.fill(record["runner"], 90)
@@ -489,23 +496,33 @@ def _gains(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _draw_intervals(axis: Axes, places: np.ndarray, gain: pd.DataFrame) -> None:
-    """Draw the intervals as lines where there are any, and the values above them."""
+    """Draw the intervals as lines where there are any, and write each value at its place."""
     measured = gain.value.notna().to_numpy()
     places, gain = places[measured], gain[measured]
     axis.vlines(places, gain.low, gain.high, color="#333333", linewidth=1.2)
-    tops = gain[["value", "high"]].max(axis=1)  # the value where there is no interval
-    for place, value, top in zip(places, gain.value, tops, strict=True):
-        axis.annotate(
-            f"{value:.2f}", (place, top), xytext=(0, 5), ha="center", fontsize=8,
-            textcoords="offset points",
-        )  # fmt: skip
+    for place, value in zip(places, gain.value, strict=True):
+        _write_above(axis, f"{value:.2f}", (place, value))
 
 
-def _draw_dense_line(axis: Axes) -> None:
+def _draw_dense_line(axis: Axes, gains: Mapping[str, pd.DataFrame]) -> None:
+    """Draw the line of no gain, and let the axis end near the values.
+
+    An interval that is much longer than the values differ ends at the frame.
+    """
     axis.axhline(1, color=DENSE, linestyle="--")
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(low, 0.8), max(high, 1.25))
+    values = pd.concat([gain.value for gain in gains.values()])
+    low, high = min(0.9, values.min()), max(1.15, values.max())
+    margin = 0.25 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
     axis.set_ylabel("gain over dense")
+
+
+def _legend_below(axis: Axes) -> None:
+    """Put the legend under the axis, where nothing is drawn."""
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, frameon=False, fontsize=8,
+        columnspacing=1.2, handlelength=1.4,
+    )  # fmt: skip
 
 
 def plot_int8(rows: pd.DataFrame) -> Figure:
@@ -526,6 +543,7 @@ def plot_int8(rows: pd.DataFrame) -> Figure:
         accuracy.annotate(
             f"{row.top1:.2f} %", (row.difference, place), xytext=(0, 8), ha="center",
             textcoords="offset points", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     accuracy.axvline(0, color="#999999", linewidth=0.8, linestyle="--")
     accuracy.set_xlabel(f"top-1 against {rows.index[0]},\npoints ± two standard errors")
@@ -680,7 +698,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
     }
     dense, sparse = places["dense"], places["sparse"]
     ridge = 1000 * peaks["sparse"] / sheet.bandwidth
-    reach = (dense.x.min() / 2, 6 * max(sparse.x.max(), ridge))  # room for the peaks' names
+    reach = (dense.x.min() / 1.4, 4 * max(sparse.x.max(), ridge))  # room for the peaks' names
     for name, peak in peaks.items():
         _draw_roof(axis, name, peak, sheet.bandwidth, reach)
         measured = f"{name}_tflops" in points
@@ -693,7 +711,7 @@ def plot_roofline(sheet: Datasheet, datatype: str, points: pd.DataFrame) -> Figu
         )  # fmt: skip
     axis.plot([dense.x, sparse.x], [dense.y, sparse.y], ":", color=DENSE, linewidth=1)
     axis.plot([], [], ":", color=DENSE, linewidth=1, label="same layer")
-    lowest = np.nanmin([*dense.y, *sparse.y, reach[0] * sheet.bandwidth / 1000])
+    lowest = np.nanmin([*dense.y, *sparse.y])
     axis.set(xscale="log", yscale="log", xlim=reach)
     axis.set_ylim(lowest / 2, 2 * peaks["sparse"])  # room for the numbers
     axis.set_xlabel("operations for each byte moved")
@@ -802,6 +820,8 @@ def plot_fitted_gains(gains: pd.DataFrame, datatype: str, width: int) -> Figure:
         axis.axhline(1, color=DENSE, linewidth=1)
         axis.axhline(2, color="#333333", linestyle="--", linewidth=1)
         axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.set_title(gpu, fontsize=9)
         axis.set_xlabel("rows")
     axes[0].set_ylabel(f"dense time over sparse time, {datatype}")
@@ -828,10 +848,10 @@ def plot_published(rows: pd.DataFrame) -> Figure:
     if rows.empty:
         raise InputError("There is no network to draw; give the rows of the result.")
     groups = list(rows.groupby(["network", "gpu", "library"], sort=False))
-    columns = min(4, len(groups))
+    columns = min(5, len(groups))
     lines = math.ceil(len(groups) / columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3.1 * columns, 2.5 * lines), squeeze=False, sharey=True
+        lines, columns, figsize=(2.6 * columns, 2.4 * lines), squeeze=False, sharey=True
     )
     plt.close(figure)
     for axis in axes.flat[len(groups) :]:
@@ -857,4 +877,72 @@ def plot_published(rows: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", ncols=2)
     figure.supxlabel("batch size", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
+    return figure
+
+
+def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
+    """Draw what 2:4 costs each network in accuracy, and beside it the control that must lose.
+
+    A network whose failing control did not lose is pale: its row says nothing about 2:4.
+
+    Args:
+        rows: a row for each network: `network`, and of `retrained` and of `half_inputs` the mean
+            difference to the control and its interval, in points: `retrained`,
+            `retrained_low`, `retrained_high`, `half_inputs` and so on.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if rows.empty:
+        raise InputError("There is no network to draw; give the rows of the study.")
+    figure, axes = _axes(9.5, 1.2 + 0.36 * len(rows), 2, sharey=True)
+    places = np.arange(len(rows))[::-1]
+    panels = (
+        ("retrained", SPARSE, "retrained 2:4, less the control"),
+        ("half_inputs", PRUNED, "without half of its inputs, less the control"),
+    )
+    tells = rows.half_inputs_high < 0
+    for axis, (arm, colour, title) in zip(axes, panels, strict=True):
+        spread = np.array([rows[arm] - rows[f"{arm}_low"], rows[f"{arm}_high"] - rows[arm]])
+        for shown, alpha in ((tells, 1.0), (~tells, 0.3)):
+            axis.errorbar(
+                rows[arm][shown], places[shown], xerr=spread[:, shown], fmt="o", color=colour,
+                alpha=alpha, markersize=5, capsize=3, linewidth=1.5,
+            )  # fmt: skip
+        axis.axvline(0, color=DENSE, linewidth=1)
+        axis.set_xscale("symlog", linthresh=1)  # a tenth of a point counts, and so do twenty
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("points; lines are 95 % intervals over seeds")
+    axes[0].set_yticks(places, rows.network)
+    axes[0].set_ylim(-0.6, len(rows) - 0.4)
+    figure.tight_layout()
+    return figure
+
+
+def plot_retraining_length(rows: pd.DataFrame) -> Figure:
+    """Draw the accuracy of retrained networks against the length of the retraining.
+
+    Args:
+        rows: a row for each network and length: `network`, `percent` of the epochs of the first
+            training, and the mean `difference` to a retraining of 100 %, with `low` and `high`.
+
+    Raises:
+        InputError: the table has no rows.
+    """
+    if rows.empty:
+        raise InputError("There is no retraining to draw; give the rows of the study.")
+    networks = list(dict.fromkeys(rows.network))
+    figure, axes = _axes(3.2 * len(networks), 3, len(networks), sharex=True)
+    for axis, network in zip(axes, networks, strict=True):
+        own = rows[rows.network == network].sort_values("percent")
+        spread = [own.difference - own.low, own.high - own.difference]
+        axis.errorbar(
+            own.percent, own.difference, spread, color=SPARSE, marker="o", markersize=4, capsize=2
+        )
+        axis.axhline(0, color=DENSE, linewidth=1)
+        axis.set_title(network, fontsize=10, loc="left")
+        axis.set_xlabel("% of the epochs")
+    axes[0].set_ylabel("points, less a whole retraining")
+    figure.tight_layout()
     return figure

@@ -49,8 +49,9 @@ class Settings:
         """
         preset = preset or os.environ.get("TUTORIAL_PRESET") or "quick"
         if preset not in PRESETS:
+            renamed = " It is called imagenette now." if preset == "workshop" else ""
             raise TutorialError(
-                f"There is no preset {preset!r}. Set TUTORIAL_PRESET to one of: "
+                f"There is no preset {preset!r}.{renamed} Set TUTORIAL_PRESET to one of: "
                 + ", ".join(PRESETS)
             )
         root = project_root()
@@ -132,13 +133,13 @@ PRESETS = {
         workers=0,
     ),
     # One GPU and one lesson: the network of the case study, ten of its thousand classes.
-    "workshop": replace(
+    "imagenette": replace(
         _FULL,
-        preset="workshop",
+        preset="imagenette",
         dataset="Imagenette",
         num_classes=10,
         validation_images=1_000,
-        recipe=read_recipe(RECIPES / "workshop.yaml"),
+        recipe=read_recipe(RECIPES / "imagenette.yaml"),
     ),
     "full": _FULL,
 }

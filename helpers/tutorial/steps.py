@@ -37,22 +37,27 @@ from helpers.tutorial.summary import describe_gain, save_benchmark
 CALIBRATION_IMAGES = 512
 
 
-def evaluate(settings: Settings) -> None:
-    """Measure the accuracy of the pretrained dense network, and keep both (notebook 01)."""
-    splits = inputs.load_splits(settings)
+def evaluate(settings: Settings, known: metrics.Accuracy | None = None) -> None:
+    """Measure the accuracy of the pretrained dense network, and keep both (notebook 01).
+
+    An accuracy that is known is not measured again.
+    """
     dense = inputs.load_pretrained(settings)
-    accuracy = loop.evaluate(dense, splits.test)
+    accuracy = known or loop.evaluate(dense, inputs.load_splits(settings).test)
     with Artifacts(settings).writing("01_dense.safetensors", facts={"test": accuracy}) as path:
         networks.save_checkpoint(dense, path, settings.model)
     print(f"dense: {accuracy}")
 
 
-def prune(settings: Settings, rules: str) -> None:
-    """Prune the dense network 2:4 by magnitude (notebook 02)."""
+def prune(settings: Settings, rules: str, known: metrics.Accuracy | None = None) -> None:
+    """Prune the dense network 2:4 by magnitude (notebook 02).
+
+    An accuracy that is known is not measured again.
+    """
     artifacts = Artifacts(settings)
     model = networks.load_checkpoint(artifacts.require("01_dense.safetensors"))
     masks = prune_2to4_(model, rules)
-    accuracy = loop.evaluate(model, inputs.load_splits(settings).test)
+    accuracy = known or loop.evaluate(model, inputs.load_splits(settings).test)
     report = sparsity_report(model, settings.image_shape, rules=rules)
     facts = {"test": accuracy, **report.facts()}
     with artifacts.writing("02_pruned.safetensors", ["01_dense.safetensors"], facts) as path:
