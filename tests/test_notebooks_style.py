@@ -17,8 +17,9 @@ FOLDER = project_root() / "notebooks"
 ROWS = ("You will", "You need", "Time", "Reads", "Leaves behind")
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work)\b|\b[A-Z]:\\")
 
-# The number of each notebook that has two exercises, and computes what the reader has now.
-REVISED = {"05", "06", "07", "08", "09"}
+# The number of each notebook that has two exercises and alternative texts for its figures, and
+# that computes what the reader has now.
+REVISED = {"00", "01", "02", "02b", "03", "04", "05", "06", "07", "08", "09"}
 
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS.values())
 
@@ -112,6 +113,7 @@ def test_it_closes_with_what_the_reader_has_now(name):
 def test_each_notebook_leads_to_the_next():
     for name, following in pairwise(NOTEBOOKS.values()):
         assert f"]({following})" in load(name).cells[-1].source
+    assert f"]({NOTEBOOKS['03']})" in load(NOTEBOOKS["02"]).cells[-1].source  # 02b is optional
 
 
 @every_notebook
@@ -209,6 +211,17 @@ def test_it_saves_before_its_exercises_and_these_come_last(name):
     first, *_, last = exercises_of(name)
     assert not any("artifacts.writing(" in cell.source for cell in cells[first:])
     assert last == len(cells) - 5  # then its solution, and the three cells that close
+
+
+@every_notebook
+def test_every_figure_has_a_text_for_those_who_cannot_see_it(name):
+    if number_of(name) not in REVISED:
+        pytest.skip("its figures have no texts yet")
+    for cell in load(name).cells:
+        kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+        assert ("image/png" in kinds) == ("alt" in cell.metadata), cell.source
+        if "alt" in cell.metadata:
+            assert len(cell.metadata.alt.split()) >= 8
 
 
 # --- the outputs ---------------------------------------------------------------------------
