@@ -32,6 +32,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "07": (),
     "08": ("03", "04"),
     "09": ("04",),
+    "10": (),
 }
 
 _DENSE = "01_dense.safetensors"
