@@ -911,7 +911,9 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
             )  # fmt: skip
         axis.axvline(0, color=DENSE, linewidth=1)
         axis.set_xscale("symlog", linthresh=1)  # a tenth of a point counts, and so do twenty
-        axis.xaxis.set_major_formatter("{x:g}")
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (-30, -10, -3, -1, -0.5, 0, 0.5, 1, 3) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("points; lines are 95 % intervals over seeds")
     axes[0].set_yticks(places, rows.network)
