@@ -11,12 +11,12 @@ ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifact
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## unit tests; the notebooks from scratch, and again with solutions; a browser
+test: $(READY) lint  ## unit tests; the notebooks, also with solutions; the book; a browser
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
 	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
 	$(ONLY) $(BIN)/pytest tests/solved
-	$(MAKE) browser
+	$(MAKE) book slides browser
 
 browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser
 	rm -rf build/browser

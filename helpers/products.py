@@ -10,8 +10,8 @@ number by number, such as its standardised or normalised form, is known as that.
 PyTorch's `FlopCounterMode` works in the same way, but counts by module and not by weight, leaves
 out products with a vector, recurrent layers and attention on the CPU, and loads Triton.
 
-Used by the table of layers (`01_load_pretrained.ipynb`), SparseGPT (`02_prune_2_4.ipynb`) and
-the advice (`07_sparse_tensor_cores.ipynb`).
+Used by the table of layers (`01_load_pretrained.ipynb`), SparseGPT (`02b_better_pruning.ipynb`)
+and the advice (`07_sparse_tensor_cores.ipynb`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -791,7 +791,7 @@ def test_the_whole_case_study_from_pretraining_to_the_reference(run, tiny_settin
     # A second run over what is there changes nothing but dates and times.
     status, again, _ = run("retrain")
     assert status == 0
-    assert "03_progress.pt: continuing after epoch 2" in again
+    assert "03_progress.pt has all epochs (2)" in again
     repeated = load_checkpoint(artifacts.require("03_retrained.safetensors")).state_dict()
     assert all(torch.equal(repeated[key], value) for key, value in retrained.state_dict().items())
 

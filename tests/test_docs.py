@@ -55,7 +55,15 @@ def test_the_options_of_the_gpu_benchmark_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/helpers.md", "docs/sparsity.md", "docs/cli.md"]
+    "page",
+    [
+        "README.md",
+        "docs/helpers.md",
+        "docs/sparsity.md",
+        "docs/cli.md",
+        "docs/teaching.md",
+        "docs/install.md",
+    ],
 )
 def test_the_commands_of_the_documents_exist(page):
     text = (project_root() / page).read_text()

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from helpers.inference.engine_log import (
 )
 from helpers.inference.quantization import quantize_for_tensorrt
 from helpers.sparsity.verify import verify_onnx
+from helpers.tutorial.settings import project_root
 
 REPORT = [
     "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: conv_a, conv_b + relu",
@@ -88,6 +90,16 @@ def test_no_report_is_not_a_report_of_none():
     assert sparse_layers(log, CHOSEN) == ()
     old = ["(Sparsity) TRT inference plan picked sparse implementation for layers:"]
     assert sparse_layers(old, CHOSEN) == ()
+
+
+def test_the_log_that_notebook_05_shows_is_read():
+    path = project_root() / "data" / "reference" / "builder_log.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["url"].startswith("https://github.com/NVIDIA/TensorRT/issues/")
+    report = read_sparsity(recorded["log"])
+    assert (report.eligible_count, report.chosen_count) == (50, 0)
+    assert report.dense == report.eligible
+    assert all(re.fullmatch(r"(Conv|MatMul|Gemm)_\d+", name) for name in report.eligible)
 
 
 NAMES = st.sampled_from(

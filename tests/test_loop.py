@@ -299,8 +299,9 @@ def test_an_interrupted_training_goes_on_with_the_very_same_network(
     train(straight, tiny_splits, RECIPE, seed=1)
     with monkeypatch.context() as patch:
         interrupt(patch, "_train_epoch", 2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as interruption:
             train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
+    assert str(interruption.value) == "Interrupted; epoch 1 of 3 is kept. Run it again to go on."
     assert same(tiny_net.state_dict(), before)
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     assert "continuing after epoch 1" in caplog.text
@@ -328,7 +329,7 @@ def test_a_finished_training_is_loaded_and_not_repeated(
     assert train(again, tiny_splits, RECIPE, seed=1, progress_file=file) == history
     assert same(again.state_dict(), tiny_net.state_dict())
     assert not again.training
-    assert "progress.pt: continuing after epoch 3" in caplog.text
+    assert "progress.pt has all epochs (3)" in caplog.text
 
 
 @pytest.mark.parametrize("changed", ["recipe", "seed", "weights", "masks"])
@@ -362,7 +363,7 @@ def test_a_training_goes_on_with_another_way_to_compute_it(tiny_net, tiny_splits
     train(tiny_net, tiny_splits, RECIPE, seed=1, progress_file=tmp_path / "p.pt")
     other = dataclasses.replace(RECIPE, accumulation=2, channels_last=False)
     train(tiny_net, tiny_splits, other, seed=1, progress_file=tmp_path / "p.pt")
-    assert "p.pt: continuing after epoch 3" in caplog.text
+    assert "p.pt has all epochs (3)" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

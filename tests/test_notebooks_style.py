@@ -17,9 +17,6 @@ FOLDER = project_root() / "notebooks"
 ROWS = ("You will", "You need", "Time", "Reads", "Leaves behind")
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work)\b|\b[A-Z]:\\")
 
-# The number of each notebook that has two exercises, and computes what the reader has now.
-REVISED = {"05", "06", "07", "08", "09", "10"}
-
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS.values())
 
 
@@ -97,13 +94,10 @@ def test_it_reads_only_what_an_earlier_notebook_leaves(name):
 def test_it_closes_with_what_the_reader_has_now(name):
     *_, heading, computed, last = load(name).cells
     assert last.cell_type == "markdown"
-    if number_of(name) in REVISED:
-        assert (heading.cell_type, computed.cell_type) == ("markdown", "code")
-        assert heading.source.startswith("## What you have now\n\n")
-        assert computed.source == f'artifacts.left_by("{number_of(name)}")'
-        assert last.source.startswith("**Key points**\n\n")
-    else:
-        assert last.source.startswith("## What you have now\n\n- ")
+    assert (heading.cell_type, computed.cell_type) == ("markdown", "code")
+    assert heading.source.startswith("## What you have now\n\n")
+    assert computed.source == f'artifacts.left_by("{number_of(name)}")'
+    assert last.source.startswith("**Key points**\n\n")
     points = last.source.partition("**Key points**")[2].partition("**Next:**")[0]
     assert len(re.findall(r"^\d\. ", points, re.M)) == 3
     assert "**Next:** " in last.source
@@ -112,6 +106,7 @@ def test_it_closes_with_what_the_reader_has_now(name):
 def test_each_notebook_leads_to_the_next():
     for name, following in pairwise(NOTEBOOKS.values()):
         assert f"]({following})" in load(name).cells[-1].source
+    assert f"]({NOTEBOOKS['03']})" in load(NOTEBOOKS["02"]).cells[-1].source  # 02b is optional
 
 
 @every_notebook
@@ -156,11 +151,8 @@ def test_it_has_two_exercises_one_of_them_code(name):
     cells = load(name).cells
     places = exercises_of(name)
     asked_for_code = [place for place in places if re.search(r"^def ", cells[place].source, re.M)]
-    if number_of(name) in REVISED:
-        assert len(places) >= 2
-        assert asked_for_code
-    else:
-        assert places
+    assert len(places) >= 2
+    assert asked_for_code
 
 
 @every_notebook
@@ -178,8 +170,6 @@ def test_its_exercises_are_left_open_and_have_a_hint_and_a_solution(name):
 
 @every_notebook
 def test_its_solutions_replace_their_exercises(name):
-    if number_of(name) not in REVISED:
-        pytest.skip("its solutions are not code yet")
     cells = load(name).cells
     for place in exercises_of(name):
         solution = cells[place + 1].source.partition("<summary>Solution</summary>")[2]
@@ -203,12 +193,19 @@ def test_no_two_exercises_share_a_name_and_each_one_is_asked():
 
 @every_notebook
 def test_it_saves_before_its_exercises_and_these_come_last(name):
-    if number_of(name) not in REVISED:
-        pytest.skip("its exercises have not been moved yet")
     cells = load(name).cells
     first, *_, last = exercises_of(name)
     assert not any("artifacts.writing(" in cell.source for cell in cells[first:])
     assert last == len(cells) - 5  # then its solution, and the three cells that close
+
+
+@every_notebook
+def test_every_figure_has_a_text_for_those_who_cannot_see_it(name):
+    for cell in load(name).cells:
+        kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+        assert ("image/png" in kinds) == ("alt" in cell.metadata), cell.source
+        if "alt" in cell.metadata:
+            assert len(cell.metadata.alt.split()) >= 8
 
 
 # --- the outputs ---------------------------------------------------------------------------

@@ -11,16 +11,18 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from helpers import sparsity
 from helpers.errors import InputError, WriteError
 from helpers.measurement.calibration import fitted_gains
 from helpers.measurement.gemm import measure_gemms
 from helpers.measurement.roofline import DATASHEETS, floor_ms, intensity
-from helpers.metrics import Accuracy
+from helpers.metrics import Accuracy, Comparison
 from helpers.sparsity import compress_2to4, mask_2to4
 from helpers.training import networks
 from helpers.training.loop import Epoch
+from helpers.training.recipe import Recipe
 from helpers.tutorial import plots
 
 
@@ -136,6 +138,20 @@ def test_a_history_is_drawn_with_the_epoch_that_was_kept():
     assert list(right.get_xticks()) == [1, 2, 3]
 
 
+def test_a_history_begins_with_what_was_there_before_and_shows_the_learning_rate():
+    recipe = Recipe(epochs=3, batch_size=1, learning_rate=0.2, weight_decay=0, warmup=0.5)
+    figure = plots.plot_history(history(50, 90, 90), before={"pruned": 40}, recipe=recipe)
+    loss, rate, accuracy = figure.axes
+    assert max(rate.lines[0].get_ydata()) == pytest.approx(0.2)
+    assert rate.lines[0].get_xdata()[np.argmax(rate.lines[0].get_ydata())] == pytest.approx(
+        1.5, abs=0.05
+    )
+    before = accuracy.lines[1]
+    assert (before.get_xdata()[0], before.get_ydata()[0]) == (0, 40)
+    assert legend(accuracy) == ["2:4", "pruned", "kept"]
+    assert list(loss.get_xticks()) == list(accuracy.get_xticks()) == [0, 1, 2, 3]
+
+
 def test_a_long_history_has_few_ticks():
     left, _ = plots.plot_history(history(*range(1, 101)), dense_top1=92).axes
     assert len(left.get_xticks()) == 10
@@ -152,10 +168,50 @@ def test_accuracies_are_bars_with_twice_their_standard_error():
     assert [to_hex(bar.get_facecolor()) for bar in axis.patches] == [
         plots.DENSE, plots.PRUNED, plots.SPARSE,
     ]  # fmt: skip
-    assert texts(axis) == ["90.00 %", "50.00 %", "88.00 %"]
+    assert texts(axis) == ["90.00 %\n± 3.00", "50.00 %\n± 5.00", "88.00 %\n± 3.25"]
     assert labels(axis.get_xticklabels()) == list(results)
-    (low, high) = axis.collections[1].get_segments()[0][:, 1]  # the error bar of the second
-    assert (low, high) == pytest.approx((40, 60))
+
+
+def test_differences_are_points_with_twice_their_standard_error_and_a_line_at_zero():
+    comparisons = {"worse": Comparison(30, 10, 100), "alike": Comparison(10, 12, 100)}
+    (axis,) = plots.plot_differences(comparisons).axes
+    zero, *points = (line for line in axis.lines if line.get_marker() != "|")
+    assert list(zero.get_xdata()) == [0, 0]
+    assert [point.get_xdata()[0] for point in points] == [-20, 2]
+    assert [to_hex(point.get_color()) for point in points] == [plots.PRUNED, plots.DENSE]
+    error = comparisons["worse"].standard_error
+    assert list(axis.collections[0].get_segments()[0][:, 0]) == pytest.approx(
+        [-20 - 2 * error, -20 + 2 * error]
+    )
+    assert texts(axis) == ["-20.00 ± 6.00", "+2.00 ± 4.69"]
+    assert labels(axis.get_yticklabels()) == ["worse", "alike"]
+
+
+def test_the_numbers_of_a_weight_have_no_negative_zero():
+    weight = torch.tensor([[-0.001, 1.0, 2.0, 3.0]])
+    assert texts(plots.draw_compression(weight, weight * mask_2to4(weight)).axes[0])[0] == "0.00"
+
+
+def test_a_block_is_drawn_with_the_channels_and_groups_of_its_convolutions():
+    model = networks.create_model("resnext14_8x1d", 10)
+    block, ordinary, grouped = plots.draw_bottleneck(model.layer2[0]).axes
+    boxes = ["1x1, 64 → 32", "3x3, 32 → 32\nin 8 groups", "1x1, 32 → 256", "1x1, 64 → 256", "+"]
+    assert [text for text in texts(block) if text] == boxes
+    assert len(ordinary.lines) == 64, "each of eight outputs reads eight inputs"
+    assert len(grouped.lines) == 16, "each of eight outputs reads its two"
+
+
+def test_a_block_without_a_downsampling_adds_its_input():
+    model = networks.create_model("resnext101_32x8d", 10)
+    (block,) = plots.draw_bottleneck(model.layer1[1], reads=False).axes
+    assert "the input itself" in texts(block)
+    assert "3x3, 256 → 256\nin 32 groups" in texts(block)
+
+
+def test_a_block_of_other_layers_is_refused():
+    block = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("conv1", "conv2", "conv3")})
+    with pytest.raises(InputError, match="a Linear in the place of a convolution"):
+        plots.draw_bottleneck(block)
 
 
 def test_networks_in_int8_show_accuracy_size_and_latency():

@@ -85,7 +85,7 @@ def test_a_checkpoint_of_ones_own_is_retrained_and_resumed(run, files_of_ones_ow
     more = ("--epochs", "1", "--accumulation", "2")
     status, said, errors = run(*arguments(own, target, *teacher, *more))
     assert status == 0, errors
-    assert "progress.pt: continuing after epoch 1" in said
+    assert "progress.pt has all epochs (1)" in said
     again = load_checkpoint(target).state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
     starts = (tmp_path / "sparse.run" / "starts.jsonl").read_text().splitlines()

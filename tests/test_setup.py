@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from helpers import machine
 from helpers.inference import engine
 from helpers.tutorial import backends, setup
@@ -22,3 +24,11 @@ def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
     ]
     record = json.loads(Artifacts(tiny_settings).require("00_setup.json").read_text())
     assert record == {"machine": machine.describe(), "builder": "TensorRT-RTX"}
+
+
+@pytest.mark.parametrize(("cores", "said"), [(1, "1 core, "), (2, "2 cores, ")])
+def test_the_machine_is_described_in_one_line(tiny_settings, monkeypatch, cores, said):
+    here = {"cores": cores, "memory_gib": 4.0, "cpu": "a processor"}
+    monkeypatch.setattr(setup, "describe", lambda: here)
+    lines = [line for _, line in setup.setup_report(tiny_settings)]
+    assert f"{said}4.0 GiB, a processor" in lines

@@ -51,6 +51,7 @@ myst_heading_anchors = 4
 default_role = "literal"  # `name` in a docstring is code
 napoleon_use_ivar = True
 autosummary_generate = False  # sphinx-apidoc makes the pages
+viewcode_follow_imported_members = False  # a name has its source where it is defined
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 

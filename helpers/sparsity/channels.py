@@ -1,6 +1,6 @@
 """Channels that may change places: the constraints on them, and moving them.
 
-Explained in `02_prune_2_4.ipynb`. These are the terms:
+Explained in `02b_better_pruning.ipynb`. These are the terms:
 
 channel
     One output channel of one layer, or one position along a dimension of a parameter that

@@ -1,6 +1,6 @@
 """Which channels of a model may change places without changing what it computes.
 
-Explained in `02_prune_2_4.ipynb`. The model is exported to its graph of ATen operators.
+Explained in `02b_better_pruning.ipynb`. The model is exported to its graph of ATen operators.
 Beside each tensor of the graph goes a tensor of labels, of the same shape, which says
 to which channel each element belongs. Each operator has a rule (`graph_rules`) that
 labels its outputs and notes which channels must move together and which must stay;

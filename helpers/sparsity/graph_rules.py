@@ -1,6 +1,6 @@
 """What each operator of a graph does to channels: one rule for each kind.
 
-Explained in `02_prune_2_4.ipynb`, in the terms of `helpers.sparsity.channels`. A rule
+Explained in `02b_better_pruning.ipynb`, in the terms of `helpers.sparsity.channels`. A rule
 returns the labels of the operator's outputs and notes the constraints that it leaves. An
 operator that only moves elements (view, transpose, concatenate, ...) is run on the
 labels themselves, so a channel shuffle or a split needs no rule of its own. A rule

@@ -1,6 +1,6 @@
 """Order the channels of a model before it is pruned, so that 2:4 removes less.
 
-Explained in `02_prune_2_4.ipynb`. A model computes the same with its inner channels in any
+Explained in `02b_better_pruning.ipynb`. A model computes the same with its inner channels in any
 order, but the order decides which four weights form a group, and so which weights survive.
 """
 

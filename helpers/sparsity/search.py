@@ -2,7 +2,7 @@
 
 Channels may be in any order as long as the layer before delivers them in that order.
 Another order groups other weights in fours, and a good one spreads the large weights
-over the groups. Explained in `02_prune_2_4.ipynb`.
+over the groups. Explained in `02b_better_pruning.ipynb`.
 
 The columns of a matrix form stripes of four. Two stripes are eight columns, and
 there are 35 ways to split eight into two fours: the search applies the best splits

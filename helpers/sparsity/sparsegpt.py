@@ -1,6 +1,6 @@
 """One-shot pruning that makes up for what it removes: SparseGPT.
 
-Explained in `02_prune_2_4.ipynb`.
+Explained in `02b_better_pruning.ipynb`.
 """
 
 import inspect

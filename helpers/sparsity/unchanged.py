@@ -1,8 +1,8 @@
 """Check that a model computes the same before and after a change that should not matter.
 
-Explained in `02_prune_2_4.ipynb`. Any change of order changes how sums are rounded, and a deep
-network may amplify that. How much it may change the outputs is therefore measured: the outputs
-are compared with those of the same model whose weights are changed by rounding errors.
+Explained in `02b_better_pruning.ipynb`. Any change of order changes how sums are rounded, and a
+deep network may amplify that. How much it may change the outputs is therefore measured: the
+outputs are compared with those of the same model whose weights are changed by rounding errors.
 """
 
 import copy

@@ -1,0 +1,1 @@
+"""Networks, images and the training loop, in one process or many."""

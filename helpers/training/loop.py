@@ -327,7 +327,11 @@ def _resume(path: Path, fresh: _Progress, step: Step, together: Processes) -> _P
                 kept.name,
             )
         return fresh
-    if together.is_first:
+    if together.is_first and len(stored.history) >= step.recipe.epochs:
+        _logger.info(
+            "%s has all epochs (%d). Delete it to train again.", path.name, len(stored.history)
+        )
+    elif together.is_first:
         _logger.info(
             "%s: continuing after epoch %d. Delete it to start at epoch 1.",
             path.name,

@@ -26,6 +26,7 @@ NOTEBOOKS = {
     "00": "00_check_your_setup.ipynb",
     "01": "01_load_pretrained.ipynb",
     "02": "02_prune_2_4.ipynb",
+    "02b": "02b_better_pruning.ipynb",  # optional: no other notebook needs it
     "03": "03_retrain.ipynb",
     "04": "04_export_onnx.ipynb",
     "05": "05_build_engine.ipynb",
@@ -41,6 +42,7 @@ LEAVES = {
     "00": ["00_setup.json"],
     "01": ["01_dense.safetensors"],
     "02": ["02_pruned.safetensors"],
+    "02b": ["02b_pruning.json"],
     "03": ["03_retrained.safetensors", "03_progress.pt"],
     "04": [
         "04_dense_fp32.onnx",
@@ -219,7 +221,7 @@ class Artifacts:
             else:
                 parents = list(self.describe(name)["parents"])
             rows[name] = {"size": _size(self.path(name)), "made from": ", ".join(parents)}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file")
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def _checksum(self, name: str) -> str:
         """Return the SHA-256 of an artifact; it is taken once while the file is unchanged."""

@@ -5,7 +5,8 @@ right, and what to tell a reader who makes a common mistake, says `answers.noteb
 every notebook.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -44,6 +45,39 @@ class Value:
             if _agrees(answer, mistake, self.tolerance):
                 return hint
         return NO_HINT
+
+
+@dataclass(frozen=True)
+class Function:
+    """An exercise whose answer is a function that returns something for its arguments.
+
+    Args:
+        right: a function that does what the exercise asks for.
+        inputs: the arguments of each call that is tried.
+        mistakes: a sentence that helps, by a function that makes the mistake which it fits.
+        tolerance: largest difference at which a number still counts as right.
+    """
+
+    right: Callable[..., Any]
+    inputs: Sequence[tuple[Any, ...]]
+    mistakes: Mapping[Callable[..., Any], str] = field(default_factory=dict)
+    tolerance: float = 1e-6
+
+    def __call__(self, answer: Callable[..., Any]) -> str:
+        """Judge an answer, as a `Judge`."""
+        results = self._results(answer)
+        if all(result is None for result in results):
+            return UNTOUCHED
+        if _same(results, self._results(self.right), self.tolerance):
+            return ""
+        for mistake, hint in self.mistakes.items():
+            if _same(results, self._results(mistake), self.tolerance):
+                return hint
+        return NO_HINT
+
+    def _results(self, function: Callable[..., Any]) -> list[Any]:
+        """Return what a function returns; it gets copies, since it may change its arguments."""
+        return [function(*copy.deepcopy(arguments)) for arguments in self.inputs]
 
 
 def check_answer(name: str, answer: Any) -> None:
@@ -110,6 +144,16 @@ def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
             answer.count(item) == expected.count(item) for item in expected
         )
     return bool(answer == expected)
+
+
+def _same(one: Any, other: Any, tolerance: float) -> bool:
+    """Return whether two results are equal, in order too, up to a tolerance."""
+    one, other = _plain(one), _plain(other)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(
+            _same(*pair, tolerance) for pair in zip(one, other, strict=True)
+        )
+    return _agrees(one, other, tolerance)
 
 
 def _plain(value: Any) -> Any:

@@ -21,15 +21,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.errors import InputError
 from helpers.files import atomic_write
 from helpers.measurement.benchmark import perf_per_watt_by_batch, speedup_by_batch
 from helpers.measurement.roofline import Datasheet, floor_ms, intensity
-from helpers.metrics import Accuracy
+from helpers.metrics import Accuracy, Comparison
 from helpers.sparsity import Compressed, SparsityReport, compress_2to4
 from helpers.training.loop import Epoch
+from helpers.training.recipe import Recipe, schedule
 
 DENSE, PRUNED, SPARSE = "#7a7f87", "#e08e0b", "#4c9a00"
 TWIN = "#3d7ea6"  # the sparse model with its zeros multiplied, measured on a CPU
@@ -37,6 +38,8 @@ COLOURS = {"dense": DENSE, "sparse": SPARSE}
 GAIN_COLOURS = {"speed": SPARSE, "performance per watt": "#a8cf80", "speed of the twin": TWIN}
 GAIN_MARKERS = {"speed": "o", "performance per watt": "s", "speed of the twin": "^"}
 EMPTY = "#f2f2f0"
+_POINTWISE, _GROUPED = "#cfe5b8", "#f3d3a2"  # pale green and pale orange
+_POINTS_PER_EPOCH = 50  # of the curve of a learning rate
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -54,6 +57,12 @@ def _axes(
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
+
+
+def _legend_above(axis: Axes, **options: Any) -> None:
+    """Put the legend above an axis, where it covers nothing."""
+    options = {"ncols": 3, "fontsize": 9, **options}
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, **options)
 
 
 def show_images(images: Tensor, captions: Sequence[str]) -> Figure:
@@ -76,7 +85,7 @@ def _grid(axis: Axes, values: np.ndarray, title: str) -> None:
     axis.pcolormesh(nonzero, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
     for row, column in np.ndindex(values.shape):
         if values[row, column] != 0:
-            label = f"{values[row, column]:.2f}"
+            label = f"{values[row, column]:.2f}".replace("-0.00", "0.00")
             axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=7)
     axis.invert_yaxis()
     axis.set_aspect("equal")
@@ -89,13 +98,15 @@ def _grid(axis: Axes, values: np.ndarray, title: str) -> None:
 def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
     """Draw a small weight before pruning, after it, and in its compressed form.
 
+    Positive numbers are green, negative ones pink, and zeros are left empty.
+
     Args:
         dense: (out, in) weight, at most 8 by 8 to remain readable.
         sparse: the same weight, 2:4.
     """
     compressed = compress_2to4(sparse)
     positions = compressed.positions.numpy()
-    figure, axes = _axes(11, 3.4, 4, width_ratios=[2, 2, 1, 1])
+    figure, axes = _axes(11, 1 + 0.4 * len(dense), 4, width_ratios=[2, 2, 1, 1])
     _grid(axes[0], dense.numpy(), "dense weight")
     _grid(axes[1], sparse.numpy(), "2:4, two of every four kept")
     _grid(axes[2], compressed.values.numpy(), "values kept")
@@ -106,7 +117,7 @@ def draw_compression(dense: Tensor, sparse: Tensor) -> Figure:
         axis.text(column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=8)
     for axis, step in zip(axes, (4, 4, 2, 2), strict=True):
         for border in range(0, axis.collections[0].get_array().shape[1] + 1, step):
-            axis.axvline(border, color="#333333", linewidth=1.2)
+            axis.axvline(border, color="#333333", linewidth=1.2, clip_on=False)
     axes[0].set_xlabel("input channels, in fours", fontsize=9)
     axes[0].set_ylabel("output channels", fontsize=9)
     figure.tight_layout()
@@ -136,6 +147,75 @@ def plot_bytes(per_type: dict[str, tuple[Compressed, int]]) -> Figure:
     return figure
 
 
+def draw_bottleneck(block: nn.Module, reads: bool = True) -> Figure:
+    """Draw a block of ResNeXt, from its layers.
+
+    Args:
+        block: with `conv1`, `conv2`, `conv3` and `downsample`, as torchvision's `Bottleneck`.
+        reads: draw beside it which inputs each output of a convolution reads, in groups or not.
+    """
+    if reads:
+        figure, (axis, ordinary, grouped) = _axes(11, 3, 3, width_ratios=[2.6, 1, 1])
+        _draw_reads(ordinary, 1, "ordinary: each output\nreads every input")
+        _draw_reads(grouped, 4, "grouped: each output\nreads its own group")
+    else:
+        figure, (axis,) = _axes(6, 2.4)
+    _draw_block(axis, block)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_block(axis: Axes, block: nn.Module) -> None:
+    layers = [block.get_submodule(f"conv{number}") for number in (1, 2, 3)]
+    centres = (2.2, 5, 7.8)
+    for layer, x in zip(layers, centres, strict=True):
+        _draw_layer(axis, x, 0, layer)
+    shortcut = getattr(block, "downsample", None)
+    path = ((0.4, 0), (0.4, 1.7), (9.8, 1.7), (9.8, 0.2))
+    axis.plot(*zip(*path, strict=True), color="#333333", linewidth=1)
+    if shortcut is None:
+        axis.text(5, 1.8, "the input itself", ha="center", fontsize=9)
+    else:
+        _draw_layer(axis, 5, 1.7, shortcut[0])
+    for start, end in ((-0.5, 1.1), (3.3, 3.9), (6.1, 6.7), (8.9, 9.6), (10, 10.9)):
+        axis.annotate("", (end, 0), (start, 0), arrowprops={"arrowstyle": "->"})
+    axis.text(9.8, 0, "+", ha="center", va="center", fontsize=14)
+    axis.set_xlim(-0.6, 11)
+    axis.set_ylim(-0.8, 2.5)
+    axis.axis("off")
+    axis.set_title("a block: three convolutions and a path beside them", fontsize=10)
+
+
+def _draw_layer(axis: Axes, x: float, y: float, layer: nn.Module) -> None:
+    """Draw a convolution as a box with its kernel and its channels."""
+    if not isinstance(layer, nn.Conv2d):
+        raise InputError(f"This block has a {type(layer).__name__} in the place of a convolution.")
+    grouped = layer.groups > 1
+    text = f"{'x'.join(map(str, layer.kernel_size))}, {layer.in_channels} → {layer.out_channels}"
+    if grouped:
+        text += f"\nin {layer.groups} groups"
+    axis.text(
+        x, y, text, ha="center", va="center", fontsize=9,
+        bbox={"boxstyle": "round,pad=0.5", "fc": _GROUPED if grouped else _POINTWISE, "ec": "none"},
+    )  # fmt: skip
+
+
+def _draw_reads(axis: Axes, groups: int, title: str, channels: int = 8) -> None:
+    """Draw which inputs (left) each output (right) of a convolution reads."""
+    size = channels // groups
+    for output in range(channels):
+        first = output // size * size
+        for source in range(first, first + size):
+            axis.plot((0, 1), (-source, -output), color=DENSE, linewidth=0.7)
+    colour = _GROUPED if groups > 1 else _POINTWISE
+    for x in (0, 1):
+        places = -np.arange(channels)
+        axis.scatter([x] * channels, places, s=70, color=colour, edgecolors="#333333", zorder=2)
+    axis.set_xlim(-0.4, 1.4)
+    axis.axis("off")
+    axis.set_title(title, fontsize=10)
+
+
 def plot_shares(shares: pd.DataFrame) -> Figure:
     """Draw the share of each kind of layer in the parameters and the MACs, in per cent.
 
@@ -150,7 +230,7 @@ def plot_shares(shares: pd.DataFrame) -> Figure:
     axis.set_yticks(rows, shares.index)
     axis.set_xlabel("share of all convolutions and linear layers, %")
     axis.set_xlim(0, 1.15 * shares[["parameters, %", "MACs, %"]].to_numpy().max())
-    axis.legend(frameon=False, loc="lower right")
+    _legend_above(axis)
     return figure
 
 
@@ -176,37 +256,54 @@ def plot_layers(report: SparsityReport) -> Figure:
     else:
         axis.set_xlabel("layer, in order of execution")
     axis.set_ylabel("million MACs")
-    axis.legend(frameon=False, fontsize=8)
+    _legend_above(axis)
     return figure
 
 
-def plot_history(history: Sequence[Epoch], dense_top1: float | None = None) -> Figure:
+def plot_history(
+    history: Sequence[Epoch],
+    dense_top1: float | None = None,
+    before: dict[str, float] | None = None,
+    recipe: Recipe | None = None,
+) -> Figure:
     """Draw loss and validation accuracy over the epochs of a retraining.
 
     Args:
         history: as `helpers.training.loop.train` returns it.
         dense_top1: accuracy of the dense model on the same validation images, if known.
+        before: accuracies before the training, on the same images, by name; drawn at epoch 0.
+        recipe: of the training; its learning rate is drawn too.
     """
-    figure, (left, right) = _axes(9, 3, 2)
+    figure, (left, *middle, right) = _axes(10 if recipe else 9, 3.2, 3 if recipe else 2)
     epochs = [epoch.number for epoch in history]
     left.plot(epochs, [epoch.loss for epoch in history], "o-", color=SPARSE)
     left.set_ylabel("training loss")
+    if recipe:
+        factor = schedule(recipe, _POINTS_PER_EPOCH)
+        steps = np.arange(recipe.epochs * _POINTS_PER_EPOCH)
+        rates = [recipe.learning_rate * factor(int(step)) for step in steps]
+        middle[0].plot(steps / _POINTS_PER_EPOCH, rates, color=DENSE)
+        middle[0].set_ylabel("learning rate")
     right.plot(epochs, [epoch.validation for epoch in history], "o-", color=SPARSE, label="2:4")
+    for marker, (name, top1) in zip("vD^s", (before or {}).items(), strict=False):
+        right.plot(0, top1, marker, color=PRUNED, label=name)
     if dense_top1 is not None:
         right.axhline(dense_top1, color=DENSE, linestyle="--", label="dense, before pruning")
     best = max(history, key=lambda epoch: epoch.validation)
     right.plot(best.number, best.validation, "*", color=PRUNED, markersize=15, label="kept")
     right.set_ylabel("validation top-1, %")
-    right.legend(frameon=False)
-    for axis in (left, right):
+    right.margins(y=0.12)
+    _legend_above(right, ncols=2, fontsize=8)
+    ticks = [0, *epochs] if before or recipe else epochs
+    for axis in (left, *middle, right):
         axis.set_xlabel("epoch")
-        axis.set_xticks(epochs if len(epochs) <= 12 else epochs[:: len(epochs) // 10])
+        axis.set_xticks(ticks if len(ticks) <= 12 else ticks[:: len(ticks) // 10])
     figure.tight_layout()
     return figure
 
 
 def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
-    """Draw test accuracies side by side, with error bars of two standard errors each way.
+    """Draw test accuracies side by side.
 
     Args:
         results: accuracy by name, such as dense, pruned and retrained.
@@ -214,15 +311,43 @@ def plot_accuracy(results: dict[str, Accuracy]) -> Figure:
     colours = {"dense": DENSE, "pruned": PRUNED}
     figure, (axis,) = _axes(6, 3.2)
     for place, (name, result) in enumerate(results.items()):
-        axis.bar(
-            place, result.top1, 0.6, yerr=2 * result.standard_error, capsize=4,
-            color=colours.get(name, SPARSE),
-        )  # fmt: skip
-        label = f"{result.top1:.2f} %"
-        axis.text(place, result.top1 + 2 * result.standard_error + 2, label, ha="center")
+        axis.bar(place, result.top1, 0.6, color=colours.get(name, SPARSE))
+        label = f"{result.top1:.2f} %\n± {result.standard_error:.2f}"
+        axis.text(place, result.top1 + 1, label, ha="center", va="bottom")
     axis.set_xticks(range(len(results)), list(results))
-    axis.set_ylabel("test top-1, %\n(lines: ± 2 standard errors)")
-    axis.set_ylim(0, 110)
+    axis.set_ylabel("test top-1, %\n(± standard error)")
+    axis.set_ylim(0, 120)
+    axis.set_yticks(range(0, 101, 20))
+    return figure
+
+
+def plot_differences(comparisons: dict[str, Comparison]) -> Figure:
+    """Draw differences of accuracy between models on the same images.
+
+    A line through a point reaches two standard errors of the difference to each side, which is
+    about a 95 % interval. Where it crosses zero, the test does not tell the models apart.
+
+    Args:
+        comparisons: by what is subtracted from what, such as "retrained - dense".
+    """
+    figure, (axis,) = _axes(8, 0.9 + 0.5 * len(comparisons))
+    rows = np.arange(len(comparisons))[::-1]
+    axis.axvline(0, color="#333333", linewidth=1)
+    for row, each in zip(rows, comparisons.values(), strict=True):
+        clear = abs(each.difference) > 2 * each.standard_error
+        axis.errorbar(
+            each.difference, row, xerr=2 * each.standard_error, capsize=3, marker="o",
+            color=SPARSE if clear and each.difference > 0 else PRUNED if clear else DENSE,
+        )  # fmt: skip
+        label = f"{each.difference:+.2f} ± {each.standard_error:.2f}"
+        axis.text(
+            each.difference, row + 0.18, label, ha="center", va="bottom", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    axis.set_yticks(rows, list(comparisons))
+    axis.set_ylim(-0.5, len(rows) - 0.3)
+    axis.margins(x=0.08)
+    axis.set_xlabel("difference in top-1, points (lines: ± 2 standard errors)")
     return figure
 
 

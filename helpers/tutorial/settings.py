@@ -75,10 +75,12 @@ class Settings:
         return f"Settings({', '.join(f'{key}={value!r}' for key, value in self._shown().items())})"
 
     def _repr_html_(self) -> str:
+        # The rest of the recipe means nothing to a reader before notebook 03.
+        epochs = f"{self.recipe.epochs} epochs in batches of {self.recipe.batch_size} images"
         cells = "".join(
             f"<tr><th style='text-align:left'>{key}</th>"
             f"<td style='text-align:left'>{value}</td></tr>"
-            for key, value in self._shown().items()
+            for key, value in (self._shown() | {"recipe": epochs}).items()
         )
         return f"<table>{cells}</table>"
 

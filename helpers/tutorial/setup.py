@@ -26,7 +26,8 @@ def setup_report(settings: Settings) -> list[tuple[bool, str]]:
         (package in found, f"{package} {found.get(package, 'is not installed')}")
         for package in REQUIRED
     ]
-    lines.append((True, f"{here['cores']} cores, {here['memory_gib']} GiB, {here['cpu']}"))
+    cores = f"{here['cores']} core{'s' if here['cores'] > 1 else ''}"
+    lines.append((True, f"{cores}, {here['memory_gib']} GiB, {here['cpu']}"))
     free = shutil.disk_usage(_existing_parent(settings.artifacts_dir)).free / 1e9
     lines.append((free > 1, f"{free:.0f} GB free for {relative(settings.artifacts_dir)}"))
     return lines

@@ -127,8 +127,31 @@ class Lab:
         self.command("notebook:run-all-cells")
 
     def start_all(self) -> None:
-        """Let all cells of the notebook in front run, and wait for none."""
-        self.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        """Let all cells of the notebook in front run; `wait_for_end` waits for them."""
+        self.evaluate(
+            "() => { window.running ="
+            " window.jupyterapp.commands.execute('notebook:run-all-cells') }"
+        )
+
+    def wait_for_end(self) -> None:
+        """Wait until the cells that `start_all` let run have run, or were stopped."""
+        self.evaluate("async () => { await window.running }")
+
+    def go_to(self, id: str) -> None:
+        """Make a cell of the notebook in front the active one, and scroll to it."""
+        self.evaluate(
+            f"""async id => {{ {_PANEL}
+                const place = panel.content.widgets.findIndex(cell => cell.model.id === id);
+                panel.content.activeCellIndex = place;
+                await panel.content.scrollToItem(place, 'center');
+            }}""",
+            id,
+        )
+
+    def run_cell(self, id: str) -> None:
+        """Run one cell of the notebook in front to its end."""
+        self.go_to(id)
+        self.command("notebook:run-cell")
 
     def fill_in(self, sources: dict[str, str]) -> None:
         """Put code into cells of the notebook in front, by their ids."""

@@ -41,7 +41,7 @@ def test_a_stranger_gets_from_the_welcome_page_through_the_retraining(lab):
     lab.start_all()
     lab.wait_for_output("epoch 1/4: loss", minutes=10)
     page.locator("[data-command='notebook:interrupt-kernel']:visible").first.click()
-    lab.wait_for_output("Interrupted; ")
+    lab.wait_for_end()
     (stopped,) = [cell for cell in lab.cells() if "Interrupted; " in text_of(cell)]
     assert "Interrupted; epoch 1 of 4 is kept. Run it again to go on." in text_of(stopped)
     assert "Traceback" not in str(stopped)
