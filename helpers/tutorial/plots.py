@@ -911,8 +911,7 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
             )  # fmt: skip
         axis.axvline(0, color=DENSE, linewidth=1)
         axis.set_xscale("symlog", linthresh=1)  # a tenth of a point counts, and so do twenty
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in (-30, -10, -3, -1, -0.5, 0, 0.5, 1, 3) if low <= tick <= high]
+        ticks = _points_within(*axis.get_xlim())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("points; lines are 95 % intervals over seeds")
@@ -920,6 +919,12 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     figure.tight_layout()
     return figure
+
+
+def _points_within(low: float, high: float) -> list[float]:
+    """Return round numbers of points to mark on an axis from tenths to tens."""
+    marks = (-100, -30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 100)
+    return [mark for mark in marks if low <= mark <= high]
 
 
 def plot_retraining_length(rows: pd.DataFrame) -> Figure:
@@ -943,6 +948,9 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
             own.percent, own.difference, spread, color=SPARSE, marker="o", markersize=4, capsize=2
         )
         axis.axhline(0, color=DENSE, linewidth=1)
+        axis.set_yscale("symlog", linthresh=1)
+        ticks = _points_within(*axis.get_ylim())
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(network, fontsize=10, loc="left")
         axis.set_xlabel("% of the epochs")
     axes[0].set_ylabel("points, less a whole retraining")
