@@ -914,7 +914,7 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
         ticks = _points_within(*axis.get_xlim())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("points; lines are 95 % intervals over seeds")
+        axis.set_xlabel("points, with 95 % intervals over seeds; logarithmic beyond 1")
     axes[0].set_yticks(places, rows.network)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     figure.tight_layout()
