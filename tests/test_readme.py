@@ -16,7 +16,7 @@ from helpers.measurement.advice import advise
 from helpers.measurement.calibration import CALIBRATION
 from helpers.measurement.rates import Rates
 from helpers.measurement.roofline import DATASHEETS, ESTIMATED_GPUS, MEASURED_GPUS
-from helpers.metrics import Accuracy, Comparison, max_relative_error
+from helpers.metrics import Accuracy, Comparison, max_relative_error, paired_difference
 from helpers.training.networks import create_on_meta
 from helpers.tutorial.artifacts import NOTEBOOKS
 from helpers.tutorial.settings import PRESETS, project_root
@@ -139,6 +139,22 @@ def test_the_figures_of_int8_are_the_recorded_ones():
     assert f"{quick['sizes']['compressed_share']:.3f} of the dense FP16 file" in said
     large = networks["resnext101_32x8d"]["sizes"]["compressed_share"]
     assert f"{large:.3f} for ResNeXt-101 32x8d" in said
+
+
+def test_the_accuracies_of_small_networks_are_the_recorded_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
+    rows = pd.DataFrame(record["rows"])
+    lost = 0
+    for (network, metric), own in rows[rows.metric != "loss"].groupby(["network", "metric"]):
+        assert len(own) == 5
+        found = paired_difference(own.control.tolist(), own.retrained.tolist())
+        lost += found.high < 0
+        means = " | ".join(f"{own[arm].mean():.2f}" for arm in ("pruned", "control", "retrained"))
+        interval = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        assert f"| {network} | {metric} | {means} | {interval} |" in RESULTS
+        assert own.retrained.mean() > own.dense.mean()
+    assert lost == 7
+    assert "Seven of these networks" in RESULTS
 
 
 def test_the_published_figures_are_labelled_and_those_of_the_record():
