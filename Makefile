@@ -6,17 +6,19 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifacts
 
-.PHONY: tutorial test browser gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
+.PHONY: tutorial test solved browser gpu lab lint notebooks book slides wheelhouse wheelhouse-check lock clean
 
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## unit tests; the notebooks, also with solutions; the book; a browser
+test: $(READY) lint  ## unit tests; the notebooks from scratch; the book and the slides
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
 	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
+	$(MAKE) book slides
+
+solved: $(READY)  ## the notebooks once more with the solutions filled in, after `make test`
 	$(ONLY) $(BIN)/pytest tests/solved
-	$(MAKE) book slides browser
 
 browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser
 	rm -rf build/browser
