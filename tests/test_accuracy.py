@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accuracy_cases import TINY, U_NET
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,17 +19,6 @@ from accuracy_tasks.task import ARMS, StudyError, run, same_inputs_masks, train
 from helpers.files import write_json
 from helpers.metrics import PairedDifference
 from helpers.sparsity import is_2to4, masks_2to4
-
-TINY = {
-    task.network: replace(
-        task,
-        training_examples=32,
-        test_examples=16,
-        recipe=replace(task.recipe, epochs=1, batch_size=16),
-    )
-    for task in TASKS
-}
-U_NET = TINY["small U-Net"]
 
 
 @pytest.mark.parametrize("task", TINY.values(), ids=list(TINY))

@@ -1,30 +1,18 @@
 """`benchmarks/remedies.py`: which networks it tries to help, how, and its table."""
 
 import copy
-from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from accuracy_cases import TINY, U_NET
 from typer.testing import CliRunner
 
 import accuracy
 import remedies
-from accuracy_tasks import TASKS
 from accuracy_tasks.record import Record
 from accuracy_tasks.task import ARMS
 from helpers.sparsity import eligible_weights, is_2to4
-
-TINY = {
-    task.network: replace(
-        task,
-        training_examples=32,
-        test_examples=16,
-        recipe=replace(task.recipe, epochs=1, batch_size=16),
-    )
-    for task in TASKS
-}
-U_NET = TINY["small U-Net"]
 
 
 @pytest.mark.parametrize("task", TINY.values(), ids=list(TINY))

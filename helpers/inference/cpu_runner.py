@@ -19,6 +19,7 @@ from helpers.inference.autotune import (
     Timer,
     fingerprint,
     host_times,
+    measure_twice,
     network_key,
 )
 from helpers.inference.cpu_layers import CpuLayer
@@ -244,9 +245,11 @@ class CpuRunner(Runner):
         return models[layout]
 
     def _faster(self, models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> Choice:
-        calls = [partial(model, images.clone()) for model in models.values()]
-        times = dict(zip(models, self.autotuner.timer(calls), strict=True))
-        return Choice(min(times, key=times.__getitem__), {}, times)
+        calls = {layout: partial(model, images.clone()) for layout, model in models.items()}
+        measured = measure_twice(self.autotuner.timer, calls)
+        times = measured.shortest
+        best = min(times, key=times.__getitem__)
+        return Choice(best, {}, times, reliable=measured.support(best))
 
     def _substitute(self, kernel: Kernel) -> Kernel:
         if self.kernels == "twin" and isinstance(kernel, SparseCpu):
