@@ -35,8 +35,10 @@ from helpers.files import write_json
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("gpu_worker.py")
+ALGORITHMS = Path(__file__).with_name("gpu_algorithms.py")
 PARTS = [
     "probe",
+    "algorithms",
     "tests",
     "products",
     "networks",
@@ -57,6 +59,7 @@ TESTS = {
 LIMITS = {
     "machine": (120, 0),
     "probe": (60, 20),
+    "algorithms": (120, 30),
     "tests": (120, 30),
     "products": (300, 25),
     "network": (420, 45),
@@ -224,6 +227,17 @@ def safest(records: Sequence[dict[str, Any]]) -> str:
     return next((way for key, way in WAYS.items() if all(key in own for own in ran)), "")
 
 
+def try_algorithms(session: Session, datatypes: Sequence[str]) -> None:
+    """Find out which of cuSPARSELt's algorithms break CUDA, each in a process of its own."""
+    limit = session.limit("algorithms", "algorithms")
+    if datatypes and limit is not None:
+        out = session.out / "algorithms.json"
+        session.child(
+            f"algorithms {' '.join(datatypes)}", [str(ALGORITHMS), str(out), *datatypes], limit,
+            session.out / "gpu.log",
+        )  # fmt: skip
+
+
 def run_tests(session: Session, safe: dict[str, str]) -> None:
     """Run the tests that need a GPU, without the datatypes that break CUDA."""
     unsafe = [datatype for datatype, way in safe.items() if way != "search"]
@@ -288,6 +302,9 @@ def measure(session: Session, parts: Collection[str], datatypes: Sequence[str]) 
     safe = dict.fromkeys(datatypes, "search")
     if "probe" in parts:
         safe = probe(session, datatypes)
+    if "algorithms" in parts:  # after a probe, only where it did not survive the search
+        broken = [datatype for datatype, way in safe.items() if way != "search"]
+        try_algorithms(session, broken if "probe" in parts else datatypes)
     if "tests" in parts:
         run_tests(session, safe)
     # The smallest run from end to end; what it measures is kept by the larger ones.

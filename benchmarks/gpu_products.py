@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gpu_run import Run
-from helpers.inference.cusparselt import SparseGemm
+from helpers.inference.cusparselt import SparseGemm, may_search
 from helpers.measurement import gemm, roofline
 from helpers.measurement.advice import advise
 from helpers.measurement.rates import Rates
@@ -20,6 +20,8 @@ def probe(run: Run) -> None:
     """
     datatype, (side,) = run.job.datatype, run.job.squares
     for search, how in ((False, "default"), (True, "searched")):
+        if search and torch.cuda.is_available() and not may_search(gemm.PRODUCTS[datatype].dtype):
+            break  # it is known to break CUDA
         run.begin(f"the {how} {datatype} product of {side}")
         row = gemm.measure_gemm((side, side, side), datatype, rounds=1, search=search)
         run.record[how] = row["reason"] or "right"

@@ -6,6 +6,8 @@ from torch import nn
 from helpers.inference.cusparselt import (
     SparseGemm,
     UnsearchedSparseGemm,
+    half_type,
+    may_search,
     search_algorithm,
     why_no_sparse_gemms,
 )
@@ -56,6 +58,30 @@ def test_a_search_that_leaves_cuda_dead_names_what_it_tried(cusparselt, monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", cusparselt.dead)
     with pytest.raises(DeadContextError, match=r"product with {'alg_id': 5, 'split_k': 2"):
         search_algorithm(torch.eye(16), torch.zeros(16, 8))
+
+
+@pytest.fixture(params=[(9, 0), (8, 0)], ids=["H100", "A100"])
+def capability(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
+    return request.param
+
+
+def test_only_an_h100_may_not_search_in_fp16(capability):
+    is_h100 = capability == (9, 0)
+    assert may_search(torch.bfloat16)
+    assert may_search(torch.int8)
+    assert may_search(torch.float16) != is_h100
+    assert half_type() == (torch.bfloat16 if is_h100 else torch.float16)
+
+
+def test_where_the_search_breaks_cuda_the_default_algorithm_stands(capability, cusparselt):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    columns = torch.zeros(16, 8, dtype=torch.float16).as_subclass(OnGpu)
+    found = search_algorithm(torch.eye(16, dtype=torch.float16), columns)
+    assert (found == {}) == (capability == (9, 0))
+    assert bool(cusparselt.calls) == (capability != (9, 0))
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py` with its parts as far as they go without a GPU, and on fakes of one."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from test_child_process import impatient
 from typer.testing import CliRunner
 
 import gpu
+import gpu_algorithms
 import gpu_engines
 import gpu_networks
 import gpu_products
@@ -507,6 +509,42 @@ def test_the_tests_leave_out_the_datatypes_that_break_cuda(monkeypatch, tmp_path
     assert "-k" not in ran[0]
 
 
+@pytest.mark.parametrize(
+    ("parts", "tried"),
+    [({"probe", "algorithms"}, ["FP16"]), ({"algorithms"}, ["BF16", "FP16"]), ({"probe"}, None)],
+)
+def test_algorithms_are_tried_where_the_search_is_not_survived(monkeypatch, tmp_path, parts, tried):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(Session, "child", lambda self, title, command, *_: ran.append(command))
+    monkeypatch.setattr(gpu, "probe", lambda *_: {"BF16": "search", "FP16": "default"})
+    session = Session(Job("", str(tmp_path), str(tmp_path)), until=float("inf"))
+    gpu.measure(session, parts, ["BF16", "FP16"])
+    out = str(tmp_path / "algorithms.json")
+    assert ran == ([] if tried is None else [[str(gpu.ALGORITHMS), out, *tried]])
+
+
+def own_outcome(datatype: str, algorithm: int) -> str:
+    """What one algorithm of a fake library does; the process of some of them dies."""
+    if algorithm in (3, 5):
+        os._exit(1)
+    return f"{datatype} {algorithm} is right"
+
+
+def test_an_algorithm_that_kills_its_process_costs_no_other_one(monkeypatch):
+    monkeypatch.setattr(gpu_algorithms, "MOST", 8)
+    monkeypatch.setattr(gpu_algorithms, "SECONDS", 2)
+    outcomes = gpu_algorithms.all_outcomes("FP16", own_outcome)
+    dead = {number for number, how in outcomes.items() if how == "does not end within 2 s"}
+    assert dead == {3, 5}
+    assert {outcomes[number] for number in outcomes.keys() - dead} == {
+        f"FP16 {number} is right" for number in (0, 1, 2, 4, 6, 7)
+    }
+
+
+def test_an_algorithm_that_is_refused_is_told_with_the_reason(no_gpu):
+    assert gpu_algorithms.outcome("FP16", 3).startswith("refused: ")
+
+
 def test_every_module_with_a_gpu_test_is_run():
     folder = Path(__file__).parent
     marked = {
@@ -544,17 +582,20 @@ def test_the_real_worker_is_started_in_its_own_process(tmp_path):
     assert isinstance(record["missing"], str)
 
 
+OWN = {"algorithms", "tests"}  # parts that have scripts of their own
+
+
 def test_every_part_of_the_script_is_one_of_the_worker():
-    wanted = {"network" if part == "networks" else part for part in gpu.PARTS} - {"tests"}
+    wanted = {"network" if part == "networks" else part for part in gpu.PARTS} - OWN
     assert wanted | {"machine"} == set(PARTS)
-    assert set(gpu.LIMITS) - {"tests"} == set(PARTS)
+    assert set(gpu.LIMITS) - OWN == set(PARTS)
     assert callable(probe)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--parts", "lunch"), "lunch; there are probe, tests"),
+        (("--parts", "lunch"), "lunch; there are probe, algorithms, tests"),
         (("--datatypes", "FP4"), "FP4; there are BF16, INT8"),
         (("--networks", "../evil"), "../evil; there are resnext14_8x1d"),
         (("--batch-sizes", "0"), "greater than or equal to 1"),

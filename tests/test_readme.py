@@ -5,6 +5,7 @@ import re
 import tomllib
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -50,6 +51,58 @@ def test_the_results_are_those_of_the_recorded_run():
     assert contains_1.all() == (
         "Every interval of the dense model against itself contains 1." in text
     ), list(again.batch[~contains_1])
+
+
+def test_the_products_of_the_h100_are_the_recorded_ones_beside_the_advice():
+    rows = json.loads((REFERENCE / "products_h100.json").read_text())["rows"]
+    rates = Rates.calibrated("h100-sxm")
+    section = RESULTS.partition("## On an H100")[2].partition("\n## ")[0]
+    ratios: dict[str, dict[int, str]] = {}
+    errors = []
+    for row in rows:
+        size, datatype = row["m"], row["datatype"]
+        dense, sparse = (
+            rates.product_ms(size, size, size, datatype, is_sparse) for is_sparse in (False, True)
+        )
+        ratios.setdefault(datatype, {})[size] = f"{row['ratio']:.2f} ({dense / sparse:.2f})"
+        if datatype != "INT8":
+            errors.append(abs(dense / sparse / row["ratio"] - 1))
+    for datatype, by_size in ratios.items():
+        assert (
+            f"| {datatype} | {' | '.join(by_size[size] for size in sorted(by_size))} |" in section
+        )
+    largest = {row["datatype"]: row for row in rows if row["m"] == 8192}
+    text = " ".join(section.split())
+    assert f"{largest['INT8']['dense_tflops']:,.0f} TOPS at 8192" in text
+    assert f"reaches {largest['FP8']['dense_tflops']:,.0f} TFLOP/s" in text
+    fair = largest["FP8"]["dense_ms"] / largest["INT8"]["sparse_ms"]
+    assert f"the sparse INT8 product is {fair:.2f}x as fast" in text
+    best = max(row["ratio"] for row in rows if row["datatype"] != "INT8")
+    assert f"gain up to {best:.2f}x" in text
+    assert f"up to {largest['BF16']['ratio']:.2f}x as fast as dense ones in BF16" in README
+    advice = " ".join((ROOT / "docs" / "advice.md").read_text().split())
+    low, high, median = (100 * each for each in (min(errors), max(errors), np.median(errors)))
+    assert f"within {low:.0f} to {high:.0f} %, with a median of {median:.0f} %" in advice
+
+
+def test_resnet_50_on_the_h100_is_the_recorded_one():
+    record = json.loads((REFERENCE / "resnet50_h100.json").read_text())
+    (times,) = record["network_times"]
+    (error,) = record["max_relative_errors"]
+    text = " ".join(RESULTS.split())
+    dense, sparse = times["dense"], times["cusparselt"]
+    assert f"takes {dense:.2f} ms with dense products and {sparse:.2f} ms with" in text
+    assert f"{dense / sparse:.2f}x, where `advise` expects" in text
+    assert f"by {100 * error['max_relative_error']:.1f} % of the largest" in text
+
+
+def test_every_algorithm_that_breaks_an_h100_is_one_of_fp16():
+    record = json.loads((REFERENCE / "cusparselt_algorithms_h100.json").read_text())
+    dead = [row["alg_id"] for row in record["rows"] if row["outcome"].startswith("dies")]
+    right = [row["alg_id"] for row in record["rows"] if row["outcome"] == "right"]
+    assert {row["datatype"] for row in record["rows"]} == {"FP16"}
+    assert f"{len(dead)} of cuSPARSELt's {len(dead) + len(right)} algorithms" in RESULTS
+    assert dead == list(range(len(right), len(right) + len(dead)))
 
 
 def test_the_speed_on_a_cpu_is_the_recorded_one():

@@ -1,6 +1,7 @@
 """Sparse matrix products by cuSPARSELt. Explained in `06_infer_and_benchmark.ipynb`."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from helpers.inference.kernels import NO_EPILOGUE, Epilogue, Gemm, ProductLayer,
 from helpers.sparsity import is_2to4
 
 _logger = logging.getLogger(__name__)
+
+# Compute capabilities where some of cuSPARSELt's FP16 algorithms leave CUDA unusable. On an H100,
+# versions 0.8.0 and 0.8.1 have 52 of them, and every one from number 36 on ends in an illegal
+# instruction (data/reference/cusparselt_algorithms_h100.json; `benchmarks/gpu.py` tries them).
+BROKEN_IN_FP16 = {(9, 0)}
 
 
 def why_no_sparse_gemms() -> str:
@@ -42,8 +48,9 @@ def search_algorithm(
     """Return the arguments with which `torch._cslt_sparse_mm` is fastest for a product.
 
     cuSPARSELt executes each of its algorithms for that, so one broken algorithm is enough to
-    leave CUDA unusable. Where PyTorch does not take the way to split k that comes with the
-    fastest algorithm, that algorithm is returned without one.
+    leave CUDA unusable. Where that is known (`may_search`), nothing is searched, and the default
+    algorithm stands. Where PyTorch does not take the way to split k that comes with the fastest
+    algorithm, that algorithm is returned without one.
 
     Args:
         compressed: the sparse matrix, as `torch._cslt_compress` returns it.
@@ -57,14 +64,21 @@ def search_algorithm(
         DeadContextError: an algorithm left CUDA unusable.
         RuntimeError: cuSPARSELt does not take these matrices.
     """
+    given: dict[str, Any] = {"bias": bias, "alpha": factors, "out_dtype": output}
+    given = {name: value for name, value in given.items() if value is not None}
+    product = partial(torch._cslt_sparse_mm, compressed, columns, transpose_result=True, **given)
+    if columns.is_cuda and not may_search(columns.dtype, columns.device):
+        _logger.info(
+            "cuSPARSELt's default algorithm is used: some of its FP16 algorithms leave an H100 "
+            "unusable. BF16 is as fast there and can be searched."
+        )
+        return {}
     search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # not in the stubs
     # A fourth number comes last: how many kernels there were to choose from.
     algorithm, split_k, split_k_mode, *_ = search(compressed, columns, bias, factors, output, True)
     found = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": split_k_mode}
-    given: dict[str, Any] = {"bias": bias, "alpha": factors, "out_dtype": output}
-    given = {name: value for name, value in given.items() if value is not None}
     try:
-        torch._cslt_sparse_mm(compressed, columns, transpose_result=True, **given, **found)
+        product(**found)
     except RuntimeError as error:
         cuda_graphs.raise_if_context_is_broken(error, f"cuSPARSELt's product with {found}")
         _logger.info(
@@ -72,6 +86,28 @@ def search_algorithm(
         )
         return {"alg_id": algorithm}
     return found
+
+
+def may_search(dtype: torch.dtype, device: torch.device | None = None) -> bool:
+    """Return whether cuSPARSELt may try all its algorithms for a type on a GPU.
+
+    Args:
+        dtype: of the matrices.
+        device: the GPU in use unless given.
+    """
+    broken = torch.cuda.get_device_capability(device) in BROKEN_IN_FP16
+    return not (broken and dtype == torch.float16)
+
+
+def half_type(device: torch.device | None = None) -> torch.dtype:
+    """Return the type of 16 bits in which sparse products run best on a GPU.
+
+    It is FP16, or BF16 where cuSPARSELt may not search in FP16: its matrix products are as fast.
+
+    Args:
+        device: the GPU in use unless given.
+    """
+    return torch.float16 if may_search(torch.float16, device) else torch.bfloat16
 
 
 class SparseGemm(Gemm):

@@ -20,6 +20,7 @@ from helpers import machine
 from helpers.errors import InputError
 from helpers.files import shown
 from helpers.inference import cuda_graphs
+from helpers.inference.cusparselt import half_type
 from helpers.inference.engine import Builder, find_builder
 from helpers.inference.errors import RunnerError
 from helpers.inference.export import INPUT, OUTPUT
@@ -109,14 +110,15 @@ class CapturedModel:
 
 
 class TorchRunner(Runner):
-    """PyTorch with batch norm folded, channels-last: FP16 on a GPU, FP32 on a CPU.
+    """PyTorch with batch norm folded, channels-last: 16 bits on a GPU, FP32 on a CPU.
 
     On a GPU each batch size is captured in a CUDA graph when it is first loaded, with the
     fastest convolutions that cuDNN finds.
 
     Args:
         model: a model that torch.fx can trace; it is not changed.
-        dtype: FP16 on a GPU and FP32 on a CPU unless given.
+        dtype: on a GPU FP16, or BF16 on an H100 (`cusparselt.half_type`), and FP32 on a CPU
+            unless given.
         compile: let `torch.compile` fuse the model's operators and try its kernels, which
             takes minutes for each batch size of a large model. On a CPU it also rearranges the
             weights once and for all (freezing).
@@ -136,7 +138,7 @@ class TorchRunner(Runner):
     ) -> None:
         self.device = device or machine.device()
         self.on_gpu = self.device.type == "cuda"
-        self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
+        self.dtype = dtype or (half_type(self.device) if self.on_gpu else torch.float32)
         self.compile = compile
         version = torch.__version__.partition("+")[0]
         self.name = f"PyTorch {version}, {self.device.type}"

@@ -126,7 +126,8 @@ class SparseTorchRunner(TorchRunner):
         model: a model pruned 2:4; it is not changed.
         kernels: as `use_gemms_` takes them; `dense` and `dense_int8` are the same code path
             without sparsity, which also runs on a CPU.
-        dtype: FP16 on a GPU and FP32 on a CPU unless given; cuSPARSELt takes FP16 and BF16.
+        dtype: as in `TorchRunner`; cuSPARSELt takes FP16 and BF16. On an H100 some of its FP16
+            kernels leave the GPU unusable, so FP16 is left to its default kernel there.
         cache: JSON file for the choices of kernels, so that they are measured once.
         compile: let `torch.compile` fuse what is between the products, such as residual
             additions with their ReLU, as in `TorchRunner`.
