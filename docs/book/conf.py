@@ -4,6 +4,7 @@
 that work on GitHub work in the book too.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -67,6 +68,16 @@ def add_contents(app: Sphinx, document: str, source: list[str]) -> None:
         source[0] += "\n" + CONTENTS.read_text()
 
 
+def describe_figures(app: Sphinx, document: str, source: list[str]) -> None:
+    """Give the figures of a notebook the descriptions that its cells have for readers who hear."""
+    if document.startswith("notebooks/"):
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            if "alt" in cell["metadata"]:
+                cell["metadata"]["mystnb"] = {"image": {"alt": cell["metadata"]["alt"]}}
+        source[0] = json.dumps(notebook)
+
+
 def write_front_page(app: Sphinx, error: Exception | None) -> None:
     """Let the site open with the README: servers look for index.html."""
     if error is None and app.builder.format == "html":
@@ -75,5 +86,6 @@ def write_front_page(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", add_contents)
+    app.connect("source-read", describe_figures)
     app.connect("build-finished", write_front_page)
     return {}
