@@ -19,7 +19,7 @@ def finished(lab, number: str) -> None:
 
 def test_a_stranger_gets_from_the_welcome_page_through_the_retraining(lab):
     page, project = lab.page, lab.project
-    originals = {path: path.read_bytes() for path in (project.folder / "notebooks").iterdir()}
+    originals = {path: path.read_bytes() for path in (project.folder / "notebooks").glob("*.ipynb")}
     page.goto(f"{project.url}/lab/tree/build/learn/Welcome.md")
     page.wait_for_selector(".jp-MarkdownViewer h1:has-text('Welcome')")
     assert page.locator("text=official Jupyter news").count() == 0
