@@ -433,6 +433,13 @@ def test_products_are_drawn_by_datatype_dense_beside_sparse_with_ratio_and_inter
             assert text.xy[1] == max(heights(axis)[int(text.xy[0]) :: len(axis.texts) // 2])
 
 
+def test_products_are_drawn_by_size_in_whatever_order_they_were_measured():
+    figure = plots.plot_gemms(gemm_table().iloc[::-1])
+    right, left = figure.axes
+    assert labels(left.get_xticklabels()) == ["1024", "2048"]
+    assert heights(left) == [200, 300, 300, 270]
+
+
 def test_published_peaks_are_dashed_lines_where_there_are_any():
     table = gemm_table(datatype=["FP16", "FP16", "FP8"])
     figure = plots.plot_gemms(table, DATASHEETS["a100"])

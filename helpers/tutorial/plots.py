@@ -594,7 +594,7 @@ def plot_gemms(table: pd.DataFrame, sheet: Datasheet | None = None) -> Figure:
     datatypes = list(dict.fromkeys(table.datatype))
     figure, axes = _axes(max(7, 2.9 * len(datatypes)), 3.8, len(datatypes))
     for axis, datatype in zip(axes, datatypes, strict=True):
-        own = table[table.datatype == datatype].reset_index(drop=True)
+        own = table[table.datatype == datatype].sort_values(["m", "n", "k"], ignore_index=True)
         axis.set_title(datatype, fontsize=10)
         if own.ratio.isna().all():
             _draw_reason(axis, own.reason[0])
