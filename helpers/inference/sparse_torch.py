@@ -5,9 +5,9 @@ its weight, as a linear layer does, and for that product cuSPARSELt has sparse k
 BF16 and INT8. Each layer uses whichever of its kernels is fastest at the batch size it is given;
 if a dense model is faster still than the model of these layers, the dense one runs.
 
-An INT8 product reads and writes FP16: between two products of a residual network stands a
-convolution or an addition, which PyTorch runs in FP16 only, so nothing could stay INT8. Rounding
-its input costs a pass over it, which `torch.compile` fuses with what comes before.
+An INT8 product reads and writes FP16 or BF16: between two products of a residual network stands a
+convolution or an addition, which PyTorch does not run in INT8. Rounding the input costs a pass over
+it, which `torch.compile` fuses with what comes before.
 Explained in `06_infer_and_benchmark.ipynb`.
 """
 
