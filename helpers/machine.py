@@ -4,7 +4,6 @@ Every recorded result carries `versions()` and `describe()`, so that a number ca
 what produced it. Shown in `00_check_your_setup.ipynb`.
 """
 
-import os
 import platform
 from datetime import UTC, datetime
 from functools import cache
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 REQUIRED = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
@@ -59,11 +59,10 @@ def _installed(*packages: str) -> dict[str, str]:
 @cache
 def describe() -> dict[str, Any]:
     """Return the processor, cores, memory and GPU of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu_name(),
         "cores": torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
         **gpu(),
     }

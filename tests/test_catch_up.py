@@ -8,6 +8,7 @@ import nbformat
 import pytest
 import torch
 
+from helpers.inference import engine
 from helpers.training import loop
 from helpers.training.networks import load_checkpoint
 from helpers.tutorial import catch_up as module
@@ -40,6 +41,16 @@ def test_every_file_that_the_notebooks_ahead_read_is_there(ready):
 def test_the_steps_ahead_run(ready):
     steps.build(ready, None)
     assert catch_up(ready, "06") == []
+
+
+def test_without_an_engine_builder_the_other_files_are_made(ready, monkeypatch, capsys):
+    artifacts = Artifacts(ready)
+    for name in LEAVES["05"]:
+        artifacts.path(name).unlink(missing_ok=True)
+    monkeypatch.setattr(engine, "why_no_builder", lambda: "None loads here.")
+    catch_up(ready, "06")
+    assert "No engines: None loads here." in capsys.readouterr().out
+    assert not any(artifacts.path(name).exists() for name in LEAVES["05"])
 
 
 def test_the_facts_are_those_of_the_recorded_run(ready):

@@ -24,6 +24,7 @@ from helpers.inference.engine import (
     build_engine_for_shapes,
     build_with_controls,
     find_builder,
+    why_no_builder,
 )
 from helpers.inference.engine_log import product_sizes
 from helpers.inference.errors import EngineError
@@ -109,9 +110,14 @@ def test_a_missing_builder_says_how_to_install_one(gpu, request, monkeypatch):
     with pytest.raises(EngineError) as raised:
         find_builder()
     message = str(raised.value)
+    assert why_no_builder() == message
     assert "pip install tensorrt-rtx-cu13" in message
     assert "no engine can be built" in message
     assert "\n" not in message
+
+
+def test_with_a_builder_there_is_no_reason_against_one(rtx):
+    assert why_no_builder() == ""
 
 
 def test_an_engine_is_built_without_a_gpu_and_reported(rtx, exported, tmp_path):

@@ -104,6 +104,17 @@ def test_the_notebooks_are_run_in_their_folder_and_saved_on_request(
     assert saved["metadata"]["tutorial"]["source_sha256"] == digest
 
 
+def test_without_an_engine_builder_the_notebook_that_builds_is_left_out(
+    notebooks, tiny_settings, monkeypatch, capsys
+):
+    notebooks(**{"04": "print('exports')", "05": "1 / 0", "06": "print('measures')"})
+    monkeypatch.setattr(module, "why_no_builder", lambda: "None loads here.")
+    run_notebooks(tiny_settings)
+    copies = (tiny_settings.artifacts_dir / "notebooks").glob("*.ipynb")
+    assert {copy.stem for copy in copies} == {"04", "06"}
+    assert "05.ipynb is left out: None loads here." in capsys.readouterr().out
+
+
 def test_a_failed_cell_stops_the_run_in_one_sentence(notebooks, tiny_settings):
     failing = "from helpers.tutorial.checks import check\ncheck(False, 'water runs uphill')"
     folder = notebooks(n00_fails=failing, n01_never="print(1)")

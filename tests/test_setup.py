@@ -26,6 +26,15 @@ def test_the_setup_is_printed_and_recorded(tiny_settings, monkeypatch, capsys):
     assert record == {"machine": machine.describe(), "builder": "TensorRT-RTX"}
 
 
+def test_a_machine_without_an_engine_builder_is_recorded_too(tiny_settings, monkeypatch, capsys):
+    """As on macOS."""
+    monkeypatch.setattr(engine, "why_no_builder", lambda: "None loads here.")
+    setup.check_setup(tiny_settings)
+    assert "[--] engines: None loads here." in capsys.readouterr().out
+    record = json.loads(Artifacts(tiny_settings).require("00_setup.json").read_text())
+    assert record["builder"] is None
+
+
 @pytest.mark.parametrize(("cores", "said"), [(1, "1 core, "), (2, "2 cores, ")])
 def test_the_machine_is_described_in_one_line(tiny_settings, monkeypatch, cores, said):
     here = {"cores": cores, "memory_gib": 4.0, "cpu": "a processor"}

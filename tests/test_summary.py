@@ -80,6 +80,15 @@ def test_the_summary_gives_the_key_figures_of_every_step(finished):
     assert not any("joule" in name for name in rows), "none was measured"
 
 
+def test_a_machine_without_an_engine_builder_has_a_summary_too(finished, monkeypatch):
+    for name in ("dense", "sparse"):
+        finished.path(f"05_{name}.engine").unlink()
+    monkeypatch.setattr(results, "why_no_builder", lambda: "None loads here.")
+    rows = summary(finished.settings)
+    assert rows["engine, dense"] == rows["engine, sparse"] == "none: no engine builder loads here"
+    assert "measured with" in rows
+
+
 def test_the_summary_gives_images_per_joule_where_they_were_measured(finished):
     networks = ["dense", "sparse", "dense again"]
     rows = pd.DataFrame(

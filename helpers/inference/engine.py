@@ -70,6 +70,15 @@ def find_builder() -> Builder:
     return Builder("TensorRT-RTX", rtx, rtx.__version__, missing)
 
 
+def why_no_builder() -> str:
+    """Return in one sentence why no engine can be built here; empty if one can."""
+    try:
+        find_builder()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def _find_tensorrt() -> Builder | str:
     """Return TensorRT as a builder, or in words why it cannot be used."""
     too_old = "TensorRT {} is too old; version " + f"{OLDEST_TENSORRT} or newer is needed"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from helpers import machine
 from helpers.files import atomic_write, sha256, write_json
+from helpers.inference import engine
 from helpers.metrics import Accuracy
 from helpers.sparsity import save_compressed
 from helpers.training import networks
@@ -121,13 +122,21 @@ def _take_retrained(settings: Settings) -> None:
     print(f"retrained: {Accuracy(**card['test'])}; taken from {relative(source)}")
 
 
+def _build(settings: Settings) -> None:
+    """Build the engines, where that is possible: notebook 06 needs none to go on."""
+    if reason := engine.why_no_builder():
+        print(f"No engines: {reason}")
+    else:
+        steps.build(settings, None)
+
+
 _MAKE: dict[str, Callable[[Settings], None]] = {
     "00": setup.check_setup,
     "01": _dense,
     "02": _prune,
     "03": _take_retrained,
     "04": steps.export,
-    "05": lambda settings: steps.build(settings, None),
+    "05": _build,
 }
 
 

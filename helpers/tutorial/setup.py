@@ -44,12 +44,16 @@ def check_setup(settings: Settings) -> None:
     """Print what the tutorial finds on this machine, and record it for the next steps."""
     for fine, line in setup_report(settings):
         print(f"[{'OK' if fine else 'FAIL'}] {line}")
-    builder = engine.find_builder()
-    print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
+    builder = None
+    if reason := engine.why_no_builder():
+        print(f"[--] engines: {reason}")
+    else:
+        builder = engine.find_builder()
+        print(f"[OK] engines: {builder.name} {builder.version} ({builder.why})")
     for backend, reason in backends.backend_status().items():
         if reason:
             print(f"[--] inference with {backend}: {reason}")
         else:
             print(f"[OK] inference with {backend}")
     with Artifacts(settings).writing("00_setup.json") as path:
-        write_json(path, {"machine": machine.describe(), "builder": builder.name})
+        write_json(path, {"machine": machine.describe(), "builder": builder and builder.name})

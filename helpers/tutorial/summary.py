@@ -8,6 +8,7 @@ import pandas as pd
 
 from helpers import machine
 from helpers.files import write_json
+from helpers.inference.engine import why_no_builder
 from helpers.inference.runners import Runner
 from helpers.measurement.benchmark import Ratio, perf_per_watt_by_batch, speedup_by_batch
 from helpers.metrics import Accuracy
@@ -73,7 +74,11 @@ def summary(settings: Settings) -> dict[str, str]:
             f"{max(errors):.1e} of the largest logit"
         )
     for name in NETWORKS:
-        built = artifacts.facts(f"05_{name}.engine")
+        file = f"05_{name}.engine"
+        if not artifacts.path(file).exists() and why_no_builder():
+            rows[f"engine, {name}"] = "none: no engine builder loads here"
+            continue
+        built = artifacts.facts(file)
         rows[f"engine, {name}"] = (
             f"{built['megabytes']:.2f} MB, {built['builder']} {built['version']}, "
             f"{built['built_for']}"

@@ -1,6 +1,6 @@
 """Every notebook with the solutions that it gives filled in: each exercise calls them right.
 
-`make test` runs this in the place of a second run of the notebooks, on the artifacts of the first.
+`make test` runs this after the notebooks, on the artifacts that they left.
 """
 
 from pathlib import Path
