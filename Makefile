@@ -11,13 +11,13 @@ ONLY   := TUTORIAL_PRESET=quick TUTORIAL_ARTIFACTS=$(CURDIR)/build/test-artifact
 tutorial: $(READY)  ## run the case study and print what came out
 	$(BIN)/python -m helpers tutorial
 
-test: $(READY) lint  ## unit tests; the notebooks from scratch; the book and the slides
+test: $(READY) lint  ## unit tests; the notebooks, then with solutions; book, slides; a browser
 	$(BIN)/pytest
 	rm -rf build/test-artifacts
 	$(ONLY) $(BIN)/pytest --nbmake --nbmake-timeout=1800 notebooks
-	$(MAKE) book slides
+	$(MAKE) solved book slides browser
 
-solved: $(READY)  ## the notebooks once more with the solutions filled in, after `make test`
+solved: $(READY)  ## the notebooks once more with the solutions filled in, after a first run
 	$(ONLY) $(BIN)/pytest tests/solved
 
 browser: $(READY)  ## what a learner does, in Chromium; screenshots in build/browser

@@ -914,7 +914,7 @@ def plot_accuracy_differences(rows: pd.DataFrame) -> Figure:
         ticks = _points_within(*axis.get_xlim())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("points, with 95 % intervals over seeds; logarithmic beyond 1")
+        axis.set_xlabel("points, 95 % interval; logarithmic beyond 1")
     axes[0].set_yticks(places, rows.network)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     figure.tight_layout()
@@ -931,7 +931,7 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
     """Draw the accuracy of retrained networks against the length of the retraining.
 
     Args:
-        rows: a row for each network and length: `network`, `percent` of the epochs of the first
+        rows: a row for each network and length: `network`, `percent` of the steps of the first
             training, and the mean `difference` to a retraining of 100 %, with `low` and `high`.
 
     Raises:
@@ -952,7 +952,7 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
         ticks = _points_within(*axis.get_ylim())
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(network, fontsize=10, loc="left")
-        axis.set_xlabel("% of the epochs")
+        axis.set_xlabel("% of the steps")
     axes[0].set_ylabel("points, less a whole retraining")
     figure.tight_layout()
     return figure
