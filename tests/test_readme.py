@@ -105,6 +105,25 @@ def test_every_algorithm_that_breaks_an_h100_is_one_of_fp16():
     assert dead == list(range(len(right), len(right) + len(dead)))
 
 
+def test_what_helps_the_small_networks_is_what_was_recorded():
+    folder = ROOT / "benchmarks" / "results"
+    tried = pd.DataFrame(json.loads((folder / "remedies.json").read_text())["rows"])
+    study = pd.DataFrame(json.loads((folder / "accuracy.json").read_text())["rows"])
+    tried = tried.merge(study[["network", "metric", "seed", "control"]])
+    gain = (tried.score - tried.control).groupby([tried.variant, tried.network]).mean()
+    networks = ["small ResNet", "small Xception"]
+    assert set(tried.network) == set(networks)
+    assert (tried.groupby(["network", "variant"]).seed.nunique() == 2).all()
+    text = " ".join(RESULTS.split())
+    shown = {
+        name: [f"{gain[name][network]:+.2f}" for network in networks] for name in set(tried.variant)
+    }
+    assert "{} and {} points over that control".format(*shown["longer"]) in text
+    assert "from as many steps, {} and {}.".format(*shown["control, longer"]) in text
+    assert "Distilling ({}, {})".format(*shown["distilled"]) in text
+    assert "permuting ({}, {})".format(*shown["permuted"]) in text
+
+
 def test_the_speed_on_a_cpu_is_the_recorded_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     shown = 0
