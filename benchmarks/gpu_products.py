@@ -20,7 +20,7 @@ def probe(run: Run) -> None:
     """
     datatype, (side,) = run.job.datatype, run.job.squares
     for search, how in ((False, "default"), (True, "searched")):
-        if search and torch.cuda.is_available() and not may_search(gemm.PRODUCTS[datatype].dtype):
+        if search and not searches(datatype):
             break  # it is known to break CUDA
         run.begin(f"the {how} {datatype} product of {side}")
         row = gemm.measure_gemm((side, side, side), datatype, rounds=1, search=search)
@@ -47,7 +47,8 @@ def products(run: Run) -> None:
     done = {(row["m"], row["n"], row["k"]) for row in rows if row["datatype"] == job.datatype}
     missing: dict[str, str] = record.setdefault("missing", {})
     missing.pop(job.datatype, None)
-    how = job.datatype if job.search else f"{job.datatype} (default algorithm)"
+    search = job.search and searches(job.datatype)
+    how = job.datatype if search else f"{job.datatype} (default algorithm)"
     steps = {f"the {how} product of {'x'.join(map(str, size))}": size for size in sizes}
     fatal = record.get("fatal", [])
     todo = [step for step, size in steps.items() if size not in done and step not in fatal]
@@ -58,8 +59,13 @@ def products(run: Run) -> None:
         run.begin(step)
         m, n, k = steps[step]
         rounds = 10 if m == n == k else 5
-        row = gemm.measure_gemm((m, n, k), job.datatype, rounds=rounds, search=job.search)
-        rows.append({**row, "search": job.search})
+        row = gemm.measure_gemm((m, n, k), job.datatype, rounds=rounds, search=search)
+        rows.append({**row, "search": search})
+
+
+def searches(datatype: str) -> bool:
+    """Return whether cuSPARSELt may try all its algorithms for a datatype on this machine."""
+    return not torch.cuda.is_available() or may_search(gemm.PRODUCTS[datatype].dtype)
 
 
 def product_sizes(run: Run, name: str) -> set[tuple[int, int, int]]:

@@ -541,6 +541,13 @@ def test_an_algorithm_that_kills_its_process_costs_no_other_one(monkeypatch):
     }
 
 
+def test_nothing_is_recorded_as_searched_where_the_search_breaks_cuda(monkeypatch, no_gpu):
+    assert all(map(gpu_products.searches, DATATYPES))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert [name for name in DATATYPES if not gpu_products.searches(name)] == ["FP16"]
+
+
 def test_an_algorithm_that_is_refused_is_told_with_the_reason(no_gpu):
     assert gpu_algorithms.outcome("FP16", 3).startswith("refused: ")
 
