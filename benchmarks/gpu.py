@@ -229,8 +229,7 @@ def safest(records: Sequence[dict[str, Any]]) -> str:
 
 def try_algorithms(session: Session, datatypes: Sequence[str]) -> None:
     """Find out which of cuSPARSELt's algorithms break CUDA, each in a process of its own."""
-    limit = session.limit("algorithms", "algorithms")
-    if datatypes and limit is not None:
+    if datatypes and (limit := session.limit("algorithms", "algorithms")) is not None:
         out = session.out / "algorithms.json"
         session.child(
             f"algorithms {' '.join(datatypes)}", [str(ALGORITHMS), str(out), *datatypes], limit,

@@ -12,7 +12,7 @@ from helpers.errors import HelpersError
 from helpers.inference import engine
 from helpers.inference.cusparselt import why_no_sparse_gemms
 from helpers.inference.dense_cpu import DenseCpuRunner
-from helpers.inference.errors import EngineError, RunnerError
+from helpers.inference.errors import RunnerError
 from helpers.inference.runners import OnnxRunner, Runner, TensorRTRunner, why_no_engine
 from helpers.inference.sparse_cpu import SparseCpuRunner
 from helpers.inference.sparse_torch import SparseTorchRunner
@@ -32,12 +32,9 @@ class Backend:
 
 def _why_not_built_with(builder: str) -> str:
     """Return why engines of this builder do not run here; empty if they do."""
-    if reason := why_no_engine():
+    if reason := why_no_engine() or engine.why_no_builder():
         return reason
-    try:
-        found = engine.find_builder()
-    except EngineError as error:
-        return str(error)
+    found = engine.find_builder()
     return "" if found.name == builder else f"Engines are {found.name}'s here: {found.why}."
 
 
