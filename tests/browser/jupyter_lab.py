@@ -169,11 +169,14 @@ class Lab:
         """Return id, count and outputs of each code cell of the notebook in front."""
         return self.evaluate(f"() => {{ {_PANEL} return {_OUTPUTS} }}")
 
-    def wait_for_output(self, text: str, minutes: float = 1) -> None:
-        """Wait until a cell of the notebook in front shows a text."""
+    def wait_for_output(self, text: str, id: str | None = None, minutes: float = 1) -> None:
+        """Wait until a cell of the notebook in front, or the one with this id, shows a text."""
         self.page.wait_for_function(
-            f"text => {{ {_PANEL} return JSON.stringify({_OUTPUTS}).includes(text) }}",
-            arg=text,
+            f"""([text, id]) => {{ {_PANEL}
+                const cells = {_OUTPUTS}.filter(cell => id === null || cell.id === id);
+                return JSON.stringify(cells).includes(text);
+            }}""",
+            arg=[text, id],
             timeout=minutes * MINUTE,
         )
 
