@@ -105,6 +105,7 @@ PLAN = np.dtype(
         *[(name, np.intp) for name in "depth words".split()],
         # How it is cut: the depth into blocks; the output into tiles of pixels by parts of rows.
         *[(name, np.intp) for name in "depth_blocks tiles parts".split()],
+        ("parts_first", np.intp),  # whether all tiles of a part come before the next part
         ("x_bytes", np.intp),  # of the scratch, for the input of a unit
         ("scratch_bytes", np.intp),  # of each thread
     ],
@@ -889,8 +890,12 @@ class _Unit(NamedTuple):
 
 @_helper
 def _unit(plan: Any, number: int) -> _Unit:
-    number, part = divmod(number, plan.parts)
-    group, tile = divmod(number, plan.tiles)
+    if plan.parts_first:
+        number, tile = divmod(number, plan.tiles)
+        group, part = divmod(number, plan.parts)
+    else:
+        number, part = divmod(number, plan.parts)
+        group, tile = divmod(number, plan.tiles)
     size = plan.out_height * plan.out_width
     all_vectors = (plan.images * size + LANES - 1) // LANES
     first = all_vectors * tile // plan.tiles

@@ -287,6 +287,9 @@ class CpuLayer:
             hard_swish=self.activation == HARD_SWISH,
             floor=_BOUNDS[self.activation][0],
             ceiling=_BOUNDS[self.activation][1],
+            # Each thread has units that lie beside each other: of weights and input it reads all of
+            # the smaller, and of the larger only its share.
+            parts_first=threads > 1 and packed.values.nbytes > 4 * math.prod(shape),
             **self._cut(images * out_height * out_width, in_place, threads),
         )
 
