@@ -40,6 +40,8 @@ _SUMS_BYTES = 512 * 1024
 # in rows, and starting each row, in vectors.
 _ROWS_OF_INPUT = 40
 _VECTORS_OF_START = 0.4
+# Weights of up to so many bytes may still be in the caches from the run before.
+_WEIGHTS_KEPT = 1024 * 1024
 # Units of each thread from which on the threads end evenly enough.
 _MOST_UNITS = 4
 
@@ -289,7 +291,8 @@ class CpuLayer:
             ceiling=_BOUNDS[self.activation][1],
             # Each thread has units that lie beside each other: of weights and input it reads all of
             # the smaller, and of the larger only its share.
-            parts_first=threads > 1 and packed.values.nbytes > 4 * math.prod(shape),
+            parts_first=threads > 1
+            and packed.values.nbytes > max(4 * math.prod(shape), _WEIGHTS_KEPT),
             **self._cut(images * out_height * out_width, in_place, threads),
         )
 
