@@ -8,7 +8,14 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from helpers.errors import InputError
-from helpers.training.data import DataError, PhotoLoader, folder_splits
+from helpers.training.data import (
+    DataError,
+    PhotoLoader,
+    evaluation_share,
+    folder_splits,
+    training_share,
+)
+from helpers.training.distributed import Processes
 from helpers.training.image_folder import ENDINGS, broken_images, list_images, read_image
 from helpers.training.loop import evaluate
 
@@ -74,6 +81,14 @@ def test_order_and_augmentation_depend_on_the_epoch_alone(photos):
     assert not torch.equal(first, second)
     assert torch.equal(epochs(2, [1, 2])[1], second)
     assert torch.equal(epochs(1, [2])[0], second)
+
+
+def test_workers_are_not_forked_from_the_training(photos):
+    """They would wait for ever for what a thread had locked in that moment."""
+    loader, two = splits(photos, workers=1).train, Processes(0, 2)
+    for own in (loader, training_share(loader, two), evaluation_share(loader, two)):
+        assert own.multiprocessing_context.get_start_method() in ("forkserver", "spawn")
+        assert len(next(iter(own))[1]) in (2, 4)
 
 
 def test_loading_leaves_the_generator_alone(photos):

@@ -7,6 +7,7 @@ alone. Explained in `01_load_pretrained.ipynb`.
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +187,22 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, shuffle: bool = Fal
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        multiprocessing_context=_start_of_workers() if workers else None,
         collate_fn=_collate,
     )
+
+
+def _start_of_workers() -> multiprocessing.context.BaseContext:
+    """Return how processes that load images start: not as a fork of this one.
+
+    This process has threads, of PyTorch and of other loaders. What one of them had locked in the
+    moment of the fork would stay locked in the worker, which would then wait for ever.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, and not by each worker
+    return context
 
 
 def _innermost(dataset: Any) -> Any:
@@ -218,14 +233,7 @@ def training_share(loader: DataLoader, together: Processes, parts: int = 1) -> D
             "Several processes can share only whole batches: make the loader of the training "
             "images with a batch_size and with drop_last=True."
         )
-    return type(loader)(
-        _Share(loader.dataset, together),
-        batch_sampler=loader.batch_sampler,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        persistent_workers=loader.persistent_workers,
-        collate_fn=loader.collate_fn,
-    )
+    return _like(loader, _Share(loader.dataset, together), batch_sampler=loader.batch_sampler)
 
 
 def evaluation_share(loader: DataLoader, together: Processes) -> DataLoader:
@@ -234,13 +242,19 @@ def evaluation_share(loader: DataLoader, together: Processes) -> DataLoader:
     Each image is in the share of exactly one process. A share may have no images.
     """
     share = range(together.rank, len(loader.dataset), together.count)  # type: ignore[arg-type]  # has a length
+    return _like(loader, Subset(loader.dataset, share), batch_size=loader.batch_size)
+
+
+def _like(loader: DataLoader, dataset: Dataset, **batches: Any) -> DataLoader:
+    """Return a loader of other images that works as an existing one."""
     return type(loader)(
-        Subset(loader.dataset, share),
-        batch_size=loader.batch_size,
+        dataset,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         persistent_workers=loader.persistent_workers,
+        multiprocessing_context=loader.multiprocessing_context,
         collate_fn=loader.collate_fn,
+        **batches,
     )
 
 
