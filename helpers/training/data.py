@@ -72,7 +72,8 @@ def make_splits(
         validation_images: how many to hold out of the training images.
         train_batch_size: images in a training batch; an incomplete last one is left out.
         batch_size: images in a validation or test batch.
-        workers: processes of each loader; 0 loads in this one.
+        workers: processes of each loader; 0 loads in this one. They import the script that starts
+            them, so what it does belongs under `if __name__ == "__main__":`.
         seed: for the choice of the validation images.
 
     Raises:
@@ -110,7 +111,8 @@ def folder_splits(
         validation_images: how many to hold out of `train/`; None: one in twenty.
         train_batch_size: images in a training batch; an incomplete last one is left out.
         batch_size: images in a validation or test batch.
-        workers: processes of each loader and of the check; 0 loads in this one.
+        workers: processes of each loader and of the check; 0 loads in this one. They import the
+            script that starts them, so what it does belongs under `if __name__ == "__main__":`.
         seed: for the choice of the validation images.
         image_size: height and width of the images that the loaders give.
         records: a folder for what the check of the images finds, so that it need not be repeated.
