@@ -124,6 +124,20 @@ def test_what_helps_the_small_networks_is_what_was_recorded():
     assert "permuting ({}, {})".format(*shown["permuted"]) in text
 
 
+def test_what_matters_in_retraining_is_what_notebook_10_says():
+    record = json.loads((ROOT / "benchmarks" / "results" / "retraining.json").read_text())
+    scores = pd.DataFrame(record["rows"]).pivot_table("score", ["question", "variant"], "seed")
+    assert scores.shape[1] == 3
+    plain = list(scores.loc[("plain", "plain")])
+    intervals = {
+        variant: paired_difference(plain, list(own)) for (_, variant), own in scores.iterrows()
+    }
+    clear = {variant for variant, each in intervals.items() if each.low > 0 or each.high < 0}
+    shorter = {f"{percent} % of the steps" for percent in (0, 5, 10, 25, 50)}
+    assert clear == shorter | {"a hundredth"}
+    assert all(intervals[variant].mean < 0 for variant in clear)
+
+
 def test_the_speed_on_a_cpu_is_the_recorded_one():
     record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     shown = 0
