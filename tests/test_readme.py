@@ -159,6 +159,24 @@ def test_the_speed_on_a_cpu_is_the_recorded_one():
     assert shown >= 4
 
 
+def test_the_quick_preset_is_told_where_the_benchmark_found_less():
+    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    case = {"network": "resnext14_8x1d", "batch": 8, "threads": 2, "contender": "sparse"}
+    (found,) = (row["ratio"] for row in record["ratios"] if row.items() >= case.items())
+    text = " ".join(RESULTS.split())
+    told = re.search(r"gains (\S+)x in this one, and (\S+)x in that of notebook 06", text)
+    assert told[1] == f"{found:.2f}"
+    assert f"Sparse is faster than dense: {told[2]}x at batch 8" in text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_trainings_ended_with_the_same_weights(processes):
+    path = ROOT / "benchmarks" / "results" / f"kill_training_{processes}.json"
+    record = json.loads(path.read_text())
+    assert (record["processes"], len(record["kills"])) == (processes, 20)
+    assert record["same_weights"]
+
+
 def test_the_short_table_has_the_same_figures():
     """The README quotes five rows of docs/results.md, and the range of the others."""
     quick = json.loads((REFERENCE / "quick_cpu.json").read_text())
