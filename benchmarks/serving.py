@@ -179,6 +179,34 @@ def bare_times(work: Callable[[], object], seconds: float) -> np.ndarray:
     return np.array(times)
 
 
+def processor_seconds(server: int | None) -> dict[str, float]:
+    """Return the processor time so far of this process and of the server's, by what they do.
+
+    Args:
+        server: number of the server's process; its children run the models.
+    """
+
+    def used(process: psutil.Process) -> float:
+        times = process.cpu_times()
+        return times.user + times.system
+
+    own, parent = psutil.Process(), psutil.Process(server)
+    return {
+        "client": used(own),
+        "server": used(parent),
+        "model": sum(used(child) for child in parent.children(recursive=True)),
+    }
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What `in_turns` measured."""
+
+    bare: list[np.ndarray]  # the bare runner's times in milliseconds, round by round
+    loads: list[Load]  # the server's, round by round
+    processor: dict[str, float]  # milliseconds for each bare run and, by process, each request
+
+
 def in_turns(
     found: Served,
     model: str,
@@ -187,19 +215,31 @@ def in_turns(
     arrivals: ClosedLoop,
     rounds: int,
     seconds: float,
-) -> tuple[list[np.ndarray], list[Load]]:
-    """Return the bare runner's times in milliseconds and the server's loads, round by round."""
+) -> Turns:
+    """Measure the bare runner and the server alternately."""
     images = torch.from_numpy(found.requests(batch)[0][INPUT])
     runner = found.runners[model]
+    found.expected(model, batch)  # computed here, so that no load computes them
     bare, loads = [], []
+    used = dict.fromkeys(("bare", "client", "server", "model"), 0.0)
     for number in range(rounds):
         turns = ("bare", "served") if number % 2 else ("served", "bare")
         for turn in turns:
+            before = processor_seconds(found.server.pid)
             if turn == "bare":
                 bare.append(bare_times(lambda: runner(images), seconds))
             else:
                 loads.append(found.load(model, protocol, batch, arrivals, seconds))
-    return bare, loads
+            after = processor_seconds(found.server.pid)
+            if turn == "bare":
+                used["bare"] += after["client"] - before["client"]
+            else:
+                for process in before:
+                    used[process] += after[process] - before[process]
+    runs, requests = sum(map(len, bare)), sum(load.answered for load in loads)
+    counts = {process: runs if process == "bare" else requests for process in used}
+    processor = {process: 1000 * used[process] / counts[process] for process in used}
+    return Turns(bare, loads, processor)
 
 
 def measure_overhead(
@@ -214,9 +254,8 @@ def measure_overhead(
     for model in found.runners:
         for protocol in protocols:
             for batch in batches:
-                bare, loads = in_turns(
-                    found, model, protocol, batch, ClosedLoop(1), rounds, seconds
-                )
+                turns = in_turns(found, model, protocol, batch, ClosedLoop(1), rounds, seconds)
+                bare, loads = turns.bare, turns.loads
                 times = [load.times for load in loads]
                 ratio = bootstrap_ratio(times, bare)
                 own, alone = np.median(np.concatenate(times)), np.median(np.concatenate(bare))
@@ -244,14 +283,17 @@ def measure_throughput(
     seconds: float = 0.4,
     protocols: Sequence[str] = PROTOCOLS,
 ) -> list[dict[str, Any]]:
-    """Return the throughput of several clients over that of the bare runner."""
+    """Return the throughput of several clients over that of the bare runner.
+
+    `kept_at_most` is what would be left if the model's process used no more processor time than
+    the bare runner, and all cores were always busy: client and server share them with the model.
+    """
     rows = []
     for model in found.runners:
         for protocol in protocols:
             for count in clients:
-                bare, loads = in_turns(
-                    found, model, protocol, batch, ClosedLoop(count), rounds, seconds
-                )
+                turns = in_turns(found, model, protocol, batch, ClosedLoop(count), rounds, seconds)
+                bare, loads, processor = turns.bare, turns.loads, turns.processor
                 alone = np.array([1000 * batch / each.mean() for each in bare])
                 own = np.array([load.images_per_second for load in loads])
                 ratio = bootstrap_ratio(
@@ -266,6 +308,9 @@ def measure_throughput(
                         "bare_images_per_second": float(alone.mean()),
                         "images_per_second": float(own.mean()),
                         "kept": ratio,
+                        "processor_ms": processor,
+                        "kept_at_most": processor["bare"]
+                        / (processor["bare"] + processor["client"] + processor["server"]),
                         "p50": float(np.median(np.concatenate([load.times for load in loads]))),
                         "errors": _all_errors(loads),
                     }

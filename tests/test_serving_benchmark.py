@@ -70,6 +70,16 @@ def test_overhead_and_throughput_have_a_row_for_each_case(found):
     rows = serving.measure_throughput(found, clients=(1, 4), **short)
     assert [row["clients"] for row in rows] == [1, 4] * 4
     assert all(row["images_per_second"] > 0 for row in rows)
+    assert all(0 < row["kept_at_most"] <= 1 for row in rows)
+    assert {*rows[0]["processor_ms"]} == {"bare", "client", "server", "model"}
+
+
+def test_the_processor_time_of_a_load_is_told_apart_by_process(found):
+    before = serving.processor_seconds(found.server.pid)
+    load = found.load("dense", "grpc", 8, ClosedLoop(4), 1.0)
+    after = serving.processor_seconds(found.server.pid)
+    assert load.answered > 0
+    assert all(after[process] > before[process] for process in ("client", "server", "model"))
 
 
 def test_a_curve_can_be_drawn(found):

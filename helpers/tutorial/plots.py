@@ -432,8 +432,9 @@ def plot_load(table: pd.DataFrame, title: str) -> Figure:
             axis.plot(rows.images_per_second, rows.p99, "o:", color=colour, ms=3)
         for load, rows in own.groupby(column):
             place = (rows.images_per_second.mean(), rows.p50.min())
+            text = f"{load:.0f}" if load >= 10 else f"{load:.2g}"
             axis.annotate(
-                f"{load:g}", place, (0, -12), textcoords="offset points", fontsize=8, ha="center",
+                text, place, (0, -12), textcoords="offset points", fontsize=8, ha="center",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )  # fmt: skip
         axis.set_yscale("log")
