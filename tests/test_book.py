@@ -84,8 +84,28 @@ def test_the_teachers_page_knows_every_notebook_and_its_minutes_to_read():
         assert rows.get(number, minutes) == minutes, number
 
 
-@pytest.mark.parametrize("name", re.findall(r"`(\d\d-[a-z0-9-]+)`", TEACHING))
-def test_the_exercises_that_the_teachers_page_names_exist(name):
+def test_the_welcome_page_knows_every_notebook_and_its_minutes():
+    welcome = (ROOT / "docs" / "welcome.md").read_text()
+    rows = dict(re.findall(r"\(\.\./(notebooks/\w+\.ipynb)\) \|.*\| (\d+) \|$", welcome, re.M))
+    assert len(rows) >= 10
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        first = nbformat.read(path, as_version=4).cells[0].source
+        run, read = map(int, re.findall(r"(\d+)(?: minutes?)? to r", first.partition("Time")[2]))
+        assert int(rows[f"notebooks/{path.name}"]) == run + read, path.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *re.findall(r"`(\d\d-[a-z0-9-]+)`", TEACHING),
+        *(
+            name
+            for cell in DECK.cells
+            for name in re.findall(r"xercise (\d\d-[a-z0-9-]+)", cell.source)
+        ),
+    ],
+)
+def test_the_exercises_that_the_teachers_page_and_the_slides_name_exist(name):
     assert judge_of(name)
 
 
