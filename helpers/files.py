@@ -79,6 +79,8 @@ def _cause(error: BaseException | None) -> str | None:
     """Return why a file could not be written and what to do; None for any other error."""
     if isinstance(error, WriteError):  # of a call inside this one, about a temporary file
         return _cause(error.__cause__)
+    if type(error) is RuntimeError and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save reports what came of it
     code = error.errno if isinstance(error, OSError) else None
     # safetensors and ONNX report a full disk in exceptions of their own.
     if "os error 28" in str(error) or "No space left" in str(error):

@@ -209,22 +209,48 @@ ON_A_FULL_DISK = """
 import sys
 from pathlib import Path
 from helpers.errors import WriteError
-from helpers.files import atomic_write
-from helpers.training.networks import resnext14_8x1d, save_checkpoint
+from helpers.training.networks import resnext14_8x1d
 
-target = Path(sys.argv[1]) / "01_dense.safetensors"
+target = Path(sys.argv[1]) / "file"
 target.write_text("old")
+model = resnext14_8x1d()
 try:
-    with atomic_write(target) as part:
-        save_checkpoint(resnext14_8x1d(), part, "resnext14_8x1d")
+    {write}
 except WriteError as error:
     print(error)
 assert target.read_text() == "old"
 assert [path.name for path in target.parent.iterdir()] == [target.name]
 """
+WRITERS = {
+    "a checkpoint": """
+    from helpers.training.networks import save_checkpoint
+    save_checkpoint(model, target, "resnext14_8x1d")""",
+    "a compressed checkpoint": """
+    from helpers.sparsity import prune_2to4_, save_compressed
+    prune_2to4_(model)
+    save_compressed(model, target)""",
+    "an ONNX file": """
+    from helpers.inference.export import export_onnx
+    export_onnx(model, target, (1, 28, 28))""",
+    "the progress of a training": """
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+    from helpers.training.data import Splits
+    from helpers.training.loop import train
+    from helpers.training.recipe import Recipe
+    images = DataLoader(TensorDataset(torch.randn(32, 1, 28, 28), torch.arange(32) % 10), 32)
+    recipe = Recipe(epochs=1, batch_size=32, learning_rate=0.1, weight_decay=0.0)
+    target.unlink()  # a file that is of no training would be kept under another name
+    try:
+        train(model, Splits(images, images, images, []), recipe, 0, progress_file=target)
+    finally:
+        assert not target.exists()
+        target.write_text("old")""",
+}
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path):
+@pytest.mark.parametrize("what", WRITERS)
+def test_what_does_not_fit_on_the_disk_leaves_the_old_file(tmp_path, what):
     mount = f"mount -t tmpfs -o size=200k tmpfs '{tmp_path}'"
     own_mounts = [shutil.which("unshare") or "unshare", "--mount", "sh", "-c"]
     try:
@@ -232,15 +258,15 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a small file system is not permitted here")
     script = f'{mount} && exec "$0" -c "$1" "$2"'
+    program = ON_A_FULL_DISK.replace("{write}", WRITERS[what].strip())
     run = subprocess.run(
-        [*own_mounts, script, sys.executable, ON_A_FULL_DISK, str(tmp_path)],
+        [*own_mounts, script, sys.executable, program, str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=project_root(),
     )
     assert run.returncode == 0, run.stderr
-    assert "01_dense.safetensors could not be written" in run.stdout
-    assert "the disk is full" in run.stdout
+    assert "file could not be written: the disk is full" in run.stdout
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.errors import InputError, first_line, root_cause
+from helpers.files import atomic_write
 from helpers.inference.fold import fold_batch_norm
 
 INPUT, OUTPUT = "images", "logits"  # the names in every file that is written here
@@ -30,6 +31,7 @@ def export_onnx(
 
     Raises:
         InputError: the model cannot be traced, or the exporter cannot write it.
+        WriteError: the disk is full or the folder cannot be written to.
     """
     # PyTorch traces attention in another form if its mask, a learned bias, requires a gradient.
     folded = fold_batch_norm(model).requires_grad_(False)
@@ -50,7 +52,8 @@ def export_onnx(
                 "(images,), dynamo=True) may write it with the batch of the images."
             ) from error
     assert program is not None  # it is None only where dynamo=False
-    program.save(path, external_data=False)
+    with atomic_write(path) as part:
+        program.save(part, external_data=False)
     return Path(path)
 
 

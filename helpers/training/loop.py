@@ -216,8 +216,9 @@ def train(
                 progress.add(_run_epoch(number, step, loader, splits, recipe, seed), step)
                 if progress_file is not None:
                     if together.is_first:
-                        with atomic_write(progress_file) as part:
-                            torch.save(vars(progress), part)
+                        # Written by Python's own file: its error says that the disk is full.
+                        with atomic_write(progress_file) as part, open(part, "wb") as file:
+                            torch.save(vars(progress), file)
                     kept = number
                 if together.is_first and on_epoch is not None:
                     on_epoch(progress.epochs)
