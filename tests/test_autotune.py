@@ -193,6 +193,7 @@ class FakeMachine:
 def fake_machine(monkeypatch) -> FakeMachine:
     """One on which the GEMM takes half the time of the layer."""
     fake = FakeMachine(layer=2.0, gemm=1.0)
+    monkeypatch.setattr(autotune, "_unreliable", {})
     monkeypatch.setattr(autotune.time, "thread_time", fake.clock)
     monkeypatch.setattr(autotune.time, "perf_counter", fake.clock)
     for kind, name in ((DenseLayer, "layer"), (DenseGemm, "gemm")):
@@ -237,7 +238,7 @@ def test_a_choice_that_is_not_kept_holds_for_the_process(layer, fake_machine, tm
         choice = one.choose("fc", kernels_of(layer), random(8, 16))
     assert (choice.kernel, choice.reliable) == ("dense GEMM", False)
     fake_machine.milliseconds["gemm"] = 8.0  # what another measurement would find
-    assert "Two measurements disagree on the fastest" in caplog.text
+    assert "Two measurements disagree on which kernel is the fastest" in caplog.text
     for cache, kernel in zip(caches, ("dense GEMM", "dense layer"), strict=True):
         other = Autotuner(fake_machine.timer, cache)
         assert other.choose("fc", kernels_of(layer), random(8, 16)).kernel == kernel
@@ -251,6 +252,15 @@ def test_kernels_that_are_as_fast_as_each_other_are_kept(layer, tmp_path):
     assert (choice.kernel, choice.reliable) == ("dense layer", True)
     assert choice.milliseconds == {"dense layer": 0.97, "dense GEMM": 0.97}
     assert autotuner.cache.path.exists()
+
+
+def test_a_busy_machine_is_told_once(layer, fake_machine, tmp_path, caplog):
+    for cache in ("one.json", "other.json"):
+        fake_machine.disturbances = [{"gemm": 10.0}]
+        tuner = Autotuner(fake_machine.timer, tmp_path / cache)
+        with caplog.at_level(logging.INFO):
+            assert not tuner.choose("fc", kernels_of(layer), random(8, 16)).reliable
+    assert caplog.text.count("Two measurements disagree") == 1
 
 
 def test_an_unreliable_choice_is_not_kept_with_a_later_one(layer, tmp_path):

@@ -226,12 +226,14 @@ class ChoiceCache:
         if choice.reliable:
             write_json(self.path, self._read() | {key: choice})  # others may have written meanwhile
         else:
-            _unreliable[self.path, key] = choice
-            _logger.info(
-                "Two measurements disagree on the fastest, perhaps because other programs ran "
-                "meanwhile, so this choice is not kept for the next process: %s",
-                key,
+            # Once for a process: on a busy machine it is true of many layers.
+            _logger.log(
+                logging.DEBUG if _unreliable else logging.INFO,
+                "Two measurements disagree on which kernel is the fastest, perhaps because other "
+                "programs ran meanwhile. Such choices are made again in the next process.",
             )
+            _logger.debug("chosen for this process alone: %s", key)
+            _unreliable[self.path, key] = choice
         return choice
 
     def _read(self) -> dict[str, Choice]:

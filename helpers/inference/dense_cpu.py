@@ -181,7 +181,7 @@ def network_table(choices: Mapping[tuple[torch.Size, int], Choice]) -> "pd.DataF
             **choice.milliseconds,
             "runs": choice.kernel,
         }
-        for (shape, threads), choice in choices.items()
+        for (shape, threads), choice in sorted(choices.items(), key=lambda each: each[0])
     ]
     return pd.DataFrame(rows, columns=None if rows else ["input", "threads", "runs"])
 

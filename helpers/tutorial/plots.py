@@ -431,7 +431,7 @@ def plot_load(table: pd.DataFrame, title: str) -> Figure:
             axis.plot(rows.images_per_second, rows.p50, "o-", color=colour, label=model, ms=4)
             axis.plot(rows.images_per_second, rows.p99, "o:", color=colour, ms=3)
         for load, rows in own.groupby(column):
-            place = (rows.images_per_second.mean(), rows.p50.min())
+            place = (rows.images_per_second.median(), rows.p50.min())
             text = f"{load:.0f}" if load >= 10 else f"{load:.2g}"
             axis.annotate(
                 text, place, (0, -12), textcoords="offset points", fontsize=8, ha="center",
@@ -950,10 +950,12 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
         )
         axis.axhline(0, color=DENSE, linewidth=1)
         axis.set_yscale("symlog", linthresh=1)
+        if own.low.min() < 0:
+            axis.set_ylim(bottom=1.4 * own.low.min())  # the margins cut an interval's cap
         ticks = _points_within(*axis.get_ylim())
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(network, fontsize=10, loc="left")
         axis.set_xlabel("% of the steps")
-    axes[0].set_ylabel("points, less a whole retraining")
+    axes[0].set_ylabel("points, less a whole retraining;\nlogarithmic beyond 1")
     figure.tight_layout()
     return figure
