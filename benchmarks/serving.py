@@ -185,6 +185,8 @@ def processor_seconds(server: int | None) -> dict[str, float]:
     Args:
         server: number of the server's process; its children run the models.
     """
+    if server is None:
+        raise RuntimeError("The server is not running.")
 
     def used(process: psutil.Process) -> float:
         times = process.cpu_times()

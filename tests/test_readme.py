@@ -112,6 +112,42 @@ def test_the_speed_of_int8_is_the_recorded_one():
     assert first + f"{gains[32]:.2f}x at 32 and {gains[128]:.2f}x at 128." in text
 
 
+def test_what_a_server_costs_is_what_was_recorded():
+    record = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text())
+    text = " ".join(RESULTS.split())
+    rows = [row for row in record["overhead"] if row["model"] == "dense"]
+    rows += [row for row in record["larger"]["overhead"] if row["batch"] == 8]
+    for row in rows:
+        if row["protocol"] == "grpc":
+            name = {"dense": "quick preset, dense", "resnet50": "ResNet-50"}[row["model"]]
+            times = f"{row['bare_ms']:.2f} ms | {row['served_ms']:.2f} ms"
+            assert f"| {name} | {row['batch']} | {times} | {row['added_ms']:+.2f} ms |" in text
+    kept = {
+        row["model"]: row
+        for row in (*record["throughput"], *record["larger"]["throughput"])
+        if (row["protocol"], row["clients"]) == ("grpc", 4)
+    }
+    share = {model: f"{100 * row['kept']['value']:.0f} %" for model, row in kept.items()}
+    assert f"ResNet-50 keeps {share['resnet50']} of" in text
+    assert f"keeps {share['dense']} (dense) and {share['sparse']} (sparse)" in text
+    for model in ("dense", "sparse"):
+        used = kept[model]["processor_ms"]
+        assert 0.2 < (used["client"] + used["server"]) / used["bare"] < 0.31, "a quarter"
+    soak = record["soak"]
+    refused = 1 - soak["answered"] / soak["requests"]
+    assert soak["errors"].keys() == {"unavailable"}
+    assert soak["rate"] == 2 * soak["sustained_requests_per_second"]
+    assert f"got {soak['rate']:.0f} requests of {soak['batch']} images per second" in text
+    assert (
+        f"answered {soak['images_per_second']:,.0f} images/s, refused {refused:.0%}"
+        in text.replace(" %", "%")
+    )
+    assert f"longer than {soak['longest_wait_ms'] / 1000:.1f} s" in text
+    assert f"grew by {100 * soak['memory_growth']:.1f} %" in text
+    assert soak["normal_after_seconds"] == 0
+    assert f"answered again after {record['kill']['silent_seconds']:.1f} s" in text
+
+
 def test_every_algorithm_that_breaks_an_h100_is_one_of_fp16():
     record = json.loads((REFERENCE / "cusparselt_algorithms_h100.json").read_text())
     dead = [row["alg_id"] for row in record["rows"] if row["outcome"].startswith("dies")]
