@@ -5,6 +5,8 @@ what produced it. Shown in `00_check_your_setup.ipynb`.
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -107,3 +109,23 @@ def gpu() -> dict[str, str]:
 def device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def numba_threads() -> Iterator[None]:
+    """Give numba as many threads as PyTorch computes with, and leave PyTorch as many.
+
+    Both may use the same OpenMP, and numba sets its number of threads when it starts, to that of
+    all processors.
+    """
+    import numba
+
+    threads = torch.get_num_threads()
+    before = numba.get_num_threads()  # starts numba's threads, if nothing has yet
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)

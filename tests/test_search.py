@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from helpers.errors import HelpersError
 from helpers.sparsity import search
 from helpers.sparsity.search import kept_2to4, search_permutation
+from helpers.tutorial.settings import project_root
 from permutation import plain_search
 
 
@@ -185,3 +188,34 @@ def test_nan_and_inf_are_refused_with_their_place(value):
     for function in (search_permutation, kept_2to4):
         with pytest.raises(HelpersError, match="Row 3, column 5"):
             function(matrix)
+
+
+STARTED_BY = {
+    "the search": """
+from helpers.sparsity.search import search_permutation
+search_permutation(np.random.default_rng(0).random((2048, 256)), escapes=0)""",
+    "the kernels, where OpenMP is not GCC's": """
+from helpers.inference import cpu_kernels
+from helpers.inference.cpu_layers import CpuLayer
+from helpers.sparsity import prune_2to4_
+cpu_kernels._gomp, cpu_kernels._thread_number = lambda: None, lambda: 0
+conv = torch.nn.Conv2d(64, 64, 1)
+prune_2to4_(conv)
+CpuLayer.from_conv(conv)(torch.randn(1, 64, 14, 14), threads=2)""",
+}
+
+
+@pytest.mark.parametrize("what", STARTED_BY)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pytorch_keeps_its_number_of_threads(what, threads):
+    """Numba starts as many threads as there are processors, in the OpenMP of PyTorch."""
+    code = f"""
+import numba, numpy as np, torch
+torch.set_num_threads({threads})
+torch.ones(1 << 20).exp()  # PyTorch has its threads before numba starts
+{STARTED_BY[what].strip()}
+print(torch.get_num_threads(), numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=project_root(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(threads), "True"]

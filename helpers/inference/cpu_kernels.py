@@ -35,6 +35,8 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from helpers.machine import numba_threads
+
 logger = logging.getLogger(__name__)
 
 # --- what the processor offers ---
@@ -1196,4 +1198,5 @@ class Plan:
             elif (gomp := _gomp()) is not None:
                 gomp.GOMP_parallel(work.address, self._address, self.threads, 0)
             else:
-                _start()(work.address, self._address, self.threads)
+                with numba_threads():
+                    _start()(work.address, self._address, self.threads)

@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit, prange
 
 from helpers.errors import InputError
+from helpers.machine import numba_threads
 from helpers.sparsity.compiled import kept_and_removed
 
 # Each word arranges eight columns in four pairs. The same four pairs make three splits
@@ -82,15 +83,16 @@ def search_permutation(
     report = progress or (lambda: None)
 
     changed = np.ones(len(stripes), dtype=bool)
-    while _improve_(stripes, columns, changed, gains, splits):
-        report()
-    if len(stripes) > 2:  # of two stripes the best split has been found
-        random = np.random.default_rng(seed)
-        for _ in range(escapes):
-            three = random.choice(len(stripes), 3, replace=False)
-            places = random.integers(4, size=3)
-            _escape_(stripes, columns, three, places, gains, splits)
+    with numba_threads():
+        while _improve_(stripes, columns, changed, gains, splits):
             report()
+        if len(stripes) > 2:  # of two stripes the best split has been found
+            random = np.random.default_rng(seed)
+            for _ in range(escapes):
+                three = random.choice(len(stripes), 3, replace=False)
+                places = random.integers(4, size=3)
+                _escape_(stripes, columns, three, places, gains, splits)
+                report()
 
     order = stripes.ravel()
     if kept_2to4(matrix[:, order]) < kept_2to4(matrix):
