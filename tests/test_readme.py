@@ -183,7 +183,8 @@ def test_what_helps_the_small_networks_is_what_was_recorded():
         assert f"\n|{row}|\n" in RESULTS, row
     assert len(gains) == 7
     assert (gains.longer > 0).sum() == 5
-    assert (gains["control, longer"] > gains.longer).all()
+    by_seed = tried.pivot_table("gain", ["network", "seed"], "variant")
+    assert (by_seed["control, longer"] > by_seed.longer).all()  # notebook 10 says so too
     assert (gains[["distilled", "permuted"]].max() < 0).all()
 
 
