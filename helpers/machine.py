@@ -124,7 +124,7 @@ def numba_threads() -> Iterator[None]:
     before = numba.get_num_threads()  # starts numba's threads, if nothing has yet
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads, before))
     try:
         yield
     finally:

@@ -941,7 +941,7 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
     if rows.empty:
         raise InputError("There is no retraining to draw; give the rows of the study.")
     networks = list(dict.fromkeys(rows.network))
-    figure, axes = _axes(3.2 * len(networks), 3, len(networks), sharex=True)
+    figure, axes = _axes(3.2 * len(networks), 3, len(networks), sharex=True, sharey=True)
     for axis, network in zip(axes, networks, strict=True):
         own = rows[rows.network == network].sort_values("percent")
         spread = [own.difference - own.low, own.high - own.difference]
@@ -950,12 +950,12 @@ def plot_retraining_length(rows: pd.DataFrame) -> Figure:
         )
         axis.axhline(0, color=DENSE, linewidth=1)
         axis.set_yscale("symlog", linthresh=1)
-        if own.low.min() < 0:
-            axis.set_ylim(bottom=1.4 * own.low.min())  # the margins cut an interval's cap
-        ticks = _points_within(*axis.get_ylim())
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_title(network, fontsize=10, loc="left")
         axis.set_xlabel("% of the steps")
+    if rows.low.min() < 0:
+        axes[0].set_ylim(bottom=1.4 * rows.low.min())  # the margins cut an interval's cap
+    ticks = _points_within(*axes[0].get_ylim())
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel("points, less a whole retraining;\nlogarithmic beyond 1")
     figure.tight_layout()
     return figure
