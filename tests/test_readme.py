@@ -85,6 +85,25 @@ def test_the_products_of_the_h100_are_the_recorded_ones_beside_the_advice():
     assert f"within {low:.0f} to {high:.0f} %, with a median of {median:.0f} %" in advice
 
 
+def test_the_errors_of_advice_are_those_of_the_calibration():
+    record = json.loads(CALIBRATION.read_text())
+    names = {
+        "a100": "A100 PCIe", "b200": "B200", "gb10": "GB10", "h100": "H100 PCIe",
+        "rtx4090": "RTX 4090", "rtx5080": "RTX 5080",
+    }  # fmt: skip
+    models = [
+        (names[gpu], datatype, fitted["errors"])
+        for gpu, own in record["gpus"].items()
+        for datatype, fitted in own["datatypes"].items()
+    ]
+    models += [("scaled from another card", *each) for each in record["transfer"].items()]
+    page = (ROOT / "docs" / "advice.md").read_text()
+    for name, datatype, errors in models:
+        kinds = (errors[kind] for kind in ("time", "ratio", "block"))
+        cells = [f"{100 * each['median']:.1f}, {100 * each['p90']:.0f}" for each in kinds]
+        assert f"\n| {name} | {datatype} | {' | '.join(cells)} |\n" in page
+
+
 def test_resnet_50_on_the_h100_is_the_recorded_one():
     record = json.loads((REFERENCE / "resnet50_h100.json").read_text())
     (times,) = record["network_times"]
