@@ -50,9 +50,8 @@ class Card:
     multiprocessors: int
     cache_mb: float
     bandwidth: float  # GB/s by the datasheet, from where the fit starts
-    ridge: float = (
-        0.5  # penalty of the correction: of 0.1 and 0.5 what predicts unseen networks best
-    )
+    # The penalty of the correction: of 0.1 and 0.5 what predicts unseen networks best.
+    ridge: float = 0.5
 
 
 CARDS = {

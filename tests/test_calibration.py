@@ -63,6 +63,7 @@ def test_the_record_says_where_it_comes_from_and_how_far_it_was_off():
 
 
 def test_no_measured_datatype_is_far_off():
+    """Of two GPUs; the H100's limits are those that this project set itself."""
     for name, datatypes, median, p90 in (
         ("a100", ("FP16", "BF16", "INT8"), 0.055, 0.14),
         ("h100", ("BF16", "FP8", "INT8"), 0.065, 0.20),
